@@ -1,0 +1,55 @@
+# make book | test | lint | bench | sync | browse | env | clean. Each creates what it needs; none repeats what is there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread a process: small matrices run slower on contended threads, and repeated runs stay byte for byte equal.
+SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Two processes at once; one file's tests stay together because a notebook's cells share a kernel.
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help env book test lint bench sync browse clean
+
+help:
+	@echo "make book    build the book into book/_build/html"
+	@echo "make test    every test, and every notebook executed and compared"
+	@echo "make lint    ruff: style and format"
+	@echo "make sync    regenerate the notebooks whose text in book/src changed"
+	@echo "make bench   speed and memory (benchmarks/bench_*.py)"
+	@echo "make browse  the built pages in headless Chromium"
+	@echo "make env     only the virtual environment, $(VENV)"
+	@echo "make clean   remove what was built (not $(VENV))"
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cratelab needs Python 3.11 or newer as $(PYTHON); found: $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(PYTHON) cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,test,browse]'
+	@touch $@
+
+book: $(STAMP)
+	$(BIN)/python book/sync.py --check
+	$(BIN)/jupyter-book build book/ -W -n --keep-going
+
+test: $(STAMP)
+	$(SINGLE) $(BIN)/python -m pytest --nbval tests book -n $(WORKERS) --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	@for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+sync: $(STAMP)
+	$(BIN)/python book/sync.py
+
+browse: book
+	$(BIN)/python book/check_pages.py
+
+clean:
+	rm -rf book/_build build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
