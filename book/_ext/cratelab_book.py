@@ -1,0 +1,98 @@
+"""What the book asks of Sphinx beyond its packages: a status table, links in docstrings, no failed cells."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from docutils.statemachine import StringList
+from sphinx.errors import ExtensionError
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
+
+import cratelab
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # book/, where the chapters' own code is
+from check_chapters import LABEL, equation_labels
+
+
+class ExecutionTable(SphinxDirective):
+    """Table of execution.json: when and where each chapter was executed, and how long it took."""
+
+    def run(self):
+        path = Path(self.env.srcdir) / "execution.json"
+        self.env.note_dependency(str(path))
+        lines = ["| chapter | seconds | executed | Python | torch | numpy | on |", "|---|--:|---|---|---|---|---|"]
+        for slug, entry in json.loads(path.read_text(encoding="utf8")).items():
+            versions = f"{entry['python']} | {entry['torch']} | {entry['numpy']}"
+            machine = f"{entry['platform']}, {entry['cpu']}"
+            lines.append(f"| [](/{slug}) | {entry['seconds']} | {entry['date']} | {versions} | {machine} |")
+        return self.parse_text_to_nodes(StringList(lines, str(path)))
+
+
+ONLY_LABELS = re.compile(rf"\(({LABEL.pattern}(?:, {LABEL.pattern})*)\)")
+BACKTICKS = re.compile(r"(?<![`:\w])`([^`<>]+)`(?![`_])")
+
+
+def read_docstring(app, what, name, obj, options, lines):
+    """Docstrings are written for an editor's eye; make links of equation labels and public names, and tables of tables."""
+    labels = equation_labels(Path(app.srcdir))
+
+    def equation(match):
+        return f":eq:`{match[0]}`" if match[0] in labels else match[0]
+
+    def code(match):
+        public = match[1].removeprefix("cratelab.")
+        home = getattr(getattr(cratelab, public, None), "__module__", None)
+        return f":py:obj:`{match[1]} <{home}.{public}>`" if public in cratelab.__all__ and home else f"``{match[1]}``"
+
+    for i, line in enumerate(lines):
+        line = ONLY_LABELS.sub(r"\1", BACKTICKS.sub(code, line))  # an equation's link brings parentheses of its own
+        lines[i] = LABEL.sub(equation, line)
+    lines[:] = list_tables(lines)
+
+
+def list_tables(lines):
+    """Markdown tables, which reStructuredText does not know, as list-table directives."""
+    out = []
+    for line in lines:
+        text = line.strip()
+        if not text.startswith("|"):
+            out.append(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        if set(text) <= set("|-: "):  # the rule below the head
+            continue
+        if not out or not out[-1].startswith(f"{indent}     "):
+            out += [f"{indent}.. list-table::", f"{indent}   :header-rows: 1", ""]
+        first, *rest = text.strip("|").split("|")
+        out += [f"{indent}   * - {first.strip()}", *(f"{indent}     - {cell.strip()}" for cell in rest)]
+    return out
+
+
+def resolve_public_name(app, env, node, contnode):
+    """Let {py:func}`cratelab.ista` find cratelab.ista.ista: the public face re-exports what the modules define."""
+    package, _, name = node.get("reftarget", "").rpartition(".")
+    home = getattr(getattr(cratelab, name, None), "__module__", None)
+    if node.get("refdomain") != "py" or package != "cratelab" or home is None:
+        return None
+    found = env.get_domain("py").objects.get(f"{home}.{name}")
+    return found and make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, contnode)
+
+
+def refuse_failed_cells(app, docname, source):
+    """Stop the build at a notebook whose stored output is an error."""
+    if Path(app.env.doc2path(docname)).suffix != ".ipynb":
+        return
+    for number, cell in enumerate(json.loads(source[0])["cells"], start=1):
+        failed = any(output["output_type"] == "error" for output in cell.get("outputs", []))
+        if failed and "raises-exception" not in cell["metadata"].get("tags", []):
+            raise ExtensionError(f"{docname}.ipynb: cell {number} failed when it was executed. Run `make sync`.")
+
+
+def setup(app):
+    app.add_directive("execution-table", ExecutionTable)
+    app.connect("autodoc-process-docstring", read_docstring)
+    app.connect("missing-reference", resolve_public_name)
+    app.connect("source-read", refuse_failed_cells)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,127 @@
+"""What must hold of the chapters before the book is built, for `sync.py --check`, `make book` and tests/test_book.py.
+
+Each check yields messages that name the file, what is wrong and what to do. No message: all is well.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from chapters import BOOK, ROOT, differences, read, slugs
+
+MAX_CELLS = 40
+# A misspelt tag would silently do nothing, so only these may be used. nbval-skip is not among them: every cell is run.
+TAGS = {
+    *("hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell"),
+    *("nbval-ignore-output", "raises-exception", "full-width", "margin", "scroll-output"),
+}
+EQUATION = re.compile(r"^\$\$(?:(?!^\s*$).)*?\$\$[ \t]*\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
+LABEL = re.compile(r"eq-(\d\d)-[a-z0-9]+(?:-[a-z0-9]+)*")
+REFERENCE = re.compile(r"\{eq\}`(?:[^`<]*<)?([^`>]+)>?`")
+# Outputs that hold a path would change from machine to machine.
+PATHS = re.compile(r"/(?:home|Users|root|tmp)/\S+|/ipykernel_\S+")
+
+
+def check_pair(slug: str, book: Path = BOOK) -> Iterator[str]:
+    """The notebook is what its text gives: sources, ids and metadata."""
+    for difference in differences(slug, book):
+        yield f"book/{slug}.ipynb is out of sync with book/src/{slug}.md: {difference}. Run `make sync`."
+
+
+def check_executed(slug: str, book: Path = BOOK) -> Iterator[str]:
+    """Every code cell was executed, in order, without an error, a warning or a machine's path in its outputs."""
+    notebook = read(slug, book)
+    if notebook is None:
+        return  # check_pair says so
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        counts = [cell.execution_count for cell in code]
+        yield f"book/{slug}.ipynb: execution counts are {counts}, not 1 to {len(code)}. Run `make sync`."
+    for number, cell in enumerate(code, start=1):
+        where = f"book/{slug}.ipynb, code cell {number}"
+        expects_error = "raises-exception" in cell.metadata.get("tags", [])
+        kinds = [output.output_type for output in cell.outputs]
+        if "error" in kinds and not expects_error:
+            yield f"{where}: its stored output is an error. Mend book/src/{slug}.md and run `make sync`."
+        if expects_error and "error" not in kinds:
+            yield f"{where}: tagged raises-exception, but nothing was raised. Remove the tag, or raise."
+        if any(output.get("name") == "stderr" for output in cell.outputs):
+            yield f"{where}: something was written to stderr, such as a warning. Mend its cause."
+        if path := next((m for text in texts(cell.outputs) if (m := PATHS.search(text) or root_in(text))), None):
+            yield f"{where}: its output names a path of this machine ({path[0]}). Print something else."
+
+
+def root_in(text: str) -> re.Match | None:
+    return re.search(re.escape(str(ROOT)), text)
+
+
+def texts(outputs: list) -> Iterator[str]:
+    """Every text stored in a cell's outputs."""
+    for output in outputs:
+        yield output.get("text", "")
+        yield "\n".join(output.get("traceback", []))
+        yield from (value for kind, value in output.get("data", {}).items() if kind.startswith("text/"))
+
+
+def check_cells(slug: str, book: Path = BOOK) -> Iterator[str]:
+    """At most 40 cells, known tags only, and an assertion for every output that nbval is told to ignore."""
+    notebook = read(slug, book)
+    if notebook is None:
+        return
+    if len(notebook.cells) > MAX_CELLS:
+        yield f"book/src/{slug}.md: {len(notebook.cells)} cells with the set-up cell; at most {MAX_CELLS}. Split it."
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code):
+        tags = set(cell.metadata.get("tags", []))
+        if unknown := sorted(tags - TAGS):
+            yield f"book/src/{slug}.md, code cell {number + 1}: unknown tag {unknown[0]!r}; known: {sorted(TAGS)}"
+        beside = "".join(neighbour.source for neighbour in code[number : number + 2])
+        if "nbval-ignore-output" in tags and "assert" not in beside:
+            yield (
+                f"book/src/{slug}.md, code cell {number + 1}: its output is not compared (nbval-ignore-output), "
+                "so this cell or the next must assert what the reader should see"
+            )
+
+
+def equation_labels(book: Path = BOOK) -> dict[str, list[str]]:
+    """Equation label -> the chapters that define it (one, if all is well)."""
+    found: dict[str, list[str]] = {}
+    for slug in slugs(book):
+        for label in EQUATION.findall(source(slug, book)):
+            found.setdefault(label, []).append(slug)
+    return found
+
+
+def source(slug: str, book: Path = BOOK) -> str:
+    return (book / "src" / f"{slug}.md").read_text(encoding="utf8")
+
+
+def check_equations(book: Path = BOOK, library: Path = ROOT / "cratelab") -> Iterator[str]:
+    """Labels are eq-NN-… and unique; whatever the text and the docstrings refer to exists."""
+    labels = equation_labels(book)
+    for label, where in labels.items():
+        match = LABEL.fullmatch(label)
+        if not match or match[1] != where[0][:2]:
+            yield f"book/src/{where[0]}.md: equation label {label!r} should be eq-{where[0][:2]}-… in lower case"
+        if len(where) > 1:
+            yield f"equation label {label!r} is defined more than once: book/src/{', '.join(where)}"
+    for path in [*sorted((book / "src").glob("*.md")), *sorted(book.glob("*.md"))]:
+        for label in REFERENCE.findall(path.read_text(encoding="utf8")):
+            if label not in labels:
+                yield f"{path.relative_to(book.parent)}: {{eq}}`{label}` refers to no equation of the book"
+    for path in sorted(library.rglob("*.py")):
+        for label in sorted({match[0] for match in LABEL.finditer(path.read_text(encoding="utf8"))}):
+            if label not in labels:
+                yield f"{path.relative_to(library.parent)} cites {label}, which is no equation of the book"
+
+
+CHAPTER_CHECKS = (check_pair, check_executed, check_cells)
+
+
+def check_all(only: list[str] | None = None, book: Path = BOOK) -> list[str]:
+    """Every message of every check, for all chapters or those named."""
+    messages = [message for slug in only or slugs(book) for check in CHAPTER_CHECKS for message in check(slug, book)]
+    for path in sorted(book.glob("[0-9][0-9]_*.ipynb")):
+        if path.stem not in slugs(book):
+            messages.append(f"book/{path.name} has no text book/src/{path.stem}.md. Write it, or delete the notebook.")
+    return messages + list(check_equations(book))

@@ -1,0 +1,135 @@
+"""Generate and execute the notebooks of the book from their text.
+
+    python book/sync.py               every chapter whose text differs from its notebook
+    python book/sync.py 03_mssa       that chapter, if it differs
+    python book/sync.py --all         every chapter, whether it differs or not
+    python book/sync.py --check       change nothing; say what is out of sync or broken, and fail
+
+Only book/src/*.md is edited by hand. Two runs on one machine give the same notebooks, byte for byte.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+from chapters import BOOK, differences, generate, slugs
+from check_chapters import check_all
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat.notebooknode import NotebookNode
+
+CELL_TIMEOUT = 600  # seconds; a chapter is meant to take less than 60 in all
+SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Without it, each PNG names the version of matplotlib that drew it.
+PLAIN_PNG = "--InlineBackend.print_figure_kwargs={'bbox_inches': 'tight', 'metadata': {'Software': None}}"
+
+
+class ChapterError(RuntimeError):
+    """A cell of a chapter failed."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("chapters", nargs="*", metavar="NN_slug", help="only these chapters")
+    parser.add_argument("--all", action="store_true", help="execute again what has not changed, too")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if anything is wrong")
+    options = parser.parse_args(arguments)
+    chosen = [Path(name).stem for name in options.chapters] or slugs()
+    if unknown := sorted(set(chosen) - set(slugs())):
+        parser.error(f"no such chapter: {', '.join(unknown)}; book/src has {', '.join(slugs())}")
+
+    if not options.check:
+        for slug in chosen:
+            if options.all or differences(slug):
+                try:
+                    seconds = update(slug)
+                except ChapterError as error:
+                    print(f"{error}\nbook/{slug}.ipynb was left as it was.", file=sys.stderr)
+                    return 1
+                print(f"book/{slug}.ipynb: executed in {seconds:.1f} s")
+            else:
+                print(f"book/{slug}.ipynb: unchanged")
+
+    messages = check_all(chosen)
+    print(*messages, sep="\n", file=sys.stderr, end="\n" if messages else "")
+    if not messages:
+        print(f"{len(chosen)} chapters in sync")
+    return bool(messages)
+
+
+def update(slug: str, book: Path = BOOK) -> float:
+    """Generate and execute a chapter, write its notebook and its entry in execution.json; the seconds it took."""
+    notebook = generate(slug, book)
+    start = time.perf_counter()
+    execute(notebook, slug, book)
+    seconds = time.perf_counter() - start
+    write(book / f"{slug}.ipynb", nbformat.writes(notebook) + "\n")
+    record(slug, seconds, book)
+    return seconds
+
+
+def execute(notebook: NotebookNode, slug: str, book: Path = BOOK) -> None:
+    """Fill in the outputs, in a fresh kernel of this Python that runs in book/."""
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT,
+        record_timing=False,
+        coalesce_streams=True,  # else the number of stored pieces depends on how fast they came
+        resources={"metadata": {"path": str(book)}},
+        extra_arguments=[PLAIN_PNG, "--log-level=ERROR"],
+    )
+    with tempfile.TemporaryDirectory() as own:  # the settings of the reader's own IPython stay out
+        try:
+            client.execute(env=os.environ | SINGLE_THREAD | {"IPYTHONDIR": own})
+        except CellExecutionError as error:
+            code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+            number = next(i for i, cell in enumerate(code, 1) if any(o.output_type == "error" for o in cell.outputs))
+            raise ChapterError(f"book/src/{slug}.md, code cell {number} failed:\n{error}") from error
+    notebook.metadata.pop("language_info", None)  # names the Python in use
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":  # only in cells tagged raises-exception; the traceback has paths in it
+                output.traceback = [f"{output.ename}: {output.evalue}"]
+
+
+def record(slug: str, seconds: float, book: Path = BOOK) -> None:
+    """Note in execution.json, which the status page shows, when, where and how fast a chapter was executed."""
+    path = book / "execution.json"
+    entries = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    entries[slug] = {
+        "seconds": round(seconds, 1),
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": version("torch").split("+")[0],
+        "numpy": version("numpy"),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+    }
+    kept = {slug: entries[slug] for slug in slugs(book) if slug in entries}
+    write(path, json.dumps(kept, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf8", newline="\n")
+    new.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The book is whole: notebooks in sync with their text, executed, labelled; and each check fails when it should."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import chapters
+import check_chapters
+import nbformat
+import pytest
+import sync
+import yaml
+
+import cratelab
+
+ROOT, BOOK = chapters.ROOT, chapters.BOOK
+
+SAMPLE = """\
+# A chapter
+
+Some text.
+
+$$
+a = b
+$$ (eq-01-1)
+
+By {eq}`eq-01-1`, so.
+
+```{code-cell} python
+print(1 + 1)
+```
+
+```{code-cell} python
+:tags: [nbval-ignore-output]
+
+print(2)
+```
+
+```{code-cell} python
+assert 1 + 1 == 2
+```
+"""
+
+
+@pytest.mark.parametrize("check", check_chapters.CHAPTER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("slug", chapters.slugs())
+def test_chapter(slug, check):
+    assert list(check(slug)) == []
+
+
+def test_equations_and_references():
+    assert list(check_chapters.check_equations()) == []
+
+
+def test_every_chapter_is_in_the_table_of_contents_and_on_the_status_page():
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
+    listed = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    assert [name for name in listed if name[:2].isdigit()] == chapters.slugs()
+    assert list(json.loads((BOOK / "execution.json").read_text())) == chapters.slugs()
+
+
+def test_every_public_name_is_on_an_api_page():
+    documented = {
+        line.split("automodule::")[1].strip()
+        for page in (BOOK / "api").glob("*.md")
+        for line in page.read_text().splitlines()
+        if "automodule::" in line
+    }
+    for name in cratelab.__all__:
+        thing = getattr(cratelab, name)
+        home = getattr(thing, "__module__", None) or thing.__name__  # a module has a name only
+        inside = any(page == home or page.startswith(f"{home}.") for page in documented)
+        assert inside, f"cratelab.{name} is on no page of book/api: add one with `.. automodule:: {home}`"
+        assert thing.__doc__, f"cratelab.{name} has no docstring"
+
+
+def test_the_repository_address_stands_in_one_place():
+    address = chapters.repository_url().split("://")[1]
+    run = subprocess.run(["git", "grep", "-lF", address, "--", ":!*.ipynb"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode > 1:
+        pytest.skip("not a git checkout")
+    assert run.stdout.split() == ["book/_config.yml"]
+
+
+def test_built_copies_are_not_collected(tmp_path):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    notebook = nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]))
+    for folder in ("book", "book/_build/html/_sources", "book/.ipynb_checkpoints"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "chapter.ipynb").write_text(notebook)
+    command = [sys.executable, "-m", "pytest", "--nbval", "book/", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    collected = [line for line in run.stdout.splitlines() if "::" in line]
+    assert collected == ["book/chapter.ipynb::Cell 0"], run.stdout + run.stderr
+
+
+def test_setup_cell_is_short_and_does_nothing_here():
+    cell = chapters.SETUP.format(url="https://example.org/never")
+    assert len(cell.splitlines()) <= 4
+    exec(compile(ast.parse(cell), "set-up cell", "exec"), {})
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory) -> Path:
+    """A book of one small chapter, executed."""
+    book = tmp_path_factory.mktemp("sample") / "book"
+    (book / "src").mkdir(parents=True)
+    shutil.copy(BOOK / "_config.yml", book)
+    (book / "src" / "01_sample.md").write_text(SAMPLE)
+    sync.update("01_sample", book)
+    return book
+
+
+@pytest.fixture
+def book(executed, tmp_path) -> Path:
+    return Path(shutil.copytree(executed, tmp_path / "book"))
+
+
+def edit(book: Path, change) -> None:
+    """Apply `change` to the sample's notebook, behind the back of its text."""
+    notebook = chapters.read("01_sample", book)
+    change(notebook)
+    nbformat.write(notebook, book / "01_sample.ipynb")
+
+
+def rewrite(book: Path, old: str, new: str) -> None:
+    """Replace a piece of the sample's text, and generate its notebook without executing it."""
+    path = book / "src" / "01_sample.md"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    nbformat.write(chapters.generate("01_sample", book), book / "01_sample.ipynb")
+
+
+def messages(check, book: Path) -> str:
+    return "\n".join(check("01_sample", book))
+
+
+def test_sample_passes_every_check(book):
+    assert [messages(check, book) for check in check_chapters.CHAPTER_CHECKS] == ["", "", ""]
+    assert list(check_chapters.check_equations(book, library=book)) == []
+
+
+def test_executing_again_gives_the_same_bytes(book):
+    before = (book / "01_sample.ipynb").read_bytes()
+    sync.update("01_sample", book)
+    assert (book / "01_sample.ipynb").read_bytes() == before
+
+
+def test_failing_cell_is_named_and_leaves_the_notebook(book):
+    before = (book / "01_sample.ipynb").read_bytes()
+    path = book / "src" / "01_sample.md"
+    path.write_text(path.read_text().replace("print(1 + 1)", "1 / 0"))
+    with pytest.raises(sync.ChapterError, match=r"01_sample\.md, code cell 2 failed[\s\S]*ZeroDivisionError"):
+        sync.update("01_sample", book)
+    assert (book / "01_sample.ipynb").read_bytes() == before
+
+
+def test_chapter_without_a_title_is_refused(book):
+    with pytest.raises(ValueError, match="starts with a Markdown cell"):
+        rewrite(book, "# A chapter", "No title")
+
+
+def test_equal_cells_get_different_ids(book):
+    rewrite(book, "print(2)", "print(1 + 1)")
+    ids = [cell.id for cell in chapters.read("01_sample", book).cells]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda notebook: notebook.cells[2].update(source="print(3)"), "differs in source"),
+        (lambda notebook: notebook.cells[2].update(id="other"), "differs in id"),
+        (lambda notebook: notebook.cells[2].metadata.update(tags=["hide-cell"]), "differs in metadata"),
+        (lambda notebook: notebook.metadata.update(language_info={"name": "python"}), "notebook metadata"),
+        (lambda notebook: notebook.cells.pop(), "cells"),
+    ],
+)
+def test_pair_out_of_sync_is_noticed(book, change, complaint):
+    edit(book, change)
+    assert complaint in messages(check_chapters.check_pair, book)
+
+
+def test_missing_notebook_is_noticed(book):
+    (book / "01_sample.ipynb").unlink()
+    assert "does not exist" in messages(check_chapters.check_pair, book)
+
+
+def output(kind: str, **fields):
+    return [nbformat.v4.new_output(kind, **fields)]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"execution_count": None}, "execution counts"),
+        ({"outputs": output("error", ename="ValueError", evalue="no", traceback=[])}, "is an error"),
+        ({"outputs": output("stream", name="stderr", text="Warning")}, "stderr"),
+        ({"outputs": output("stream", name="stdout", text="/home/someone/file")}, "a path of this machine"),
+        ({"metadata": {"tags": ["raises-exception"]}}, "nothing was raised"),
+    ],
+)
+def test_unusable_output_is_noticed(book, change, complaint):
+    edit(book, lambda notebook: notebook.cells[3].update(change))
+    assert complaint in messages(check_chapters.check_executed, book)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("[nbval-ignore-output]", "[hide_input]", "unknown tag 'hide_input'"),
+        ("assert 1 + 1 == 2", "print(4)", "must assert"),
+        ("print(1 + 1)\n```", "print(1 + 1)\n```\n" + "\n```{code-cell} python\n1\n```\n" * 40, "at most 40"),
+    ],
+)
+def test_unsuitable_cell_is_noticed(book, old, new, complaint):
+    rewrite(book, old, new)
+    assert complaint in messages(check_chapters.check_cells, book)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("(eq-01-1)\n", "(eq-02-1)\n", "should be eq-01-"),
+        ("Some text.", "$$\nc\n$$ (eq-01-1)", "more than once"),
+        ("{eq}`eq-01-1`", "{eq}`eq-01-9`", "refers to no equation"),
+    ],
+)
+def test_wrong_label_is_noticed(book, old, new, complaint):
+    rewrite(book, old, new)
+    assert complaint in "\n".join(check_chapters.check_equations(book, library=book))
+
+
+def test_docstring_that_cites_no_equation_is_noticed(book, tmp_path):
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "module.py").write_text('"""As in eq-01-1 and eq-07-3."""')
+    (message,) = check_chapters.check_equations(book, library=tmp_path / "library")
+    assert message.startswith("library/module.py cites eq-07-3")
