@@ -1,0 +1,123 @@
+"""CRATE, the language model whose blocks are one step of MSSA and two of ISTA (chapter 5).
+
+A block turns tokens Z into Z^{½} = Z + MSSA(LN(Z)), codes A = ISTA(LN(Z^{½})) and new tokens D A. There is no residual
+around ISTA: the next layer sees nothing but atoms that fired. The codes pass through `block.neurons`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor, nn
+
+from cratelab.ista import Ista
+from cratelab.language_model import LanguageModel, LanguageModelConfig, load_foreign
+from cratelab.mssa import Mssa
+
+
+@dataclass
+class CrateConfig(LanguageModelConfig):
+    """`LanguageModelConfig` and the constants of ISTA, officially fixed.
+
+    Attributes:
+        expansion: h/d, atoms per dimension.
+        step_size: η.
+        lam: λ; the threshold of a step is ηλ.
+        n_steps: T, ISTA steps from a zero code.
+        ista_residual: add the tokens to D A; officially not.
+    """
+
+    expansion: int = 4
+    step_size: float = 0.1
+    lam: float = 0.1
+    n_steps: int = 2
+    ista_residual: bool = False
+
+
+class CrateBlock(nn.Module):
+    """One layer (eq-05-1): (b, n, d) to (b, n, d)."""
+
+    def __init__(self, config: CrateConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = Mssa(config.width, config.n_heads)
+        self.ista_norm = nn.LayerNorm(config.width)
+        self.ista = Ista(config.width, config.expansion, config.step_size, config.lam, config.n_steps)
+        self.neurons = nn.Identity()
+        self.ista_residual = config.ista_residual
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache, position)
+        atoms = self.ista.decode(self.neurons(self.ista.encode(self.ista_norm(x))))
+        return x + atoms if self.ista_residual else atoms
+
+
+class Crate(LanguageModel):
+    """CRATE as in Bai & Ma (2024).
+
+    | tensor | starts as |
+    |---|---|
+    | embeddings, MSSA projections | N(0, 0.02²) |
+    | MSSA outputs | N(0, 0.02²/(2L)), bias 0 |
+    | dictionaries Dᵀ | Kaiming-uniform with fan-in d |
+    | LayerNorms | weight 1, bias 0 |
+    """
+
+    config_class = CrateConfig
+
+    def __init__(self, config: CrateConfig):
+        super().__init__(config, CrateBlock, nn.LayerNorm(config.width))
+        for embedding in self.token_embedding, self.position_embedding:
+            nn.init.normal_(embedding.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.normal_(block.attention.projection.weight, std=0.02)
+            nn.init.normal_(block.attention.output.weight, std=0.02 / (2 * config.n_layers) ** 0.5)
+            nn.init.zeros_(block.attention.output.bias)
+
+    @classmethod
+    def from_official(cls, path: str | Path) -> Self:
+        """The model in a checkpoint of the official training code, in evaluation mode.
+
+        Args:
+            path: the file, holding `model` (a state dict, compiled or not) and `model_args`. Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not such a checkpoint, or a key is missing, left over or misshapen; each is named.
+        """
+        path = Path(path)
+        checkpoint = load_foreign(path)
+        if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+            held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+            raise ValueError(f"{path} is no official checkpoint: expected the entries model and model_args, got {held}")
+        args = checkpoint["model_args"]
+        names = dict(
+            n_layers="n_layer", n_heads="n_head", width="n_embd", vocab_size="vocab_size", context="block_size"
+        )
+        if missing := [name for name in names.values() if name not in args]:
+            raise ValueError(f"model_args of {path} lacks {', '.join(missing)}")
+        weights = {_own_name(key.removeprefix("_orig_mod.")): tensor for key, tensor in checkpoint["model"].items()}
+        head = weights.pop("lm_head.weight", None)
+        if head is not None and not head.equal(weights.get("token_embedding.weight", head)):
+            raise ValueError(f"{path}: lm_head.weight differs from transformer.wte.weight, but CRATE ties them")
+        model = cls(CrateConfig(**{own: args[name] for own, name in names.items()}))
+        model.load_weights(weights, path)
+        return model.eval()
+
+
+_OFFICIAL_NAMES = {
+    "transformer.wte.": "token_embedding.",
+    "transformer.wpe.": "position_embedding.",
+    "transformer.ln_f.": "norm.",
+    "transformer.h.": "blocks.",
+    ".prenorm_1.": ".attention_norm.",
+    ".attn.c_attn.": ".attention.projection.",
+    ".attn.c_proj.": ".attention.output.",
+    ".prenorm_2.": ".ista_norm.",
+}
+
+
+def _own_name(key: str) -> str:
+    for official, own in _OFFICIAL_NAMES.items():
+        key = key.replace(official, own)
+    return key

@@ -1,0 +1,192 @@
+"""GPT-2, the model CRATE is compared with: the same trunk, attention and an MLP in the block (chapter 5).
+
+As in the comparison of Bai & Ma (2024) it has no biases and ReLU by default, so that its MLP activations are
+non-negative "neurons" like CRATE's codes; with biases and `gelu_new` it is OpenAI's GPT-2 and takes its weights.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cratelab.language_model import LanguageModel, LanguageModelConfig, load_foreign
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
+
+
+@dataclass
+class Gpt2Config(LanguageModelConfig):
+    """`LanguageModelConfig` and what differs between the paper's GPT-2 and OpenAI's.
+
+    Attributes:
+        expansion: h/d, MLP neurons per dimension.
+        activation: "relu" (the paper), "gelu" or "gelu_new" (OpenAI's).
+        bias: biases in the matrices and LayerNorms; the paper's has none, OpenAI's has.
+        norm_eps: added to the variance in LayerNorm.
+    """
+
+    expansion: int = 4
+    activation: str = "relu"
+    bias: bool = False
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with separate queries, keys and values; (b, n, d) to (b, n, d)."""
+
+    cache_tensors = 2
+
+    def __init__(self, config: Gpt2Config):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.projection = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.output = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+        """Attend over `x` (b, n, d), or over the cache (2, b, k, context, p) extended at `position` by `x`."""
+        projected = rearrange(self.projection(x), "b n (three k p) -> three b k n p", three=3, k=self.n_heads)
+        query, key_value = projected[0], projected[1:]
+        if cache is not None:
+            cache[:, :, :, position : position + x.shape[1]] = key_value
+            key_value = cache[:, :, :, : position + x.shape[1]]
+        attended = F.scaled_dot_product_attention(query, *key_value, is_causal=position == 0)
+        return self.output(rearrange(attended, "b k n p -> b n (k p)"))
+
+
+class Gpt2Block(nn.Module):
+    """Attention, then an MLP whose activations pass through `neurons`; (b, n, d) to (b, n, d)."""
+
+    def __init__(self, config: Gpt2Config):
+        super().__init__()
+        hidden = config.expansion * config.width
+        self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
+        self.mlp_in = nn.Linear(config.width, hidden, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.neurons = nn.Identity()
+        self.mlp_out = nn.Linear(hidden, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache, position)
+        return x + self.mlp_out(self.neurons(self.activation(self.mlp_in(self.mlp_norm(x)))))
+
+
+class Gpt2(LanguageModel):
+    """GPT-2 as in Bai & Ma (2024), or OpenAI's.
+
+    | tensor | starts as |
+    |---|---|
+    | embeddings, attention projections, first MLP matrices | N(0, 0.02²) |
+    | attention outputs, second MLP matrices | N(0, 0.02²/(2L)) |
+    | LayerNorms | weight 1 |
+    | biases, where there are any | 0 |
+    """
+
+    config_class = Gpt2Config
+
+    def __init__(self, config: Gpt2Config):
+        super().__init__(config, Gpt2Block, nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for matrix in block.attention.output, block.mlp_out:
+                nn.init.normal_(matrix.weight, std=0.02 / (2 * config.n_layers) ** 0.5)
+
+    @classmethod
+    def from_huggingface(cls, path: str | Path) -> Self:
+        """The model in a folder of Hugging Face `gpt2` weights, in evaluation mode.
+
+        Args:
+            path: folder with config.json and model.safetensors or pytorch_model.bin. Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the configuration is not GPT-2's, or a key is missing, left over or misshapen; each is named.
+        """
+        folder = Path(path)
+        config = _config_from_huggingface(folder / "config.json")
+        files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+        file = next((file for file in files if file.exists()), None)
+        if file is None:
+            raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+        weights = {}
+        for key, tensor in load_foreign(file).items():
+            key = key.removeprefix("transformer.")
+            if key.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # causal masks that old files carry as buffers
+            if ".c_" in key and key.endswith(".weight"):
+                tensor = tensor.mT  # stored as (in, out)
+            weights[_own_name(key)] = tensor
+        head = weights.pop("lm_head.weight", None)
+        if head is not None and not head.equal(weights.get("token_embedding.weight", head)):
+            raise ValueError(f"{file}: lm_head.weight differs from wte.weight, but GPT-2 ties them")
+        model = cls(config)
+        model.load_weights(weights, file)
+        return model.eval()
+
+
+def _config_from_huggingface(file: Path) -> Gpt2Config:
+    foreign = json.loads(file.read_text())
+    if foreign.get("model_type") != "gpt2":
+        raise ValueError(f"{file} describes a model of type {foreign.get('model_type')!r}; expected 'gpt2'")
+    if missing := [name for name in ("n_layer", "n_head", "n_embd", "vocab_size") if name not in foreign]:
+        raise ValueError(f"{file} lacks {', '.join(missing)}")
+    width = foreign["n_embd"]
+    hidden = foreign.get("n_inner") or 4 * width
+    unsupported = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    }
+    changed = [name for name, usual in unsupported.items() if foreign.get(name, usual) != usual]
+    if changed or hidden % width:
+        raise ValueError(
+            f"{file} asks for what this GPT-2 does not do: {', '.join(changed) or f'n_inner={hidden}, n_embd={width}'}"
+        )
+    return Gpt2Config(
+        n_layers=foreign["n_layer"],
+        n_heads=foreign["n_head"],
+        width=width,
+        vocab_size=foreign["vocab_size"],
+        context=foreign.get("n_positions", 1024),
+        expansion=hidden // width,
+        activation=foreign.get("activation_function", "gelu_new"),
+        bias=True,
+        norm_eps=foreign.get("layer_norm_epsilon", 1e-5),
+    )
+
+
+_HUGGINGFACE_NAMES = {
+    "wte.": "token_embedding.",
+    "wpe.": "position_embedding.",
+    "ln_f.": "norm.",
+    "ln_1.": "attention_norm.",
+    "ln_2.": "mlp_norm.",
+    "attn.c_attn.": "attention.projection.",
+    "attn.c_proj.": "attention.output.",
+    "mlp.c_fc.": "mlp_in.",
+    "mlp.c_proj.": "mlp_out.",
+}
+
+
+def _own_name(key: str) -> str:
+    if key.startswith("h."):
+        key = "blocks." + key.removeprefix("h.")
+    for foreign, own in _HUGGINGFACE_NAMES.items():
+        key = key.replace(foreign, own)
+    return key

@@ -1,0 +1,276 @@
+"""The trunk that CRATE and GPT-2 share: embeddings, pre-norm blocks, tied head, generation with a cache, files.
+
+Notable: learned positions, weight tying without a second tensor, one named site `block.neurons` in every block, and a
+cache that asks each attention how many tensors it has to remember (one for MSSA, two for attention).
+"""
+
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def best_device() -> torch.device:
+    """CUDA where there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@dataclass
+class LanguageModelConfig:
+    """What every model of the family is told.
+
+    Attributes:
+        n_layers: L blocks.
+        n_heads: K subspaces or attention heads.
+        width: d.
+        vocab_size: v; GPT-2's 50,257 tokens padded to a multiple of 64 by default.
+        context: largest number of tokens the model sees at once.
+    """
+
+    n_layers: int
+    n_heads: int
+    width: int
+    vocab_size: int = 50_304
+    context: int = 1024
+
+    presets: ClassVar[dict[str, dict]] = {
+        "toy": dict(n_layers=2, n_heads=4, width=64, vocab_size=256, context=128),
+        "1L": dict(n_layers=1, n_heads=4, width=128),
+        "2L": dict(n_layers=2, n_heads=4, width=128),
+        "3L": dict(n_layers=3, n_heads=4, width=128),
+        "S": dict(n_layers=6, n_heads=12, width=768),
+        "B": dict(n_layers=12, n_heads=12, width=768),
+    }
+
+    def __post_init__(self):
+        for name in ("n_layers", "n_heads", "width", "vocab_size", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.width % self.n_heads:
+            raise ValueError(
+                f"the width must be a multiple of the heads; got width={self.width}, n_heads={self.n_heads}"
+            )
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> Self:
+        """The paper's sizes "1L", "2L", "3L", "S", "B", and "toy" for a laptop; any field may be overridden.
+
+        Raises:
+            ValueError: there is no preset `name`.
+        """
+        if name not in cls.presets:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(cls.presets)}")
+        return cls(**cls.presets[name] | overrides)
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, next-token logits out (eq-05-2). Subclasses say what a block is and how it starts.
+
+    A block takes (x, cache, position) with x (b, n, d), has an `attention` with the attribute `cache_tensors`, and a
+    `neurons` identity through which its (b, n, h) neuron activations pass: hook that site to record or to steer.
+    """
+
+    config_class: ClassVar[type[LanguageModelConfig]]
+
+    def __init__(self, config: LanguageModelConfig, block: type[nn.Module], norm: nn.Module):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
+        self.norm = norm
+
+    def forward(self, tokens: Tensor, cache: list[Tensor] | None = None, position: int = 0) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: (b, n) integers below `vocab_size`, n at most `context`.
+            cache: from `new_cache`; filled in place.
+            position: how many tokens the cache already holds. From there on tokens come one at a time.
+
+        Returns:
+            (b, n, v).
+
+        Raises:
+            ValueError: the tokens are not (b, n) integers, reach past the context, or follow a cache in bulk.
+        """
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < 1:
+            raise ValueError(f"tokens must be (b, n) integers with n >= 1; got {tokens.dtype} {tuple(tokens.shape)}")
+        n = tokens.shape[1]
+        if position + n > self.config.context:
+            raise ValueError(f"the context is {self.config.context} tokens; got {position + n}: crop them to the last")
+        if position and n > 1:
+            raise ValueError(f"after the first call a cache takes one token at a time; got {n} at position {position}")
+        x = self.token_embedding(tokens)
+        x = x + self.position_embedding.weight[position : position + n]
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache[i] if cache else None, position)
+        return F.linear(self.norm(x), self.token_embedding.weight)
+
+    def count_parameters(self, positions: bool = True) -> int:
+        """Trainable scalars; without `positions`, as the paper counts them."""
+        n = sum(parameter.numel() for parameter in self.parameters())
+        return n if positions else n - self.position_embedding.weight.numel()
+
+    def new_cache(self, batch: int) -> list[Tensor]:
+        """One empty (cache_tensors, b, k, context, p) tensor a layer: half as large for MSSA as for attention."""
+        c, weight = self.config, self.token_embedding.weight
+        shape = batch, c.n_heads, c.context, c.width // c.n_heads
+        return [weight.new_empty(block.attention.cache_tensors, *shape) for block in self.blocks]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        n_new: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Continue each row of `tokens` by sampling.
+
+        Args:
+            tokens: prompts, (b, n) integers, n at least 1.
+            n_new: tokens to add at most.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: sample among the k most likely tokens only.
+            seed: makes the draw repeatable; without it torch's global generator is used.
+            stop: a token that ends its row; the row is filled up with it, and all rows done ends the call.
+
+        Returns:
+            (b, n + at most n_new), prompts included.
+
+        Past the context the cache is of no use, since positions are learned: the last window is then encoded anew for
+        every token, and a warning says so.
+
+        Raises:
+            ValueError: a prompt is empty, a token is not in the vocabulary, or an option is out of range.
+        """
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < 1:
+            raise ValueError(
+                f"prompts must be (b, n) integers with at least one token; got {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"tokens must lie in [0, {self.config.vocab_size}); got {int(tokens.min())} to {int(tokens.max())}"
+            )
+        if n_new < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(
+                "generate needs n_new >= 0, temperature >= 0 and top_k >= 1; "
+                f"got n_new={n_new}, temperature={temperature}, top_k={top_k}"
+            )
+        context = self.config.context
+        if tokens.shape[1] + n_new - 1 > context:
+            warnings.warn(
+                f"{tokens.shape[1] + n_new} tokens do not fit the context of {context}: "
+                "past it the last window is encoded anew for every token",
+                stacklevel=2,
+            )
+        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+        cache = self.new_cache(len(tokens))
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        cached = 0
+        for _ in range(n_new):
+            if tokens.shape[1] <= context:
+                logits = self(tokens[:, cached:], cache, cached)[:, -1]
+                cached = tokens.shape[1]
+            else:
+                logits = self(tokens[:, -context:])[:, -1]
+            new = _sample(logits, temperature, top_k, generator)
+            if stop is not None:
+                new = new.masked_fill(done, stop)
+                done |= new == stop
+            tokens = torch.cat([tokens, new[:, None]], 1)
+            if stop is not None and bool(done.all()):
+                break
+        return tokens
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into `folder`, each replaced whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, config = folder / "model.safetensors.part", folder / "config.json.part"
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
+        config.write_text(json.dumps({"model": type(self).__name__, **asdict(self.config)}, indent=2) + "\n")
+        os.replace(weights, folder / "model.safetensors")
+        os.replace(config, folder / "config.json")
+
+    def load_weights(self, weights: dict[str, Tensor], source: str | Path) -> None:
+        """Take every parameter from `weights`.
+
+        Raises:
+            ValueError: keys are missing, left over or of another shape; each is named, with `source`.
+        """
+        own = self.state_dict()
+        problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in weights]
+        problems += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in own]
+        problems += [
+            f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ]
+        if problems:
+            raise ValueError(f"{source} does not fit {type(self).__name__}({self.config}):\n  " + "\n  ".join(problems))
+        self.load_state_dict(weights)
+
+
+def load(folder: str | Path) -> LanguageModel:
+    """The model that `save` wrote into `folder`, on the CPU and in evaluation mode.
+
+    Raises:
+        FileNotFoundError: `folder` holds no config.json or model.safetensors.
+        ValueError: config.json names no known model, or the weights do not fit it.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        name = config.pop("model")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} was not written by save(): {error!r}") from error
+    classes = {subclass.__name__: subclass for subclass in LanguageModel.__subclasses__()}
+    if name not in classes:
+        raise ValueError(f"{folder / 'config.json'} names the model {name!r}; known are {', '.join(sorted(classes))}")
+    try:
+        config = classes[name].config_class(**config)
+    except TypeError as error:
+        raise ValueError(f"{folder / 'config.json'} does not fit {name}: {error}") from error
+    model = classes[name](config)
+    model.load_weights(load_foreign(folder / "model.safetensors"), folder / "model.safetensors")
+    return model.eval()
+
+
+def load_foreign(path: Path) -> dict:
+    """What a .safetensors or torch file from elsewhere holds, without unpickling any object.
+
+    Raises:
+        ValueError: the file is neither, or would need unpickling.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as plain tensors, and nothing else is ever unpickled: {error}"
+        ) from error
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

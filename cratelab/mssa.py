@@ -1,0 +1,206 @@
+"""From the gradient of R^c to multi-head subspace self-attention, one approximation at a time (chapter 3).
+
+With W_k = U_kᵀZ, s = p/(nε²) and κ the step size, the chain is
+
+    exact            Z − κ s Σ_k U_k W_k (I + s W_kᵀW_k)⁻¹                `compression_step`
+    Neumann, order m the inverse as Σ_{j≤m} (−s W_kᵀW_k)^j                `neumann_gradient`
+    Σ_k U_kU_kᵀ ≈ I  (1 − κs) Z + κ s² Σ_k U_k W_k (W_kᵀW_k)              `attention_step` with `gram_attention`
+    softmax          (1 − κs) Z + κ s² Σ_k U_k W_k softmax(W_kᵀW_k/√p)    `attention_step` with `mssa`
+    learned          Z + W_out [SSA_1; …; SSA_K] + b                      `Mssa`, inside a residual block
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from cratelab.coding_rate import project, subspace_rate_gradient
+
+
+def compression_step(z: Tensor, U: Tensor, step_size: float, eps: float = 0.5) -> Tensor:
+    """One exact gradient step that compresses the tokens, Z − κ∇R^c (eq-03-1).
+
+    Args:
+        z: tokens, (..., n, d).
+        U: subspace bases, (k, d, p).
+        step_size: κ > 0.
+        eps: precision ε > 0.
+
+    Returns:
+        The moved tokens, (..., n, d).
+
+    Raises:
+        ValueError: as `cratelab.coding_rate.subspace_rate`.
+
+    Source: Yu et al. (2023), eq. 10.
+    """
+    return z - step_size * subspace_rate_gradient(z, U, eps)
+
+
+def neumann_gradient(z: Tensor, U: Tensor, eps: float = 0.5, order: int = 1) -> Tensor:
+    """∇R^c with the inverse replaced by its Neumann series up to `order` (eq-03-3).
+
+    s Σ_k U_k W_k Σ_{j≤order} (−s W_kᵀW_k)^j with s = p/(nε²). The series converges to `subspace_rate_gradient` where
+    s‖W_k‖² < 1 for every k, and diverges with the order elsewhere.
+
+    Args:
+        z: tokens, (..., n, d).
+        U: subspace bases, (k, d, p).
+        eps: precision ε > 0.
+        order: highest power kept; 1 is the order that leads to attention.
+
+    Returns:
+        The approximate gradient, (..., n, d).
+
+    Raises:
+        ValueError: `order` is negative, `eps` is not positive, or the shapes do not fit.
+
+    Source: Yu et al. (2023), appendix A.2.
+    """
+    if order < 0 or not eps > 0:
+        raise ValueError(f"neumann_gradient needs order >= 0 and eps > 0; got order={order}, eps={eps}")
+    w = project(z, U)
+    n, p = w.shape[-2:]
+    scale = p / (n * eps**2)
+    gram = w.mT @ w if p < n else w @ w.mT
+    term = total = w
+    for _ in range(order):  # Horner would need the powers too; each term is one product with the p×p or n×n matrix
+        term = -scale * (term @ gram if p < n else gram @ term)
+        total = total + term
+    return einsum(scale * total, U, "... k n p, k d p -> ... n d")
+
+
+def gram_attention(z: Tensor, U: Tensor) -> Tensor:
+    """Attention by plain inner products, Σ_k U_k W_k (W_kᵀW_k) (eq-03-4): what softmax then replaces.
+
+    Args:
+        z: tokens, (..., n, d).
+        U: subspace bases, (k, d, p).
+
+    Returns:
+        (..., n, d).
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    w = project(z, U)
+    n, p = w.shape[-2:]
+    attended = w @ (w.mT @ w) if p < n else (w @ w.mT) @ w
+    return einsum(attended, U, "... k n p, k d p -> ... n d")
+
+
+def attention_map(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
+    """Softmax weights with which each token attends to every other, one map a subspace (eq-03-5).
+
+    Args:
+        z: tokens, (..., n, d).
+        U: subspace bases, (k, d, p).
+        causal: a token attends to itself and to earlier tokens only.
+        scale: factor on the inner products; 1/√p unless given.
+
+    Returns:
+        (..., k, n, n); rows (queries) sum to 1 over the last axis (keys).
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    w = project(z, U)
+    n, p = w.shape[-2:]
+    similarity = (p**-0.5 if scale is None else scale) * w @ w.mT
+    if causal:
+        future = torch.ones(n, n, dtype=torch.bool, device=z.device).triu(1)
+        similarity = similarity.masked_fill(future, -torch.inf)
+    return similarity.softmax(-1)
+
+
+def mssa(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
+    """Multi-head subspace self-attention, Σ_k U_k SSA_k(Z), without the factor p/(nε²) (eq-03-5, eq-03-6).
+
+    SSA_k(Z) = W_k softmax(W_kᵀW_k · scale) with W_k = U_kᵀZ: query, key and value are one and the same projection.
+
+    Args:
+        z: tokens, (..., n, d).
+        U: subspace bases, (k, d, p).
+        causal: a token attends to itself and to earlier tokens only.
+        scale: factor on the inner products before the softmax; 1/√p unless given (the derivation has 1).
+
+    Returns:
+        (..., n, d).
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Source: Yu et al. (2023), eqs. 11 and 12.
+    """
+    w = project(z, U)
+    attended = F.scaled_dot_product_attention(w, w, w, is_causal=causal, scale=scale)
+    return einsum(attended, U, "... k n p, k d p -> ... n d")
+
+
+def attention_step(
+    z: Tensor, U: Tensor, step_size: float, eps: float = 0.5, attention: Callable[[Tensor, Tensor], Tensor] = mssa
+) -> Tensor:
+    """The compression step once Σ_k U_kU_kᵀ ≈ I has been used, (1 − κs)Z + κs²·attention(Z) with s = p/(nε²) (eq-03-7).
+
+    Args:
+        z: tokens, (..., n, d).
+        U: subspace bases, (k, d, p).
+        step_size: κ > 0.
+        eps: precision ε > 0.
+        attention: `gram_attention` (first-order Neumann) or `mssa` (softmax as well).
+
+    Returns:
+        The moved tokens, (..., n, d).
+
+    Raises:
+        ValueError: `eps` is not positive, or the shapes do not fit.
+
+    Source: Yu et al. (2023), eq. 13.
+    """
+    if not eps > 0:
+        raise ValueError(f"the precision eps must be positive; got {eps}")
+    scale = U.shape[-1] / (z.shape[-2] * eps**2)
+    return (1 - step_size * scale) * z + step_size * scale**2 * attention(z, U)
+
+
+class Mssa(nn.Module):
+    """MSSA as a layer (eq-03-8): one projection for query, key and value, a learned output matrix in place of the U_k.
+
+    Args:
+        width: d.
+        n_heads: K subspaces of dimension p = d/K.
+        causal: a token attends to itself and to earlier tokens only.
+
+    Input and output are (b, n, d). Parameters: `projection.weight` (d, d) holds U_kᵀ in rows kp to (k+1)p;
+    `output.weight` (d, d) and `output.bias` (d,).
+
+    Raises:
+        ValueError: `n_heads` does not divide `width`.
+    """
+
+    cache_tensors = 1  # query, key and value are one tensor, so one is all that generation has to remember
+
+    def __init__(self, width: int, n_heads: int, causal: bool = True):
+        super().__init__()
+        if width % n_heads:
+            raise ValueError(f"the width must be a multiple of the heads; got width={width}, n_heads={n_heads}")
+        self.n_heads, self.causal = n_heads, causal
+        self.projection = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width)
+
+    @property
+    def U(self) -> Tensor:
+        """The subspace bases, (k, d, p); a view of `projection.weight`."""
+        return rearrange(self.projection.weight, "(k p) d -> k d p", k=self.n_heads)
+
+    def forward(self, z: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+        """Attend over `z` (b, n, d), or over the cache (1, b, k, context, p) extended at `position` by `z`."""
+        w = rearrange(self.projection(z), "b n (k p) -> b k n p", k=self.n_heads)
+        keys = w
+        if cache is not None:
+            cache[0, :, :, position : position + z.shape[1]] = w
+            keys = cache[0, :, :, : position + z.shape[1]]
+        attended = F.scaled_dot_product_attention(w, keys, keys, is_causal=self.causal and position == 0)
+        return self.output(rearrange(attended, "b k n p -> b n (k p)"))

@@ -1,0 +1,27 @@
+import numpy as np
+import pytest
+import torch
+
+from cratelab.language_model import best_device
+
+if best_device().type == "cuda":  # the whole suite then runs there
+    torch.set_default_device("cuda")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+def tokens(*batch: int, n: int = 10, d: int = 8, dtype=torch.float64, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(*batch, n, d, dtype=dtype)
+
+
+def subspaces(k: int = 4, d: int = 8, p: int = 2, orthogonal: bool = False) -> torch.Tensor:
+    """(k, d, p) with orthonormal columns; with `orthogonal` also orthogonal to each other (k·p ≤ d)."""
+    if orthogonal:
+        basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+        return basis[:, : k * p].reshape(d, k, p).permute(1, 0, 2).contiguous()
+    return torch.linalg.qr(torch.randn(k, d, p, dtype=torch.float64)).Q

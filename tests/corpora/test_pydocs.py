@@ -1,0 +1,57 @@
+import inspect
+import json.decoder
+import textwrap
+
+import pytest
+
+from cratelab.corpora import pydocs
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return list(pydocs.standard_library())
+
+
+def test_it_holds_what_python_itself_shows_as_documentation(documents):
+    texts = {document.meta["path"]: document.text for document in documents}
+    for module, path, domain in [(json.decoder, "json/decoder.py", "json"), (textwrap, "textwrap.py", "textwrap")]:
+        members = [
+            member for _, member in inspect.getmembers(module) if getattr(member, "__module__", "") == module.__name__
+        ]
+        for documented in [*members, module]:
+            if documented.__doc__:
+                assert inspect.getdoc(documented).strip() in texts[path]
+    domains = {document.meta["path"]: document.meta["domain"] for document in documents}
+    assert domains["json/decoder.py"] == "json" and domains["textwrap.py"] == "textwrap"
+
+
+def test_it_is_large_and_mostly_english_letters(documents):
+    text = "".join(document.text for document in documents)
+    assert len(text) > 1_000_000
+    assert sum(character.isascii() for character in text) / len(text) > 0.999
+    assert len({document.meta["domain"] for document in documents}) > 100
+
+
+def test_it_is_the_same_each_time_and_has_no_tests_or_packages_in_it(documents):
+    paths = [document.meta["path"] for document in documents]
+    assert paths == sorted(paths, key=lambda path: path.split("/")) and len(set(paths)) == len(paths)
+    assert not [path for path in paths if "site-packages" in path or "/test/" in path or path.startswith("test/")]
+    assert next(pydocs.standard_library()) == documents[0]
+
+
+def test_sources_are_read_not_run_and_broken_ones_left_out(tmp_path):
+    (tmp_path / "loud.py").write_text(
+        '"""Loud."""\nraise SystemExit("was run")\ndef f():\n    """Inner.\n\n       Indented."""\n'
+    )
+    (tmp_path / "broken.py").write_text('"""Broken."""\ndef (:\n')
+    (tmp_path / "binary.py").write_bytes(b'"""\xff\xfe"""\n')
+    (tmp_path / "silent.py").write_text("x = 1\n")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "inside.py").write_text('"""Test."""\n')
+    (document,) = pydocs.standard_library(tmp_path)
+    assert document == pydocs.Document("Loud.\n\nInner.\n\nIndented.\n", {"domain": "loud", "path": "loud.py"})
+
+
+def test_a_folder_without_sources_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no Python sources"):
+        list(pydocs.standard_library(tmp_path))

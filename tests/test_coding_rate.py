@@ -1,0 +1,164 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import cratelab as cl
+
+from conftest import subspaces, tokens
+
+RATES = {
+    "coding_rate": lambda z: cl.coding_rate(z, 0.3),
+    "subspace_rate": lambda z: cl.subspace_rate(z, subspaces(), 0.3),
+    "subspace_rate_gradient": lambda z: cl.subspace_rate_gradient(z, subspaces(), 0.3),
+    "coding_rate_gradient": lambda z: cl.coding_rate_gradient(z, 0.3),
+}
+
+
+def numpy_rate(z: torch.Tensor, eps: float) -> float:
+    """R by numpy's slogdet of the d×d matrix, whatever n and d are."""
+    z = z.cpu().double().numpy()
+    n, d = z.shape
+    return 0.5 * np.linalg.slogdet(np.eye(d) + d / (n * eps**2) * z.T @ z)[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 12), d=st.integers(1, 12), eps=st.floats(0.05, 5), seed=st.integers(0, 1000))
+def test_rate_is_numpys_logdet_on_either_side_of_square(n, d, eps, seed):
+    torch.manual_seed(seed)
+    z = tokens(n=n, d=d)
+    assert math.isclose(float(cl.coding_rate(z, eps)), numpy_rate(z, eps), rel_tol=1e-9)
+
+
+def test_rate_of_one_direction_is_a_logarithm_known_by_hand():
+    z = torch.tensor([[3.0, 0.0], [4.0, 0.0]], dtype=torch.float64)  # ‖·‖² = 25 along one axis; n = d = 2
+    assert_close(cl.coding_rate(z, eps=1.0), torch.tensor(0.5 * math.log(26), dtype=torch.float64))
+
+
+def test_batches_are_rated_one_by_one():
+    z, U = tokens(3, 2), subspaces()
+    for rate in cl.coding_rate, lambda z: cl.subspace_rate(z, U), lambda z: cl.sparse_rate_reduction(z, U):
+        one_by_one = torch.stack([torch.stack([rate(matrix) for matrix in row]) for row in z])
+        assert_close(rate(z), one_by_one)
+
+
+def test_subspace_rate_is_the_sum_of_the_rates_of_the_parts():
+    z, U = tokens(n=30), subspaces(orthogonal=True)
+    apart = sum(numpy_rate(z @ U_k, 0.4) for U_k in U)
+    assert math.isclose(float(cl.subspace_rate(z, U, 0.4)), apart, rel_tol=1e-10)
+
+
+def test_objective_is_reduction_minus_the_summed_l1_norm():
+    z, U = tokens(n=5), subspaces()
+    expected = numpy_rate(z, 0.5) - sum(numpy_rate(z @ U_k, 0.5) for U_k in U) - 0.2 * float(z.abs().sum())
+    assert math.isclose(float(cl.sparse_rate_reduction(z, U, lam=0.2)), expected, rel_tol=1e-10)
+
+
+@pytest.mark.parametrize("n, d", [(10, 8), (3, 8), (8, 8), (100, 8)])
+def test_gradients_are_those_of_the_rates(n, d):
+    z, U = tokens(2, n=n, d=d).requires_grad_(), subspaces(d=d)
+    for rate, closed_form in [
+        (lambda z: cl.coding_rate(z, 0.3), cl.coding_rate_gradient(z, 0.3)),
+        (lambda z: cl.subspace_rate(z, U, 0.3), cl.subspace_rate_gradient(z, U, 0.3)),
+    ]:
+        (autograd,) = torch.autograd.grad(rate(z).sum(), z)
+        assert_close(closed_form, autograd)
+
+
+def test_gradient_agrees_with_finite_differences():
+    z, U = tokens(n=4), subspaces()
+    closed_form, step = cl.subspace_rate_gradient(z, U), 1e-6
+    for index in [(0, 0), (1, 5), (3, 7)]:
+        nudge = torch.zeros_like(z)
+        nudge[index] = step
+        slope = (cl.subspace_rate(z + nudge, U) - cl.subspace_rate(z - nudge, U)) / (2 * step)
+        assert_close(closed_form[index], slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_everything_is_differentiable_in_double_precision(name):
+    torch.manual_seed(1)
+    z = tokens(n=3, d=8).requires_grad_()
+
+    def seeded(z):
+        torch.manual_seed(2)  # RATES draw their subspaces
+        return RATES[name](z)
+
+    assert torch.autograd.gradcheck(seeded, z)
+
+
+@pytest.mark.parametrize("scale", [2.0**-26, 1.0, 2.0**13, 2.0**26, 2.0**40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rank_one_tokens_of_any_size_cost_one_logarithm(scale, dtype):
+    z = (scale * torch.outer(torch.arange(1.0, 10), torch.arange(1.0, 7))).to(dtype).requires_grad_()  # exact
+    energy = float(z.detach().double().square().sum())
+    expected = 0.5 * math.log1p(6 / (9 * 0.25) * energy)
+    rate = cl.coding_rate(z)
+    assert math.isclose(float(rate.detach()), expected, rel_tol=1e-5, abs_tol=1e-13)  # double holds 16 digits
+    (autograd,) = torch.autograd.grad(rate, z)
+    assert_close(cl.coding_rate_gradient(z), autograd, rtol=1e-3, atol=float(autograd.abs().max()) * 1e-5)
+
+
+@pytest.mark.parametrize("n, d", [(2000, 3), (3, 2000)])
+def test_long_and_wide_matrices_are_coded_by_the_small_gram_matrix(n, d):
+    z = tokens(n=n, d=d, dtype=torch.float32)
+    assert math.isclose(float(cl.coding_rate(z)), numpy_rate(z, 0.5), rel_tol=1e-5)
+
+
+def test_low_precision_tokens_are_coded_in_high_precision():
+    z = tokens(n=16).bfloat16()
+    assert cl.coding_rate(z).dtype == torch.float32 and cl.coding_rate_gradient(z).dtype == torch.bfloat16
+    assert math.isclose(float(cl.coding_rate(z)), numpy_rate(z, 0.5), rel_tol=1e-6)
+
+
+def test_rotating_the_tokens_leaves_the_rate_and_shuffling_them_too():
+    z = tokens()
+    rotation = torch.linalg.qr(tokens(n=8)).Q
+    shuffled = z[torch.randperm(10)]
+    assert_close(cl.coding_rate(z @ rotation), cl.coding_rate(z))
+    assert_close(cl.coding_rate(shuffled), cl.coding_rate(z))
+
+
+BAD_TOKENS = {
+    "no token": (torch.zeros(0, 8), "at least 1"),
+    "no width": (torch.zeros(4, 0), "at least 1"),
+    "a vector": (torch.zeros(8), "got torch.float32 (8,)"),
+    "integers": (torch.zeros(4, 8, dtype=torch.long), "torch.int64"),
+    "not a number": (torch.full((4, 8), torch.nan), "32 of 32 entries"),
+    "infinite": (torch.full((4, 8), torch.inf), "finite"),
+}
+
+
+@pytest.mark.parametrize("z, message", BAD_TOKENS.values(), ids=BAD_TOKENS)
+def test_bad_tokens_are_named(z, message):
+    U = subspaces().float()
+    for function in cl.coding_rate, cl.coding_rate_gradient:
+        with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+            function(z)
+    for function in cl.subspace_rate, cl.subspace_rate_gradient, cl.rate_reduction, cl.sparse_rate_reduction:
+        with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+            function(z, U)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan])
+def test_precision_must_be_positive(eps):
+    with pytest.raises(ValueError, match="eps must be positive"):
+        cl.coding_rate(tokens(), eps)
+    with pytest.raises(ValueError, match="eps must be positive"):
+        cl.subspace_rate(tokens(), subspaces(), eps)
+
+
+def test_misshapen_subspaces_are_named_with_both_shapes():
+    with pytest.raises(ValueError, match=r"U \(4, 6, 2\) and z \(10, 8\)"):
+        cl.subspace_rate(tokens(), subspaces(d=6))
+    with pytest.raises(ValueError, match=r"\(k, d, p\)"):
+        cl.project(tokens(), torch.eye(8, dtype=torch.float64))
+
+
+def test_negative_sparsity_weight_is_refused():
+    with pytest.raises(ValueError, match="lam"):
+        cl.sparse_rate_reduction(tokens(), subspaces(), lam=-1)

@@ -1,0 +1,133 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import cratelab as cl
+
+# The official modules' own counts, without position embeddings, for the official padded vocabulary.
+PARAMETERS = {"1L": 6_538_112, "2L": 6_637_056, "3L": 6_736_000, "S": 59_891_712, "B": 81_148_416}
+ARGS = dict(n_layer=3, n_head=2, n_embd=16, block_size=12, bias=False, vocab_size=50, dropout=0.0)
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_parameter_counts_are_the_official_integers(preset):
+    with torch.device("meta"):
+        model = cl.Crate(cl.CrateConfig.preset(preset))
+    assert model.count_parameters(positions=False) == PARAMETERS[preset]
+    assert model.count_parameters() == PARAMETERS[preset] + 1024 * model.config.width
+
+
+def test_the_start_has_the_official_statistics():
+    model = cl.Crate(cl.CrateConfig.preset("3L", width=256))
+    for weight, std in [
+        (model.token_embedding.weight, 0.02),
+        (model.position_embedding.weight, 0.02),
+        (model.blocks[1].attention.projection.weight, 0.02),
+        (model.blocks[1].attention.output.weight, 0.02 / 6**0.5),
+        (model.blocks[1].ista.weight, (2 / 256) ** 0.5),
+    ]:
+        assert abs(float(weight.detach().std()) / std - 1) < 0.03
+        assert abs(float(weight.detach().mean())) < 0.05 * std
+    norms = [model.norm, model.blocks[0].attention_norm, model.blocks[2].ista_norm]
+    assert all((norm.weight == 1).all() and (norm.bias == 0).all() and norm.eps == 1e-5 for norm in norms)
+    assert (model.blocks[0].attention.output.bias == 0).all()
+
+
+def test_atoms_replace_the_tokens_unless_a_residual_is_asked_for():
+    tokens = torch.randint(256, (2, 7))
+    for residual in False, True:
+        model = cl.Crate(cl.CrateConfig.preset("toy", ista_residual=residual))
+        block, x = model.blocks[0], torch.randn(2, 7, 64)
+        block.neurons.register_forward_hook(lambda module, args, neurons: 0 * neurons)
+        middle = x + block.attention(block.attention_norm(x))
+        assert_close(block(x), middle if residual else 0 * x)
+        assert model(tokens).shape == (2, 7, 256)
+
+
+def official_weights(args):
+    """Random weights under the official names, in the official shapes."""
+    d, v, c = args["n_embd"], args["vocab_size"], args["block_size"]
+    shapes = {"transformer.wte.weight": (v, d), "transformer.wpe.weight": (c, d)}
+    for i in range(args["n_layer"]):
+        h = f"transformer.h.{i}."
+        shapes |= {h + "prenorm_1.weight": (d,), h + "prenorm_1.bias": (d,)}
+        shapes |= {h + "attn.c_attn.weight": (d, d), h + "attn.c_proj.weight": (d, d), h + "attn.c_proj.bias": (d,)}
+        shapes |= {h + "prenorm_2.weight": (d,), h + "prenorm_2.bias": (d,), h + "ista.weight": (4 * d, d)}
+    shapes |= {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
+    weights = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+    return weights | {"lm_head.weight": weights["transformer.wte.weight"]}
+
+
+def official_logits(weights, args, tokens):
+    """The official forward pass written out plainly: heads one by one, ISTA by its five products."""
+    d, heads = args["n_embd"], args["n_head"]
+    p, n = d // heads, tokens.shape[1]
+
+    def norm(x, name):
+        return F.layer_norm(x, (d,), weights[name + ".weight"], weights[name + ".bias"], 1e-5)
+
+    x = weights["transformer.wte.weight"][tokens] + weights["transformer.wpe.weight"][:n]
+    for i in range(args["n_layer"]):
+        h = f"transformer.h.{i}."
+        w = norm(x, h + "prenorm_1") @ weights[h + "attn.c_attn.weight"].T
+        outputs = []
+        for k in range(heads):
+            head = w[..., k * p : (k + 1) * p]
+            scores = head @ head.transpose(1, 2) / p**0.5 + torch.full((n, n), -torch.inf).triu(1)
+            outputs.append(scores.softmax(-1) @ head)
+        x = x + torch.cat(outputs, -1) @ weights[h + "attn.c_proj.weight"].T + weights[h + "attn.c_proj.bias"]
+        y, D = norm(x, h + "prenorm_2"), weights[h + "ista.weight"].T
+        code = torch.zeros(*y.shape[:2], 4 * d)
+        for _ in range(2):
+            code = F.relu(code - 0.1 * (code @ (D.T @ D).T - y @ D) - 0.1 * 0.1)
+        x = code @ D.T
+    return norm(x, "transformer.ln_f") @ weights["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_official_checkpoints_give_the_official_logits(compiled, tmp_path):
+    weights, tokens = official_weights(ARGS), torch.randint(50, (2, 12))
+    prefix = "_orig_mod." if compiled else ""
+    stored = {prefix + name: tensor for name, tensor in weights.items()}
+    torch.save({"model": stored, "model_args": ARGS, "iter_num": 7, "optimizer": {}}, tmp_path / "ckpt.pt")
+    model = cl.Crate.from_official(tmp_path / "ckpt.pt").to(tokens.device)
+    assert model.config == cl.CrateConfig(n_layers=3, n_heads=2, width=16, vocab_size=50, context=12)
+    assert_close(model(tokens), official_logits(weights, ARGS, tokens), rtol=0, atol=1e-4)
+
+
+def test_unfit_checkpoints_are_refused_by_key(tmp_path):
+    weights = official_weights(ARGS)
+    extra = weights | {"transformer.h.0.extra": torch.zeros(3)}
+    for changed, message in [
+        ({k: v for k, v in weights.items() if "h.1.ista" not in k}, r"missing blocks.1.ista.weight \(64, 16\)"),
+        (extra, r"unexpected blocks.0.extra \(3,\)"),
+        (weights | {"transformer.wpe.weight": torch.zeros(5, 16)}, r"\(5, 16\), expected \(12, 16\)"),
+        (weights | {"lm_head.weight": torch.zeros(50, 16)}, "lm_head.weight differs"),
+    ]:
+        torch.save({"model": changed, "model_args": ARGS}, tmp_path / "ckpt.pt")
+        with pytest.raises(ValueError, match=message):
+            cl.Crate.from_official(tmp_path / "ckpt.pt")
+    torch.save({"model": weights, "model_args": {"n_layer": 3}}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="lacks n_head, n_embd, vocab_size, block_size"):
+        cl.Crate.from_official(tmp_path / "ckpt.pt")
+    torch.save(weights, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="expected the entries model and model_args"):
+        cl.Crate.from_official(tmp_path / "ckpt.pt")
+    (tmp_path / "ckpt.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="cannot be read"):
+        cl.Crate.from_official(tmp_path / "ckpt.pt")
+    with pytest.raises(FileNotFoundError):
+        cl.Crate.from_official(tmp_path / "none.pt")
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("code from a file was run",)
+
+
+def test_nothing_is_ever_unpickled(tmp_path, capsys):
+    torch.save({"model": Harmful(), "model_args": ARGS}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="nothing else is ever unpickled"):
+        cl.Crate.from_official(tmp_path / "ckpt.pt")
+    assert "code from a file" not in capsys.readouterr().out
