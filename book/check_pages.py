@@ -31,10 +31,18 @@ READ_PAGE = """
 const raw = [...document.querySelectorAll('.math')].filter(e => !e.querySelector('mjx-container'));
 const text = document.createTreeWalker(document.querySelector('article'), NodeFilter.SHOW_TEXT);
 let dollars = 0;
-while (text.nextNode()) if (text.currentNode.data.includes('$$') && !text.currentNode.parentElement.closest('pre, code')) dollars++;
+while (text.nextNode())
+    if (text.currentNode.data.includes('$$') && !text.currentNode.parentElement.closest('pre, code')) dollars++;
 return {formulas: document.querySelectorAll('mjx-container').length,
         errors: document.querySelectorAll('mjx-merror, [data-mjx-error]').length, raw: raw.length + dollars};
 """
+
+
+WAIT_FOR_FORMULAS = """
+const done = arguments[0];
+window.MathJax?.startup ? MathJax.startup.promise.then(() => done(true)) : done(true);
+"""
+SET_MODE = "const data = document.documentElement.dataset; data.theme = data.mode = arguments[0]"
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -63,11 +71,7 @@ def chromium() -> tuple[str, str] | None:
 def inspect(driver: webdriver.Chrome, url: str) -> tuple[int, list[str]]:
     """The number of formulas on a page, and what is wrong with it."""
     driver.get(url)
-    WebDriverWait(driver, 30).until(
-        lambda d: d.execute_async_script(
-            "const done = arguments[0]; window.MathJax?.startup ? MathJax.startup.promise.then(() => done(true)) : done(true)"
-        )
-    )
+    WebDriverWait(driver, 30).until(lambda driver: driver.execute_async_script(WAIT_FOR_FORMULAS))
     page = driver.execute_script(READ_PAGE)
     problems = [f"{page[kind]} formulas: {kind}" for kind in ("errors", "raw") if page[kind]]
     problems += [f"console: {entry['message']}" for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
@@ -88,16 +92,15 @@ def network_problems(driver: webdriver.Chrome, host: str) -> list[str]:
         elif event["method"] == "Network.responseReceived" and parameters["response"]["status"] >= 400:
             problems.append(f"status {parameters['response']['status']}: {parameters['response']['url']}")
         elif event["method"] == "Network.loadingFailed" and not parameters.get("canceled"):
-            problems.append(f"{parameters['errorText']}: {urls.get(parameters['requestId'])}")
+            if url := urls.get(parameters["requestId"]):  # else a request of the browser itself, as it starts
+                problems.append(f"{parameters['errorText']}: {url}")
     return problems
 
 
 def shoot(driver: webdriver.Chrome, file: Path) -> None:
     """A screenshot of the whole page in both modes: NAME-light.png and NAME-dark.png."""
     for mode in ("light", "dark"):
-        driver.execute_script(
-            "document.documentElement.dataset.theme = document.documentElement.dataset.mode = arguments[0]", mode
-        )
+        driver.execute_script(SET_MODE, mode)
         height = driver.execute_script("return document.documentElement.scrollHeight")
         driver.set_window_size(1400, min(height + 150, 12000))
         driver.save_screenshot(str(file.with_name(f"{file.name}-{mode}.png")))

@@ -1,7 +1,8 @@
 """Coding rates of tokens, the sparse rate reduction built from them, and their gradients (chapters 1 and 2).
 
 Tokens are rows here, `z` of shape (..., n, d); the book writes them as the columns of Z ∈ R^{d×n}.
-Rates are in nats a token: what it takes, on average, to name one token to precision ε. Small matrices are factorised in double precision, so float32 and bfloat16 tokens are safe too.
+Rates are in nats a token: what it takes, on average, to name one token to precision ε.
+Small matrices are factorised in double precision, so float32 and bfloat16 tokens are safe too.
 """
 
 import torch

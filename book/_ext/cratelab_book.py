@@ -35,7 +35,7 @@ BACKTICKS = re.compile(r"(?<![`:\w])`([^`<>]+)`(?![`_])")
 
 
 def read_docstring(app, what, name, obj, options, lines):
-    """Docstrings are written for an editor's eye; make links of equation labels and public names, and tables of tables."""
+    """Docstrings are written for an editor's eye: link their equation labels and public names, and set their tables."""
     labels = equation_labels(Path(app.srcdir))
 
     def equation(match):

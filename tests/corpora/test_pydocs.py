@@ -14,7 +14,7 @@ def documents():
 
 def test_it_holds_what_python_itself_shows_as_documentation(documents):
     texts = {document.meta["path"]: document.text for document in documents}
-    for module, path, domain in [(json.decoder, "json/decoder.py", "json"), (textwrap, "textwrap.py", "textwrap")]:
+    for module, path in [(json.decoder, "json/decoder.py"), (textwrap, "textwrap.py")]:
         members = [
             member for _, member in inspect.getmembers(module) if getattr(member, "__module__", "") == module.__name__
         ]
