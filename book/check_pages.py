@@ -12,6 +12,8 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -92,8 +94,8 @@ def network_problems(driver: webdriver.Chrome, host: str) -> list[str]:
         elif event["method"] == "Network.responseReceived" and parameters["response"]["status"] >= 400:
             problems.append(f"status {parameters['response']['status']}: {parameters['response']['url']}")
         elif event["method"] == "Network.loadingFailed" and not parameters.get("canceled"):
-            if url := urls.get(parameters["requestId"]):  # else a request of the browser itself, as it starts
-                problems.append(f"{parameters['errorText']}: {url}")
+            # An id not seen before is a request of the browser itself, as it starts.
+            problems += [f"{parameters['errorText']}: {urls[key]}" for key in [parameters["requestId"]] if key in urls]
     return problems
 
 
@@ -105,29 +107,35 @@ def shoot(driver: webdriver.Chrome, file: Path) -> None:
         driver.set_window_size(1400, min(height + 150, 12000))
         driver.save_screenshot(str(file.with_name(f"{file.name}-{mode}.png")))
     driver.set_window_size(1400, 1600)
+    driver.get_log("browser"), driver.get_log("performance")  # what the screenshots caused is no problem of the page
 
 
 def check(html: Path = HTML, shots: Path | None = None) -> dict[str, list[str]]:
     """Problems of each page; prints a table as it goes."""
     pages = sorted(path for path in html.rglob("*.html") if path.name not in GENERATED and "_static" not in path.parts)
-    server = ThreadingHTTPServer(("localhost", 0), partial(QuietHandler, directory=html))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     found = {}
     print(f"{'page':32} formulas  problems")
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory() as profile, served(html) as address:
         driver = browser(profile)
         try:
             for path in pages:
                 name = path.relative_to(html).as_posix()
-                formulas, found[name] = inspect(driver, f"http://localhost:{server.server_port}/{name}")
+                formulas, found[name] = inspect(driver, f"{address}/{name}")
                 print(f"{name:32} {formulas:8}  {'; '.join(found[name]) or 'none'}")
                 if shots:
                     shoot(driver, shots / name.removesuffix(".html").replace("/", "-"))
-                    driver.get_log("browser"), driver.get_log("performance")  # those of the screenshots
         finally:
             driver.quit()
-            server.shutdown()
     return found
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a local server of `folder`."""
+    with ThreadingHTTPServer(("localhost", 0), partial(QuietHandler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}"
+        server.shutdown()
 
 
 def main() -> int:

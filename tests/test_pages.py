@@ -1,0 +1,68 @@
+"""The book builds without a warning, refuses failed cells, and shows well in a browser (where there is Chromium)."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from chapters import BOOK
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    """The pages, built as `make book` builds them."""
+    pytest.importorskip("jupyter_book", reason="the extra `book` is not installed")
+    out = tmp_path_factory.mktemp("pages")
+    options = ["-W", "-n", "--keep-going", "--path-output", out]
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", BOOK, *options]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return out / "_build" / "html"
+
+
+def test_pages_hold_outputs_and_links(html):
+    chapter = next(html.glob("01_*.html")).read_text(encoding="utf8")
+    assert "cell_output" in chapter
+    assert f"/blob/main/book/{next(html.glob('01_*.html')).stem}.ipynb" in chapter  # the Colab button
+    assert "#equation-eq-" in (html / "api" / "coding_rate.html").read_text(encoding="utf8")
+    assert "<td" in (html / "status.html").read_text(encoding="utf8")
+
+
+def test_pages_in_a_browser(html):
+    pytest.importorskip("selenium", reason="the extra `browse` is not installed")
+    import check_pages
+
+    if check_pages.chromium() is None:
+        pytest.skip("no Chromium")
+    assert {page: problems for page, problems in check_pages.check(html).items() if problems} == {}
+
+
+@pytest.fixture
+def extension():
+    """book/_ext/cratelab_book.py, which only Sphinx has on its path."""
+    pytest.importorskip("sphinx", reason="the extra `book` is not installed")
+    spec = importlib.util.spec_from_file_location("cratelab_book", BOOK / "_ext" / "cratelab_book.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_build_stops_at_a_failed_cell(extension):
+    app = SimpleNamespace(env=SimpleNamespace(doc2path=lambda name: f"{name}.ipynb"))
+    cell = {"metadata": {}, "outputs": [{"output_type": "error"}]}
+    with pytest.raises(extension.ExtensionError, match=r"01_x\.ipynb: cell 1 failed"):
+        extension.refuse_failed_cells(app, "01_x", [json.dumps({"cells": [cell]})])
+    cell["metadata"]["tags"] = ["raises-exception"]
+    extension.refuse_failed_cells(app, "01_x", [json.dumps({"cells": [cell]})])
+
+
+def test_docstrings_become_links_and_tables(extension):
+    app = SimpleNamespace(srcdir=BOOK)
+    label = next(iter(extension.equation_labels(BOOK)))
+    lines = [f"A rate ({label}) of `z`, see `coding_rate`.", "", "| a | b |", "|---|---|", "| 1 | 2 |"]
+    extension.read_docstring(app, "function", "f", None, None, lines)
+    assert lines[0] == f"A rate :eq:`{label}` of ``z``, see :py:obj:`coding_rate <cratelab.coding_rate.coding_rate>`."
+    assert lines[2:5] == [".. list-table::", "   :header-rows: 1", ""]
+    assert lines[5:] == ["   * - a", "     - b", "   * - 1", "     - 2"]
