@@ -3,9 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One thread a process: small matrices run slower on contended threads, and repeated runs stay byte for byte equal.
-SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-# Two processes at once; one file's tests stay together because a notebook's cells share a kernel.
+# Two processes at once, each with one thread (conftest.py); one file's tests stay together because a notebook's cells share a kernel.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -36,7 +34,7 @@ book: $(STAMP)
 	$(BIN)/jupyter-book build book/ -W -n --keep-going
 
 test: $(STAMP)
-	$(SINGLE) $(BIN)/python -m pytest --nbval tests book -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --nbval tests book -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
