@@ -1,0 +1,70 @@
+"""Provenance: every published number can be traced to command, commit, versions, device, seconds and data."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from cratelab.language_model import best_device
+
+
+def provenance(**facts) -> dict:
+    """Where a number comes from: command, commit, versions and machine of this process, and the `facts` given.
+
+    Args:
+        facts: what only the caller knows, such as seeds, seconds, a hash of the data.
+
+    Returns:
+        What `json` can write. `commit` is None outside a git checkout and ends in "+changes" in one with edits.
+    """
+    device = best_device()
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "cratelab": version("cratelab"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        **facts,
+    }
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def read_reference(name: str) -> dict:
+    """A table that longer runs made and the package carries: `provenance` and `findings`, one entry a seed.
+
+    Raises:
+        FileNotFoundError: there is no table `name`; the message says which there are.
+    """
+    folder = files("cratelab") / "reference"
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+        raise FileNotFoundError(f"no reference table {name!r}; there are {', '.join(known)}")
+    return json.loads(file.read_text(encoding="utf8"))
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
