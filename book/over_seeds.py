@@ -16,7 +16,7 @@ import re
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from chapters import BOOK, ROOT, generate, slugs
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="lines of the chapter to change")
     parser.add_argument("--name", help="of the file in cratelab/reference; the chapter's unless given")
     options = parser.parse_args(arguments)
-    matplotlib.use("agg")
+    plt.switch_backend("agg")
     torch.set_num_threads(1)
     code, start, findings = code_to_findings(options.chapter), time.perf_counter(), []
     settings = dict(setting.split("=") for setting in options.set)
@@ -61,7 +61,7 @@ def run(code: str, settings: dict) -> dict:
             raise ValueError(f"the chapter should have one line `{name} = …`; it has {found}")
     names: dict = {}
     exec(compile(code, "chapter", "exec", optimize=1), names)  # without assertions: they speak of the page's own run
-    matplotlib.pyplot.close("all")
+    plt.close("all")
     return names["findings"]
 
 

@@ -12,7 +12,7 @@ from cratelab.coding_rate import (
 from cratelab.crate import Crate, CrateConfig
 from cratelab.gpt2 import Gpt2, Gpt2Config
 from cratelab.ista import Ista, ista, ista_complete, lasso_objective, soft_threshold
-from cratelab.language_model import LanguageModel, LanguageModelConfig, load
+from cratelab.language_model import LanguageModel, LanguageModelConfig, best_device, load
 from cratelab.mssa import (
     Mssa,
     attention_map,
@@ -34,6 +34,7 @@ __all__ = [
     "Mssa",
     "attention_map",
     "attention_step",
+    "best_device",
     "coding_rate",
     "coding_rate_gradient",
     "compression_step",

@@ -1,6 +1,6 @@
 """From the gradient of R^c to multi-head subspace self-attention, one approximation at a time (chapter 3).
 
-With W_k = U_kᵀZ, s = p/(nε²) and κ the step size, the chain is
+With W_k = U_kᵀZ, s = p/(nε²) and κ the step size, the chain is::
 
     exact            Z − κ s Σ_k U_k W_k (I + s W_kᵀW_k)⁻¹                `compression_step`
     Neumann, order m the inverse as Σ_{j≤m} (−s W_kᵀW_k)^j                `neumann_gradient`
