@@ -87,9 +87,9 @@ class Crate(LanguageModel):
         """
         path = Path(path)
         checkpoint = load_foreign(path)
-        if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-            held = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-            raise ValueError(f"{path} is no official checkpoint: expected the entries model and model_args, got {held}")
+        if not all(isinstance(checkpoint.get(entry), dict) for entry in ("model", "model_args")):
+            held = ", ".join(map(str, checkpoint))
+            raise ValueError(f"{path} is no official checkpoint: expected the dicts model and model_args, got {held}")
         args = checkpoint["model_args"]
         names = dict(
             n_layers="n_layer", n_heads="n_head", width="n_embd", vocab_size="vocab_size", context="block_size"

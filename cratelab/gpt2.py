@@ -4,7 +4,6 @@ As in the comparison of Bai & Ma (2024) it has no biases and ReLU by default, so
 non-negative "neurons" like CRATE's codes; with biases and `gelu_new` it is OpenAI's GPT-2 and takes its weights.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cratelab.language_model import LanguageModel, LanguageModelConfig, load_foreign
+from cratelab.language_model import LanguageModel, LanguageModelConfig, load_foreign, read_config
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
@@ -140,7 +139,7 @@ class Gpt2(LanguageModel):
 
 
 def _config_from_huggingface(file: Path) -> Gpt2Config:
-    foreign = json.loads(file.read_text())
+    foreign = read_config(file)
     if foreign.get("model_type") != "gpt2":
         raise ValueError(f"{file} describes a model of type {foreign.get('model_type')!r}; expected 'gpt2'")
     if missing := [name for name in ("n_layer", "n_head", "n_embd", "vocab_size") if name not in foreign]:

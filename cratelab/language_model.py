@@ -7,7 +7,7 @@ cache that asks each attention how many tensors it has to remember (one for MSSA
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -52,9 +52,9 @@ class LanguageModelConfig:
     }
 
     def __post_init__(self):
-        for name in ("n_layers", "n_heads", "width", "vocab_size", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for field in fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} must be at least 1; got {getattr(self, field.name)}")
         if self.width % self.n_heads:
             raise ValueError(
                 f"the width must be a multiple of the heads; got width={self.width}, n_heads={self.n_heads}"
@@ -103,8 +103,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: the tokens are not (b, n) integers, reach past the context, or follow a cache in bulk.
         """
-        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < 1:
-            raise ValueError(f"tokens must be (b, n) integers with n >= 1; got {tokens.dtype} {tuple(tokens.shape)}")
+        _check_tokens(tokens)
         n = tokens.shape[1]
         if position + n > self.config.context:
             raise ValueError(f"the context is {self.config.context} tokens; got {position + n}: crop them to the last")
@@ -156,15 +155,12 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: a prompt is empty, a token is not in the vocabulary, or an option is out of range.
         """
-        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < 1:
-            raise ValueError(
-                f"prompts must be (b, n) integers with at least one token; got {tokens.dtype} {tuple(tokens.shape)}"
-            )
+        _check_tokens(tokens)
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
             raise ValueError(
                 f"tokens must lie in [0, {self.config.vocab_size}); got {int(tokens.min())} to {int(tokens.max())}"
             )
-        if n_new < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        if n_new < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(
                 "generate needs n_new >= 0, temperature >= 0 and top_k >= 1; "
                 f"got n_new={n_new}, temperature={temperature}, top_k={top_k}"
@@ -229,42 +225,66 @@ def load(folder: str | Path) -> LanguageModel:
 
     Raises:
         FileNotFoundError: `folder` holds no config.json or model.safetensors.
-        ValueError: config.json names no known model, or the weights do not fit it.
+        ValueError: config.json describes no known model, or the weights do not fit it.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        name = config.pop("model")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} was not written by save(): {error!r}") from error
+    config = read_config(folder / "config.json")
+    name = config.pop("model", None)
     classes = {subclass.__name__: subclass for subclass in LanguageModel.__subclasses__()}
-    if name not in classes:
+    model_class = classes.get(str(name))
+    if model_class is None:
         raise ValueError(f"{folder / 'config.json'} names the model {name!r}; known are {', '.join(sorted(classes))}")
     try:
-        config = classes[name].config_class(**config)
-    except TypeError as error:
+        model = model_class(model_class.config_class(**config))
+    except (TypeError, ValueError, RuntimeError) as error:  # a wrong field, type or value; more than memory holds
         raise ValueError(f"{folder / 'config.json'} does not fit {name}: {error}") from error
-    model = classes[name](config)
     model.load_weights(load_foreign(folder / "model.safetensors"), folder / "model.safetensors")
     return model.eval()
+
+
+def read_config(file: Path) -> dict:
+    """The settings in a config.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not hold a JSON object.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object; got {type(config).__name__}")
+    return config
 
 
 def load_foreign(path: Path) -> dict:
     """What a .safetensors or torch file from elsewhere holds, without unpickling any object.
 
     Raises:
-        ValueError: the file is neither, or would need unpickling.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is neither, would need unpickling, or holds something else than a dict.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        held = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as plain tensors, and nothing else is ever unpickled: {error}"
         ) from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} must hold a dict of tensors; got {type(held).__name__}")
+    return held
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if tokens.dtype not in (torch.int32, torch.int64) or tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(
+            f"tokens must be (b, n), n at least 1, of int32 or int64; got {tokens.dtype} {tuple(tokens.shape)}"
+        )
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -54,8 +54,11 @@ def test_subspace_rate_is_the_sum_of_the_rates_of_the_parts():
 
 def test_objective_is_reduction_minus_the_summed_l1_norm():
     z, U = tokens(n=5), subspaces()
-    expected = numpy_rate(z, 0.5) - sum(numpy_rate(z @ U_k, 0.5) for U_k in U) - 0.2 * float(z.abs().sum())
-    assert math.isclose(float(cl.sparse_rate_reduction(z, U, lam=0.2)), expected, rel_tol=1e-10)
+    reduction = numpy_rate(z, 0.3) - sum(numpy_rate(z @ U_k, 0.3) for U_k in U)
+    for lam in 0.0, 0.2:
+        expected = reduction - lam * float(z.abs().sum())
+        assert math.isclose(float(cl.sparse_rate_reduction(z, U, lam, 0.3)), expected, rel_tol=1e-10)
+    assert_close(cl.sparse_rate_reduction(z, U), cl.sparse_rate_reduction(z, U, lam=0.1, eps=0.5))
 
 
 @pytest.mark.parametrize("n, d", [(10, 8), (3, 8), (8, 8), (100, 8)])
@@ -101,6 +104,12 @@ def test_rank_one_tokens_of_any_size_cost_one_logarithm(scale, dtype):
     assert math.isclose(float(rate.detach()), expected, rel_tol=1e-5, abs_tol=1e-13)  # double holds 16 digits
     (autograd,) = torch.autograd.grad(rate, z)
     assert_close(cl.coding_rate_gradient(z), autograd, rtol=1e-3, atol=float(autograd.abs().max()) * 1e-5)
+
+
+def test_huge_tokens_in_a_batch_are_rated_as_they_are_alone():
+    z = torch.stack([tokens(), 2.0**30 * torch.outer(torch.arange(1.0, 11), torch.arange(1.0, 9)).double()])
+    for function in cl.coding_rate, cl.coding_rate_gradient:
+        assert_close(function(z), torch.stack([function(matrix) for matrix in z]), rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("n, d", [(2000, 3), (3, 2000)])

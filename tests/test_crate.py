@@ -112,7 +112,13 @@ def test_unfit_checkpoints_are_refused_by_key(tmp_path):
     with pytest.raises(ValueError, match="lacks n_head, n_embd, vocab_size, block_size"):
         cl.Crate.from_official(tmp_path / "ckpt.pt")
     torch.save(weights, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match="expected the entries model and model_args"):
+    with pytest.raises(ValueError, match="expected the dicts model and model_args"):
+        cl.Crate.from_official(tmp_path / "ckpt.pt")
+    torch.save({"model": weights, "model_args": None}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="expected the dicts model and model_args"):
+        cl.Crate.from_official(tmp_path / "ckpt.pt")
+    torch.save(weights["lm_head.weight"], tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="dict of tensors; got Tensor"):
         cl.Crate.from_official(tmp_path / "ckpt.pt")
     (tmp_path / "ckpt.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot be read"):

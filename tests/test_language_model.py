@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -88,14 +89,25 @@ def test_greedy_generation_is_the_uncached_argmax_even_past_the_context(model_cl
 def test_generation_up_to_the_context_needs_no_warning():
     model = small(*MODELS[0])
     assert model.generate(prompt(), n_new=8, seed=0).shape == (3, 13)  # warnings are errors here
+    with pytest.warns(UserWarning, match="14 tokens do not fit the context of 12"):
+        model.generate(prompt(), n_new=9, seed=0)
+
+
+@both
+def test_generation_encodes_each_token_once_and_keeps_no_graph(model_class, config_class):
+    model, seen = small(model_class, config_class), []
+    model.blocks[0].neurons.register_forward_hook(lambda *args: seen.append(args[-1]))
+    model.generate(prompt(), n_new=8, seed=0)
+    assert [neurons.shape[1] for neurons in seen] == [5, 1, 1, 1, 1, 1, 1, 1]
+    assert not any(neurons.requires_grad for neurons in seen)
 
 
 @both
 def test_same_seed_same_text_other_seed_other_text(model_class, config_class):
     model, tokens = small(model_class, config_class), prompt()
-    first = model.generate(tokens, 7, seed=1)
-    assert_close(model.generate(tokens, 7, seed=1), first)
-    assert (model.generate(tokens, 7, seed=2) != first).any()
+    first = model.generate(tokens, 7, seed=0)
+    assert_close(model.generate(tokens, 7, seed=0, temperature=1.0, top_k=1000), first)
+    assert (model.generate(tokens, 7, seed=1) != first).any()
 
 
 def test_samples_follow_the_softmax_at_the_temperature():
@@ -109,20 +121,19 @@ def test_samples_follow_the_softmax_at_the_temperature():
 
 
 def test_a_stop_token_ends_its_row_and_all_stopped_end_the_call():
-    model, tokens = small(*MODELS[0]), prompt()
-    free = model.generate(tokens, 7, seed=3)
-    stop = int(free[0, 7])
-    stopped = model.generate(tokens, 7, seed=3, stop=stop)
-    row = stopped[0].tolist()
-    assert row[:8] == free[0, :8].tolist() and set(row[8:]) <= {stop}
-    short = model.generate(tokens[:1], 7, temperature=0, stop=int(model(tokens[:1])[0, -1].argmax()))
-    assert short.shape == (1, 6)
+    model, tokens = small(*MODELS[0], vocab_size=5), torch.randint(5, (3, 5))
+    free = model.generate(tokens, 7, seed=3).tolist()
+    for stop in range(5):
+        ends = [row.index(stop, 5) if stop in row[5:] else 11 for row in free]
+        expected = [row[: end + 1] + [stop] * (max(ends) - end) for row, end in zip(free, ends, strict=True)]
+        assert model.generate(tokens, 7, seed=3, stop=stop).tolist() == expected
 
 
 def test_wrong_tokens_are_named():
     model = small(*MODELS[0])
     for wrong, message in [
         (torch.zeros(3, 5), "torch.float32"),
+        (torch.zeros(3, 5, dtype=torch.uint16), "of int32 or int64; got torch.uint16"),
         (torch.zeros(5, dtype=torch.long), r"\(5,\)"),
         (torch.zeros(3, 0, dtype=torch.long), r"\(3, 0\)"),
     ]:
@@ -132,23 +143,39 @@ def test_wrong_tokens_are_named():
             model.generate(wrong, 1)
     with pytest.raises(ValueError, match="context is 12 tokens; got 13"):
         model(prompt(n=13))
+    with pytest.raises(ValueError, match="context is 12 tokens; got 13"):
+        model(prompt(n=1), model.new_cache(3), position=12)
     with pytest.raises(ValueError, match="one token at a time"):
         model(prompt(n=2), model.new_cache(3), position=4)
-    with pytest.raises(ValueError, match=r"\[0, 50\); got 0 to 50"):
-        model.generate(torch.tensor([[0, 50]]), 1)
-    for wrong in {"n_new": -1}, {"temperature": -1}, {"top_k": 0}:
+    for low, high in (0, 50), (-1, 49):
+        with pytest.raises(ValueError, match=rf"\[0, 50\); got {low} to {high}"):
+            model.generate(torch.tensor([[low, high]]), 1)
+    for wrong in {"n_new": -1}, {"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}:
         with pytest.raises(ValueError, match="generate needs"):
             model.generate(prompt(), **{"n_new": 1} | wrong)
 
 
 @both
 def test_a_saved_model_comes_back_the_same(model_class, config_class, tmp_path):
-    model, tokens = small(model_class, config_class), prompt()
+    model, tokens = small(model_class, config_class, expansion=2), prompt()
     model.save(tmp_path / "new" / "folder")
     loaded = cl.load(tmp_path / "new" / "folder").to(tokens.device)
     assert type(loaded) is model_class and loaded.config == model.config and not loaded.training
     assert_close(loaded(tokens), model(tokens), rtol=0, atol=0)
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_an_interrupted_save_leaves_the_old_model(monkeypatch, tmp_path):
+    def interrupted(weights, path):
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    model, tokens = small(*MODELS[0]), prompt()
+    model.save(tmp_path)
+    monkeypatch.setattr("cratelab.language_model.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small(*MODELS[0], n_layers=1).save(tmp_path)
+    assert_close(cl.load(tmp_path).to(tokens.device)(tokens), model(tokens), rtol=0, atol=0)
 
 
 def test_damaged_folders_are_refused_by_name(tmp_path):
@@ -165,9 +192,13 @@ def test_damaged_folders_are_refused_by_name(tmp_path):
         cl.load(tmp_path)
     for broken, message in [
         (json.dumps(config | {"model": "Bert"}), "'Bert'; known are Crate, Gpt2"),
+        (json.dumps(config | {"model": ["Crate"]}), r"\['Crate'\]; known are Crate, Gpt2"),
         (json.dumps(config | {"colour": "red"}), "colour"),
-        ("[1, 2]", "was not written by save"),
-        ('{"model"', "was not written by save"),
+        (json.dumps(config | {"expansion": "4"}), r"config\.json does not fit Crate"),
+        (json.dumps(config | {"context": 10**14}), r"config\.json does not fit Crate"),
+        ("[1, 2]", r"config\.json must hold a JSON object; got list"),
+        ('{"model"', r"config\.json is not JSON"),
+        ("[" * 100_000, r"config\.json is not JSON"),
     ]:
         (tmp_path / "config.json").write_text(broken)
         with pytest.raises(ValueError, match=message):
@@ -183,11 +214,18 @@ def test_damaged_folders_are_refused_by_name(tmp_path):
         cl.load(tmp_path / "nowhere")
 
 
+def test_presets_are_the_sizes_of_the_paper():
+    sizes = {"1L": (1, 4, 128), "2L": (2, 4, 128), "3L": (3, 4, 128), "S": (6, 12, 768), "B": (12, 12, 768)}
+    for name, (layers, heads, width) in sizes.items():
+        assert cl.CrateConfig.preset(name) == cl.CrateConfig(layers, heads, width, vocab_size=50_304, context=1024)
+
+
 def test_presets_and_sizes_are_checked():
     assert cl.CrateConfig.preset("S", lam=0.5).lam == 0.5
     with pytest.raises(ValueError, match="no preset 'M'; there are toy, 1L, 2L, 3L, S, B"):
         cl.Gpt2Config.preset("M")
-    with pytest.raises(ValueError, match="n_layers must be at least 1; got 0"):
-        cl.CrateConfig.preset("toy", n_layers=0)
+    for name in "n_layers", "context", "expansion":
+        with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
+            cl.CrateConfig.preset("toy", **{name: 0})
     with pytest.raises(ValueError, match="multiple of the heads"):
         cl.CrateConfig.preset("toy", n_heads=3)

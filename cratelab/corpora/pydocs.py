@@ -45,7 +45,9 @@ def standard_library(folder: str | Path | None = None) -> Iterator[Document]:
     """
     folder = Path(folder or sysconfig.get_path("stdlib"))
     paths = sorted(
-        path for path in folder.rglob("*.py") if not _NOT_DOCUMENTATION & set(path.relative_to(folder).parts)
+        path
+        for path in folder.rglob("*.py")
+        if path.is_file() and not _NOT_DOCUMENTATION & set(path.relative_to(folder).parts)
     )
     if not paths:
         raise FileNotFoundError(
@@ -55,8 +57,8 @@ def standard_library(folder: str | Path | None = None) -> Iterator[Document]:
         try:
             with tokenize.open(path) as file, warnings.catch_warnings(action="ignore"):
                 docstrings = "\n\n".join(_docstrings(ast.parse(file.read())))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
+        except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
+            continue  # what Python raises for null bytes, encodings that are no text, and nesting without end
         if docstrings:
             path = path.relative_to(folder)
             yield Document(docstrings + "\n", {"domain": path.parts[0].removesuffix(".py"), "path": path.as_posix()})
