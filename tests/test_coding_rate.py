@@ -46,6 +46,10 @@ def test_batches_are_rated_one_by_one():
         assert_close(rate(z), one_by_one)
 
 
+def test_an_empty_batch_has_no_rates():
+    assert cl.rate_reduction(tokens(2, 0), subspaces()).shape == (2, 0)
+
+
 def test_subspace_rate_is_the_sum_of_the_rates_of_the_parts():
     z, U = tokens(n=30), subspaces(orthogonal=True)
     apart = sum(numpy_rate(z @ U_k, 0.4) for U_k in U)
@@ -164,8 +168,9 @@ def test_precision_must_be_positive(eps):
 def test_misshapen_subspaces_are_named_with_both_shapes():
     with pytest.raises(ValueError, match=r"U \(4, 6, 2\) and z \(10, 8\)"):
         cl.subspace_rate(tokens(), subspaces(d=6))
-    with pytest.raises(ValueError, match=r"\(k, d, p\)"):
-        cl.project(tokens(), torch.eye(8, dtype=torch.float64))
+    for z, U in (tokens(), subspaces()[0]), (tokens(), subspaces()[..., None]), (tokens()[0], subspaces()):
+        with pytest.raises(ValueError, match=r"\(k, d, p\)"):
+            cl.project(z, U)
 
 
 def test_negative_sparsity_weight_is_refused():

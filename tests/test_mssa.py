@@ -39,11 +39,12 @@ def test_batches_attend_each_for_itself():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_maps_are_the_weights_mssa_uses(causal):
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_maps_are_the_weights_mssa_uses(causal, scale):
     z, U = tokens(2), subspaces()
-    weights = cl.attention_map(z, U, causal)
+    weights = cl.attention_map(z, U, causal, scale)
     assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    assert_close(sum(weights[:, k] @ z @ U[k] @ U[k].T for k in range(len(U))), cl.mssa(z, U, causal))
+    assert_close(sum(weights[:, k] @ z @ U[k] @ U[k].T for k in range(len(U))), cl.mssa(z, U, causal, scale))
     if causal:
         assert (weights.triu(1) == 0).all()
 
@@ -56,8 +57,8 @@ def test_the_future_cannot_be_seen():
 
 def test_compression_step_goes_down_the_autograd_slope():
     z, U = tokens(2).requires_grad_(), subspaces()
-    (slope,) = torch.autograd.grad(cl.subspace_rate(z, U).sum(), z)
-    assert_close(cl.compression_step(z, U, step_size=0.7), z - 0.7 * slope)
+    (slope,) = torch.autograd.grad(cl.subspace_rate(z, U, 0.3).sum(), z)
+    assert_close(cl.compression_step(z, U, step_size=0.7, eps=0.3), z - 0.7 * slope)
 
 
 @pytest.mark.parametrize("n", [3, 20])
@@ -74,22 +75,23 @@ def test_neumann_series_converges_where_it_may_and_only_there(n):
     assert error(large, 5) > error(large, 1) > 1
 
 
-@pytest.mark.parametrize("n", [3, 20])
+@pytest.mark.parametrize("n", [2, 3, 20])  # p = 2: square, wide and long
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_neumann_order_is_the_taylor_order(n, order):
     """Halving the tokens divides the error by 2^(2·order + 3): the first power of z that the series leaves out."""
     z, U = tokens(n=n, scale=0.05), subspaces()
     errors = [
-        (cl.neumann_gradient(z / half, U, order=order) - cl.subspace_rate_gradient(z / half, U)).norm()
+        (cl.neumann_gradient(z / half, U, 0.4, order) - cl.subspace_rate_gradient(z / half, U, 0.4)).norm()
         for half in (1, 2)
     ]
     assert abs(math.log2(errors[0] / errors[1]) - (2 * order + 3)) < 0.1
 
 
-def test_gram_attention_is_what_the_first_order_leaves_when_subspaces_fill_the_space():
-    z, U = tokens(n=12), subspaces(orthogonal=True)  # Σ_k U_k U_kᵀ = I
-    expected = z - 0.05 * cl.neumann_gradient(z, U, order=1)
-    assert_close(cl.attention_step(z, U, 0.05, attention=cl.gram_attention), expected)
+@pytest.mark.parametrize("n", [2, 12])
+def test_gram_attention_is_what_the_first_order_leaves_when_subspaces_fill_the_space(n):
+    z, U = tokens(n=n), subspaces(orthogonal=True)  # Σ_k U_k U_kᵀ = I
+    expected = z - 0.05 * cl.neumann_gradient(z, U, eps=0.7, order=1)
+    assert_close(cl.attention_step(z, U, 0.05, eps=0.7, attention=cl.gram_attention), expected)
 
 
 def test_without_mutual_orthogonality_the_attention_step_is_off():
@@ -125,6 +127,8 @@ def test_errors_say_what_was_wrong():
     z, U = tokens(), subspaces()
     with pytest.raises(ValueError, match="order=-1"):
         cl.neumann_gradient(z, U, order=-1)
+    with pytest.raises(ValueError, match="eps=0"):
+        cl.neumann_gradient(z, U, eps=0)
     with pytest.raises(ValueError, match="eps"):
         cl.attention_step(z, U, 0.1, eps=0)
     with pytest.raises(ValueError, match="width=8, n_heads=3"):
