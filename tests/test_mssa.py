@@ -79,7 +79,7 @@ def test_neumann_series_converges_where_it_may_and_only_there(n):
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_neumann_order_is_the_taylor_order(n, order):
     """Halving the tokens divides the error by 2^(2·order + 3): the first power of z that the series leaves out."""
-    z, U = tokens(n=n, scale=0.05), subspaces()
+    z, U = tokens(n=n, scale=0.02), subspaces()
     errors = [
         (cl.neumann_gradient(z / half, U, 0.4, order) - cl.subspace_rate_gradient(z / half, U, 0.4)).norm()
         for half in (1, 2)
