@@ -34,6 +34,16 @@ def test_the_start_has_the_official_statistics():
     assert (model.blocks[0].attention.output.bias == 0).all()
 
 
+def test_neurons_are_codes_by_the_constants_of_the_configuration():
+    model = cl.Crate(cl.CrateConfig.preset("toy", expansion=3, step_size=0.3, lam=0.02, n_steps=4))
+    block, x, seen = model.blocks[1], torch.randn(2, 7, 64), []
+    block.ista_norm.register_forward_hook(lambda *args: seen.append(args[-1]))
+    block.neurons.register_forward_hook(lambda *args: seen.append(args[-1]))
+    block(x)
+    assert seen[1].shape == (2, 7, 192)
+    assert_close(seen[1], cl.ista(seen[0], block.ista.D, step_size=0.3, lam=0.02, n_steps=4))
+
+
 def test_atoms_replace_the_tokens_unless_a_residual_is_asked_for():
     tokens = torch.randint(256, (2, 7))
     for residual in False, True:
@@ -92,6 +102,7 @@ def test_official_checkpoints_give_the_official_logits(compiled, tmp_path):
     stored = {prefix + name: tensor for name, tensor in weights.items()}
     torch.save({"model": stored, "model_args": ARGS, "iter_num": 7, "optimizer": {}}, tmp_path / "ckpt.pt")
     model = cl.Crate.from_official(tmp_path / "ckpt.pt").to(tokens.device)
+    assert not model.training
     assert model.config == cl.CrateConfig(n_layers=3, n_heads=2, width=16, vocab_size=50, context=12)
     assert_close(model(tokens), official_logits(weights, ARGS, tokens), rtol=0, atol=1e-4)
 
@@ -101,6 +112,7 @@ def test_unfit_checkpoints_are_refused_by_key(tmp_path):
     extra = weights | {"transformer.h.0.extra": torch.zeros(3)}
     for changed, message in [
         ({k: v for k, v in weights.items() if "h.1.ista" not in k}, r"missing blocks.1.ista.weight \(64, 16\)"),
+        ({k: v for k, v in weights.items() if "wte" not in k}, "missing token_embedding.weight"),
         (extra, r"unexpected blocks.0.extra \(3,\)"),
         (weights | {"transformer.wpe.weight": torch.zeros(5, 16)}, r"\(5, 16\), expected \(12, 16\)"),
         (weights | {"lm_head.weight": torch.zeros(50, 16)}, "lm_head.weight differs"),

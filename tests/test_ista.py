@@ -53,6 +53,8 @@ def test_complete_step_by_the_paper():
     Z = z.T  # columns, as in the book
     expected = torch.relu(Z + 0.1 * D.T @ (Z - D @ Z) - 0.1 * 0.2).T
     assert_close(cl.ista_complete(z, D, step_size=0.1, lam=0.2), expected)
+    assert_close(cl.ista_complete(z, D), cl.ista_complete(z, D, step_size=0.1, lam=0.1, n_steps=1))
+    assert_close(cl.ista(z, D), cl.ista(z, D, step_size=0.1, lam=0.1, n_steps=2))
 
 
 @pytest.mark.parametrize("lam, h", [(0.02, 8), (0.1, 12), (0.2, 32)])

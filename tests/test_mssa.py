@@ -108,13 +108,14 @@ def test_softmax_step_has_the_factors_of_the_derivation():
     assert_close(cl.attention_step(z, U, 0.3), (1 - 0.3 * s) * z + 0.3 * s**2 * cl.mssa(z, U))
 
 
-def test_layer_with_its_own_subspaces_as_output_is_the_function():
-    layer = cl.Mssa(8, 4).double()
+@pytest.mark.parametrize("causal", [False, True])
+def test_layer_with_its_own_subspaces_as_output_is_the_function(causal):
+    layer = cl.Mssa(8, 4, causal).double()
     with torch.no_grad():
         layer.output.weight.copy_(layer.projection.weight.T)
         layer.output.bias.zero_()
     z = tokens(2)
-    assert_close(layer(z), cl.mssa(z, layer.U, causal=True))
+    assert_close(layer(z), cl.mssa(z, layer.U, causal))
 
 
 @pytest.mark.parametrize("function", [cl.neumann_gradient, cl.compression_step])
