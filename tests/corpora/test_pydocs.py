@@ -52,10 +52,12 @@ def test_sources_are_read_not_run_and_broken_ones_left_out(tmp_path):
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "nowhere.py").symlink_to(tmp_path / "removed.py")
     (tmp_path / "silent.py").write_text("x = 1\n")
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "inside.py").write_text('"""Test."""\n')
+    for name in "test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inside.py").write_text('"""Inside."""\n')
     (document,) = pydocs.standard_library(tmp_path)
     assert document == pydocs.Document("Loud.\n\nInner.\n\nIndented.\n", {"domain": "loud", "path": "loud.py"})
+    assert [document.meta["path"] for document in pydocs.standard_library(tmp_path / "test")] == ["inside.py"]
 
 
 def test_a_folder_without_sources_is_named(tmp_path):
