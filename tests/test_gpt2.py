@@ -24,7 +24,7 @@ def test_presets_have_relu_and_no_bias_anywhere():
     with torch.device("meta"):
         model = cl.Gpt2(cl.Gpt2Config.preset("3L"))
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
-    assert model.config.activation == "relu"
+    assert model.config.activation == "relu" and model.norm.eps == 1e-5
 
 
 def test_the_start_has_the_official_statistics():
@@ -41,7 +41,7 @@ def test_the_start_has_the_official_statistics():
     assert all((parameter == 0).all() for name, parameter in model.named_parameters() if name.endswith("bias"))
 
 
-@pytest.fixture(params=["gelu_new", "relu"])
+@pytest.fixture(params=["gelu_new", "gelu", "relu"])
 def theirs(request):
     config = transformers.GPT2Config(
         n_layer=3,
@@ -79,6 +79,17 @@ def test_old_files_with_masks_and_without_prefix_load_too(theirs, tmp_path):
     assert_close(cl.Gpt2.from_huggingface(tmp_path).to(tokens.device)(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
 
 
+def test_a_configuration_of_sizes_alone_means_openais_defaults(tmp_path):
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=50)
+    theirs = transformers.GPT2Config(**sizes)
+    transformers.GPT2LMHeadModel(theirs).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"} | sizes))
+    model = cl.Gpt2.from_huggingface(tmp_path)
+    ours = model.config.context, model.config.activation, model.config.norm_eps
+    assert ours == (theirs.n_positions, theirs.activation_function, theirs.layer_norm_epsilon)
+    assert not model.training
+
+
 def test_unfit_folders_are_refused_by_key(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
     weights, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
@@ -95,6 +106,9 @@ def test_unfit_folders_are_refused_by_key(theirs, tmp_path):
         ({"model_type": "bert"}, "'bert'; expected 'gpt2'"),
         ({"activation_function": "silu"}, "'silu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"n_inner": 50}, "n_inner=50"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
@@ -102,6 +116,9 @@ def test_unfit_folders_are_refused_by_key(theirs, tmp_path):
             cl.Gpt2.from_huggingface(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "n_embd"}))
     with pytest.raises(ValueError, match="lacks n_embd"):
+        cl.Gpt2.from_huggingface(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json must hold a JSON object"):
         cl.Gpt2.from_huggingface(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").unlink()

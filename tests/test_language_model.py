@@ -220,12 +220,13 @@ def test_presets_are_the_sizes_of_the_paper():
         assert cl.CrateConfig.preset(name) == cl.CrateConfig(layers, heads, width, vocab_size=50_304, context=1024)
 
 
-def test_presets_and_sizes_are_checked():
+@both
+def test_presets_and_sizes_are_checked(model_class, config_class):
     assert cl.CrateConfig.preset("S", lam=0.5).lam == 0.5
     with pytest.raises(ValueError, match="no preset 'M'; there are toy, 1L, 2L, 3L, S, B"):
-        cl.Gpt2Config.preset("M")
+        config_class.preset("M")
     for name in "n_layers", "context", "expansion":
         with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
-            cl.CrateConfig.preset("toy", **{name: 0})
+            config_class.preset("toy", **{name: 0})
     with pytest.raises(ValueError, match="multiple of the heads"):
-        cl.CrateConfig.preset("toy", n_heads=3)
+        config_class.preset("toy", n_heads=3)

@@ -60,6 +60,15 @@ def test_sources_are_read_not_run_and_broken_ones_left_out(tmp_path):
     assert [document.meta["path"] for document in pydocs.standard_library(tmp_path / "test")] == ["inside.py"]
 
 
+def test_docstrings_stand_in_source_order_and_no_warning_escapes(tmp_path):
+    (tmp_path / "module.py").write_text(
+        'class A:\n    "A."\n    async def a(self):\n        """Inside.  \n\n        """\n'
+        'def f():\n    "f."\nescape = "\\d"\n'
+    )
+    (document,) = pydocs.standard_library(tmp_path)  # warnings are errors here
+    assert document.text == "A.\n\nInside.\n\nf.\n"
+
+
 def test_a_folder_without_sources_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no Python sources"):
         list(pydocs.standard_library(tmp_path))
