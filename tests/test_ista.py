@@ -114,7 +114,7 @@ def test_errors_say_what_was_wrong():
     z = tokens()
     with pytest.raises(ValueError, match=r"D \(6, 24\) and z \(10, 8\)"):
         cl.ista(z, dictionary(6, 24))
-    for token, D in (z[0, 0], dictionary()), (z, dictionary()[None]):
+    for token, D in (z[0, 0], dictionary()), (z, dictionary()[..., None]):
         with pytest.raises(ValueError, match=r"D must be \(d, h\)"):
             cl.ista(token, D)
     with pytest.raises(ValueError, match="square"):
