@@ -28,7 +28,7 @@ def coding_rate(z: Tensor, eps: float = 0.5) -> Tensor:
     Raises:
         ValueError: `z` is not (..., n, d) with n, d > 0, is not finite or not floating point, or `eps` is not positive.
 
-    Source: Ma, Derksen, Hong & Wright (2007); Yu et al. (2023), eq. 2.
+    Source: Ma, Derksen, Hong & Wright (2007); Yu et al. (2023).
     """
     _check_tokens(z, eps)
     n, d = z.shape[-2:]
@@ -90,7 +90,7 @@ def subspace_rate(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
     Raises:
         ValueError: as `coding_rate` and `project`.
 
-    Source: Yu et al. (2023), eq. 3.
+    Source: Yu et al. (2023).
     """
     _check_tokens(z, eps)
     w = project(z, U)
@@ -114,7 +114,7 @@ def subspace_rate_gradient(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
     Raises:
         ValueError: as `subspace_rate`.
 
-    Source: Yu et al. (2023), eq. 9.
+    Source: Yu et al. (2023).
     """
     _check_tokens(z, eps)
     w = project(z, U)
@@ -136,7 +136,7 @@ def rate_reduction(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
     Raises:
         ValueError: as `subspace_rate`.
 
-    Source: Yu et al. (2023), eq. 4; Yu, Chan, You, Song & Ma (2020).
+    Source: Yu et al. (2023); Yu, Chan, You, Song & Ma (2020).
     """
     return coding_rate(z, eps) - subspace_rate(z, U, eps)
 
@@ -156,7 +156,7 @@ def sparse_rate_reduction(z: Tensor, U: Tensor, lam: float = 0.1, eps: float = 0
     Raises:
         ValueError: as `subspace_rate`, or `lam` is negative.
 
-    Source: Yu et al. (2023), eq. 1, with ‖·‖₁ for ‖·‖₀.
+    Source: Yu et al. (2023), with ‖·‖₁ for ‖·‖₀.
     """
     if lam < 0:
         raise ValueError(f"the sparsity weight lam must be at least 0; got {lam}")

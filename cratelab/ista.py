@@ -56,7 +56,7 @@ def ista_complete(z: Tensor, D: Tensor, step_size: float = 0.1, lam: float = 0.1
     Raises:
         ValueError: `D` is not (d, d), or a parameter is out of range.
 
-    Source: Yu et al. (2023), eq. 17.
+    Source: Yu et al. (2023).
     """
     _check(z, D, step_size, lam, n_steps)
     if D.shape[0] != D.shape[1]:

@@ -2,11 +2,11 @@
 
 With W_k = U_kᵀZ, s = p/(nε²) and κ the step size, the chain is::
 
-    exact            Z − κ s Σ_k U_k W_k (I + s W_kᵀW_k)⁻¹                `compression_step`
-    Neumann, order m the inverse as Σ_{j≤m} (−s W_kᵀW_k)^j                `neumann_gradient`
-    Σ_k U_kU_kᵀ ≈ I  (1 − κs) Z + κ s² Σ_k U_k W_k (W_kᵀW_k)              `attention_step` with `gram_attention`
-    softmax          (1 − κs) Z + κ s² Σ_k U_k W_k softmax(W_kᵀW_k/√p)    `attention_step` with `mssa`
-    learned          Z + W_out [SSA_1; …; SSA_K] + b                      `Mssa`, inside a residual block
+    exact            Z − κ s Σ_k U_k W_k (I + s W_kᵀW_k)⁻¹                compression_step
+    Neumann, order m the inverse as Σ_{j≤m} (−s W_kᵀW_k)^j                neumann_gradient
+    Σ_k U_kU_kᵀ ≈ I  (1 − κs) Z + κ s² Σ_k U_k W_k (W_kᵀW_k)              attention_step with gram_attention
+    softmax          (1 − κs) Z + κ s² Σ_k U_k W_k softmax(W_kᵀW_k/√p)    attention_step with mssa
+    learned          Z + W_out [SSA_1; …; SSA_K] + b                      Mssa, inside a residual block
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def compression_step(z: Tensor, U: Tensor, step_size: float, eps: float = 0.5) -
     Raises:
         ValueError: as `cratelab.coding_rate.subspace_rate`.
 
-    Source: Yu et al. (2023), eq. 10.
+    Source: Yu et al. (2023).
     """
     return z - step_size * subspace_rate_gradient(z, U, eps)
 
@@ -57,7 +57,7 @@ def neumann_gradient(z: Tensor, U: Tensor, eps: float = 0.5, order: int = 1) -> 
     Raises:
         ValueError: `order` is negative, `eps` is not positive, or the shapes do not fit.
 
-    Source: Yu et al. (2023), appendix A.2.
+    Source: Yu et al. (2023).
     """
     if order < 0 or not eps > 0:
         raise ValueError(f"neumann_gradient needs order >= 0 and eps > 0; got order={order}, eps={eps}")
@@ -132,7 +132,7 @@ def mssa(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None)
     Raises:
         ValueError: the shapes do not fit.
 
-    Source: Yu et al. (2023), eqs. 11 and 12.
+    Source: Yu et al. (2023).
     """
     w = project(z, U)
     attended = F.scaled_dot_product_attention(w, w, w, is_causal=causal, scale=scale)
@@ -157,7 +157,7 @@ def attention_step(
     Raises:
         ValueError: `eps` is not positive, or the shapes do not fit.
 
-    Source: Yu et al. (2023), eq. 13.
+    Source: Yu et al. (2023).
     """
     if not eps > 0:
         raise ValueError(f"the precision eps must be positive; got {eps}")
