@@ -66,9 +66,9 @@ def project(z: Tensor, U: Tensor) -> Tensor:
     Raises:
         ValueError: the widths of `z` and `U` differ, or `U` is not (k, d, p).
     """
-    if U.ndim != 3 or z.ndim < 2 or U.shape[1] != z.shape[-1]:
+    if U.ndim != 3 or z.ndim < 2 or U.shape[1] != z.shape[-1] or 0 in (*U.shape, z.shape[-2]):
         raise ValueError(
-            "subspaces U must be (k, d, p) with the width d of the tokens z (..., n, d); "
+            "subspaces U must be (k, d, p) with the width d of the tokens z (..., n, d), none of them 0; "
             f"got U {tuple(U.shape)} and z {tuple(z.shape)}"
         )
     return einsum(z, U, "... n d, k d p -> ... k n p")
@@ -93,9 +93,9 @@ def subspace_rate(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
     Source: Yu et al. (2023).
     """
     _check_tokens(z, eps)
-    w = project(z, U)
+    w = project(_precise(z), _precise(U))
     n, p = w.shape[-2:]
-    return _half_logdet(w, p / (n * eps**2)).sum(-1)
+    return _half_logdet(w, p / (n * eps**2)).sum(-1).to(torch.promote_types(z.dtype, torch.float32))
 
 
 def subspace_rate_gradient(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
@@ -117,9 +117,10 @@ def subspace_rate_gradient(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
     Source: Yu et al. (2023).
     """
     _check_tokens(z, eps)
-    w = project(z, U)
+    U = _precise(U)
+    w = project(_precise(z), U)
     n, p = w.shape[-2:]
-    return einsum(_shrink(w, p / (n * eps**2)), U, "... k n p, k d p -> ... n d")
+    return einsum(_shrink(w, p / (n * eps**2)), U, "... k n p, k d p -> ... n d").to(z.dtype)
 
 
 def rate_reduction(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
@@ -186,7 +187,7 @@ def _identity_plus_gram(z: Tensor, scale: float) -> Tensor:
 
 
 def _is_huge(z: Tensor, scale: float) -> bool:
-    return bool((scale * z.square().sum((-2, -1)) > _CHOLESKY_LIMIT).any())
+    return bool((scale * torch.linalg.vector_norm(z, dim=(-2, -1)).square() > _CHOLESKY_LIMIT).any())
 
 
 def _half_logdet(z: Tensor, scale: float) -> Tensor:

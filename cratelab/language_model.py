@@ -107,8 +107,11 @@ class LanguageModel(nn.Module):
         n = tokens.shape[1]
         if position + n > self.config.context:
             raise ValueError(f"the context is {self.config.context} tokens; got {position + n}: crop them to the last")
-        if position and n > 1:
-            raise ValueError(f"after the first call a cache takes one token at a time; got {n} at position {position}")
+        if position < 0 or (position and (cache is None or n > 1)):
+            with_cache = "without a cache" if cache is None else "with one"
+            raise ValueError(
+                f"position > 0 needs a cache and takes one token at a time; got {n} at {position} {with_cache}"
+            )
         x = self.token_embedding(tokens)
         x = x + self.position_embedding.weight[position : position + n]
         for i, block in enumerate(self.blocks):
@@ -116,7 +119,7 @@ class LanguageModel(nn.Module):
         return F.linear(self.norm(x), self.token_embedding.weight)
 
     def count_parameters(self, positions: bool = True) -> int:
-        """Trainable scalars; without `positions`, as the paper counts them."""
+        """Scalars in all parameters; without `positions`, as the paper counts them."""
         n = sum(parameter.numel() for parameter in self.parameters())
         return n if positions else n - self.position_embedding.weight.numel()
 

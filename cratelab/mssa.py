@@ -161,8 +161,9 @@ def attention_step(
     """
     if not eps > 0:
         raise ValueError(f"the precision eps must be positive; got {eps}")
+    attended = attention(z, U)
     scale = U.shape[-1] / (z.shape[-2] * eps**2)
-    return (1 - step_size * scale) * z + step_size * scale**2 * attention(z, U)
+    return (1 - step_size * scale) * z + step_size * scale**2 * attended
 
 
 class Mssa(nn.Module):
@@ -184,7 +185,7 @@ class Mssa(nn.Module):
 
     def __init__(self, width: int, n_heads: int, causal: bool = True):
         super().__init__()
-        if width % n_heads:
+        if n_heads < 1 or width % n_heads:
             raise ValueError(f"the width must be a multiple of the heads; got width={width}, n_heads={n_heads}")
         self.n_heads, self.causal = n_heads, causal
         self.projection = nn.Linear(width, width, bias=False)

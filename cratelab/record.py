@@ -22,7 +22,8 @@ def provenance(**facts) -> dict:
         facts: what only the caller knows, such as seeds, seconds, a hash of the data.
 
     Returns:
-        What `json` can write. `commit` is None outside a git checkout and ends in "+changes" in one with edits.
+        What `json` can write. `commit` is that of the current folder's checkout, None outside one; it ends in
+        "+changes" where files were edited.
     """
     device = best_device()
     return {

@@ -176,3 +176,15 @@ def test_misshapen_subspaces_are_named_with_both_shapes():
 def test_negative_sparsity_weight_is_refused():
     with pytest.raises(ValueError, match="lam"):
         cl.sparse_rate_reduction(tokens(), subspaces(), lam=-1)
+
+
+def test_subspace_rates_of_half_precision_tokens_lose_nothing_to_the_projection():
+    z, U = tokens(n=16), subspaces()
+    for half in torch.bfloat16, torch.float16:
+        exact = cl.subspace_rate(z.to(half).double(), U.to(half).double())
+        assert_close(cl.subspace_rate(z.to(half), U.to(half)), exact.float(), rtol=1e-6, atol=0)
+    large = (300 * z).half()  # its squares overflow half precision
+    assert (
+        torch.isfinite(cl.subspace_rate(large, U.half()))
+        and torch.isfinite(cl.subspace_rate_gradient(large, U.half())).all()
+    )

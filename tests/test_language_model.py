@@ -145,8 +145,9 @@ def test_wrong_tokens_are_named():
         model(prompt(n=13))
     with pytest.raises(ValueError, match="context is 12 tokens; got 13"):
         model(prompt(n=1), model.new_cache(3), position=12)
-    with pytest.raises(ValueError, match="one token at a time"):
-        model(prompt(n=2), model.new_cache(3), position=4)
+    for n, cache, position in [(2, model.new_cache(3), 4), (1, None, 4), (1, model.new_cache(3), -1)]:
+        with pytest.raises(ValueError, match="one token at a time"):
+            model(prompt(n=n), cache, position)
     for low, high in (0, 50), (-1, 49):
         with pytest.raises(ValueError, match=rf"\[0, 50\); got {low} to {high}"):
             model.generate(torch.tensor([[low, high]]), 1)

@@ -132,8 +132,12 @@ def test_errors_say_what_was_wrong():
         cl.neumann_gradient(z, U, eps=0)
     with pytest.raises(ValueError, match="eps"):
         cl.attention_step(z, U, 0.1, eps=0)
-    with pytest.raises(ValueError, match="width=8, n_heads=3"):
-        cl.Mssa(8, 3)
+    for n_heads in 3, 0:
+        with pytest.raises(ValueError, match=f"width=8, n_heads={n_heads}"):
+            cl.Mssa(8, n_heads)
+    for function in cl.neumann_gradient, lambda z, U: cl.attention_step(z, U, 0.1):
+        with pytest.raises(ValueError, match="none of them 0"):
+            function(z[:0], U)
     for function in cl.mssa, cl.gram_attention, cl.attention_map, cl.neumann_gradient:
         with pytest.raises(ValueError, match=r"\(k, d, p\)"):
             function(z, subspaces(d=6))
