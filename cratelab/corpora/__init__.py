@@ -1,5 +1,5 @@
-"""Corpora: documents with `text` and `meta`."""
+"""Corpora: documents with `text` and `meta`, and TinyWorld, whose every token is labelled."""
 
-from cratelab.corpora import pydocs
+from cratelab.corpora import pydocs, tinyworld
 
-__all__ = ["pydocs"]
+__all__ = ["pydocs", "tinyworld"]
