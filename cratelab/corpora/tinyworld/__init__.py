@@ -1,8 +1,9 @@
 """TinyWorld: generated text whose every token carries what it means and how likely it was.
 
 Seven domains (stories, dialogue, counting, biology, law, markets, code) in fewer than 512 words. A document starts with
-`<begin>` and ends with `<end>`; between them stand a title, an opening that tells facts (names, a secret word, a price,
-the value of a variable), body sentences, which may recall facts or replace them, and a closing that recalls some.
+``<begin>`` and ends with ``<end>``; between them stand a title, an opening that tells facts (names, a secret word, a
+price, the value of a variable), body sentences, which may recall facts or replace them, and a closing, which recalls
+some.
 Documents are short, medium or as long as the context, so the facts return after known distances up to all of it.
 
 Domain, topic, length and, until a sentence tells, the sense of a word are hidden. `World.log_prob` sums over all of
@@ -65,7 +66,7 @@ class World:
 
     @property
     def entropy_rate(self) -> float:
-        """Nats a token: the mean of −`log_prob`, the least loss that can be expected of a model."""
+        """Nats a token, the mean of `log_prob` without its sign; no model can expect less loss."""
         return float(-self.log_prob.mean())
 
     def text(self, document: int) -> str:
@@ -131,7 +132,7 @@ def log_prob(tokens: Sequence[int], context: int = 512) -> np.ndarray:
     """Nats of each token of one document, such as a model wrote, given those before it.
 
     Args:
-        tokens: (n,) indices into the vocabulary, from `<begin>` on.
+        tokens: (n,) indices into the vocabulary, from the document's first.
         context: as in `generate`.
 
     Returns:

@@ -33,7 +33,8 @@ class Draft:
     """A document with its hidden side.
 
     Attributes:
-        domain, topic: indices.
+        domain: index.
+        topic: index, 0 or 1.
         words: indices into the vocabulary.
         items: for each word, index of the template's token that it fills, in `Grammar.items`.
         recalls: (position, tokens since the fact was last told) of each word that tells a fact again.
@@ -214,13 +215,14 @@ class Language:
 
     def log_prob(self, words: Sequence[int], closes: np.ndarray, context: int) -> np.ndarray:
         """(k, topics · lengths) nats of the first k prefixes of the words; the domain could not say more of them."""
-        path = self.read(words)
+        path = np.array(self.read(words), dtype=int)
         never, surely = np.full(len(closes), -np.inf), np.zeros(len(closes))
         free = np.array([surely, np.log1p(-closes), np.log(closes)])  # by _WITHIN, _GOES_ON, _CLOSES
         full = np.array([surely, never, surely])
         is_full = np.arange(len(path)) + self._room > context
         end = np.array([free, full])[is_full.astype(int), self._edge_end[path]]
-        return np.cumsum(self._edge_log_p[path][:, :, None] + end[:, None, :], axis=0).reshape(len(path), -1)
+        log_p = np.cumsum(self._edge_log_p[path][:, :, None] + end[:, None, :], axis=0)
+        return log_p.reshape(len(path), N_TOPICS * len(closes))
 
 
 class Grammar:
@@ -289,7 +291,7 @@ class Grammar:
             k = len(given)
             log_p[:k] = np.logaddexp(log_p[:k], _log_mean_exp(given) - log(len(self.languages)))
         possible = np.isfinite(log_p)
-        log_p[possible] = np.diff(log_p[possible], prepend=0.0)
+        log_p[possible] = np.minimum(np.diff(log_p[possible], prepend=0.0), 0.0)  # rounding may pass 0
         return log_p
 
     def _closes(self, context: int) -> np.ndarray:

@@ -344,7 +344,7 @@ CLASSES = {
     "adverb": "$manner once long ago then finally now later so up more short last",
     "pronoun": "i you it they she us we her their its our these this that there where how",
     "determiner": "the a some",
-    "preposition": "on about near with to at over in for before of from by under past of v less",
+    "preposition": "on about near with to at over in for before of from by under past v less",
     "conjunction": "and because",
     "interjection": "yes no",
     "keyword": "def if range print return assert",

@@ -25,7 +25,10 @@ class Domain:
     Attributes:
         topics: names of its two topics; the first prefers the words at the front of each list, the second the last.
         lists: words by list, separated by spaces.
-        title, opening, body, closing: templates, a line each.
+        title: templates, a line each, as are the other parts.
+        opening: told after the title; its facts are known from then on.
+        body: sentences, any number.
+        closing: the last words.
     """
 
     topics: tuple[str, str]
@@ -50,7 +53,7 @@ class Item:
 
     @property
     def symbol(self) -> tuple[str, str, str, str]:
-        """What a reader can see of it: items that differ in their labels alone are the same branch."""
+        """All that shows of it in a text, where labels do not."""
         return self.word, self.choices, self.remembers, self.recalls
 
 
