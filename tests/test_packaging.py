@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 REQUIREMENTS = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)})
-HEAVY = ["matplotlib", "sklearn", "scipy", "transformers", "datasets", "IPython"]
+HEAVY = [
+    *("matplotlib", "sklearn", "scipy", "transformers", "IPython"),
+    *("datasets", "tiktoken", "tokenizers", "pandas", "pyarrow", "filelock"),
+]
 
 
 def pins() -> dict[str, str]:
@@ -43,14 +46,14 @@ def test_torch_is_pinned_without_a_local_build():
 def test_conda_environment_installs_the_same():
     dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     (pip_lines,) = (entry["pip"] for entry in dependencies if isinstance(entry, dict))
-    assert pip_lines == ["-c constraints.txt", "-e .[book,test]"]
+    assert pip_lines == ["-c constraints.txt", "-e .[book,test,corpora]"]
     (python,) = (entry for entry in dependencies if isinstance(entry, str) and entry.startswith("python="))
     assert SpecifierSet(PROJECT["requires-python"]).contains(python.removeprefix("python="))
 
 
 def test_make_installs_the_same():
     (line,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line)
-    assert "-c constraints.txt -e '.[book,test,browse]'" in line
+    assert "-c constraints.txt -e '.[book,test,corpora,browse]'" in line
 
 
 def test_import_stays_light():

@@ -1,5 +1,5 @@
-"""Corpora: documents with `text` and `meta`, and TinyWorld, whose every token is labelled."""
+"""Corpora: documents with `text` and `meta`, their tokens on disk, and TinyWorld, whose every token is labelled."""
 
-from cratelab.corpora import pydocs, tinyworld
+from cratelab.corpora import documents, files, hub, pydocs, tinyworld, tokenized, tokenizing, tokens
 
-__all__ = ["pydocs", "tinyworld"]
+__all__ = ["documents", "files", "hub", "pydocs", "tinyworld", "tokenized", "tokenizing", "tokens"]

@@ -72,3 +72,66 @@ def test_docstrings_stand_in_source_order_and_no_warning_escapes(tmp_path):
 def test_a_folder_without_sources_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no Python sources"):
         list(pydocs.standard_library(tmp_path))
+
+
+COMMENTED = '''#!/usr/bin/env python
+# Copyright 1999 by nobody.
+"""Module."""
+import os  # noqa: F401  # the rest of it
+
+# A comment of
+# two lines: here.
+#
+# And a third.
+x = 1  # beside the code, it says
+
+# ------
+# y = os.getcwd()
+# print(y)
+
+
+def f():
+    """Function."""
+    text = "# in a string, no comment"
+    # inside the function, this
+    # type: ignore
+    return text
+'''
+
+
+def test_comments_stand_among_the_docstrings_and_only_prose_does(tmp_path):
+    (tmp_path / "module.py").write_text(COMMENTED)
+    (document,) = pydocs.standard_library(tmp_path, comments=True)
+    assert document.text == (
+        "Module.\n\nA comment of\ntwo lines: here.\n\nAnd a third.\n\nbeside the code, it says\n\nFunction.\n\n"
+        "inside the function, this\n"
+    )
+    (plain,) = pydocs.standard_library(tmp_path)
+    assert plain.text == "Module.\n\nFunction.\n"
+
+
+def test_installed_packages_are_read_not_imported(tmp_path, monkeypatch):
+    for name in "loud", "quiet":
+        (tmp_path / name / "tests").mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text(f'"""{name} package."""\nraise SystemExit("was imported")\n')
+        (tmp_path / name / "inner.py").write_text("# Comment of a module,\n# two lines.\n")
+        (tmp_path / name / "tests" / "test_a.py").write_text('"""Test."""\n')
+    (tmp_path / "space").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    documents = list(pydocs.packages(["quiet", "loud"]))
+    assert [(d.text, d.meta) for d in documents] == [
+        ("quiet package.\n", {"domain": "quiet", "path": "quiet/__init__.py"}),
+        ("Comment of a module,\ntwo lines.\n", {"domain": "quiet", "path": "quiet/inner.py"}),
+        ("loud package.\n", {"domain": "loud", "path": "loud/__init__.py"}),
+        ("Comment of a module,\ntwo lines.\n", {"domain": "loud", "path": "loud/inner.py"}),
+    ]
+    assert [d.text for d in pydocs.packages(["loud"], comments=False)] == ["loud package.\n"]
+    with pytest.raises(ModuleNotFoundError, match=r"Python sources: absent, space, os\.path;"):
+        next(pydocs.packages(["loud", "absent", "space", "os.path"]))
+
+
+def test_of_the_scientific_packages_those_installed_are_read(monkeypatch):
+    monkeypatch.setattr(pydocs, "SCIENTIFIC", ("absent", "einops"))
+    documents = list(pydocs.packages())
+    assert {document.meta["domain"] for document in documents} == {"einops"}
+    assert "einops.rearrange is a reader-friendly smart element reordering" in "".join(d.text for d in documents)

@@ -1,0 +1,215 @@
+"""Writing tokenised corpora: in parallel, in constant memory, and so that a kill at any moment loses one shard at most.
+
+Documents are read by one thread and grouped into shards; each shard is tokenised and written by a thread of its own.
+Threads suffice, and need no start-up nor copies of the text: tiktoken releases Python's lock while it encodes. A shard
+is there when its record is, and every file is replaced whole; a second run reads the documents again, finds by their
+hash the shards that are done, and makes the others.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from cratelab.corpora.documents import Document, encode_utf8, require
+from cratelab.corpora.tokenized import (
+    FORMAT,
+    MANIFEST,
+    UNFINISHED,
+    TokenizedCorpus,
+    check_shard,
+    check_tokenizer,
+    document_file,
+    read_manifest,
+    token_file,
+    tokenizer_facts,
+)
+from cratelab.corpora.tokens import Tokenizer, encode
+
+
+def tokenize(
+    documents: Iterable[Document],
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    workers: int | None = None,
+    shard_characters: int = 2**24,
+    on_shard: Callable[[dict], None] | None = None,
+) -> TokenizedCorpus:
+    """Tokenise a corpus into `folder` and open it. Run again after a kill, it goes on; once done, it only opens.
+
+    Args:
+        documents: the corpus, in the same order each time. Of a finished corpus only the first shard is compared.
+        folder: made if need be. Processes that call this at once wait for the first, then open what it made.
+        tokenizer: closes each document by its `eot_token`.
+        workers: threads that encode; the number of cores unless given.
+        shard_characters: text that makes a shard. At most `workers + 2` shards' text is in memory.
+        on_shard: called with the record of each shard, in order, once it is written: for a progress bar.
+
+    Returns:
+        The corpus, checked as by `TokenizedCorpus.open`.
+
+    Raises:
+        ValueError: there is no document; or `folder` was begun with another tokenizer, shard size or corpus.
+        OSError: a file cannot be written. What was finished stays, and the next run goes on from there.
+    """
+    if shard_characters < 1 or (workers is not None and workers < 1):
+        raise ValueError(f"workers and shard_characters must be at least 1; got {workers} and {shard_characters}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with require("filelock").FileLock(folder / "lock"):  # the system frees it when a process dies
+        finished = _begun(folder, tokenizer, shard_characters)
+        if finished:
+            _check_first_shard(folder, documents, shard_characters)
+        else:
+            _build(documents, folder, tokenizer, workers or os.cpu_count() or 1, shard_characters, on_shard)
+        return TokenizedCorpus.open(folder, tokenizer, checksums=finished)
+
+
+def _begun(folder: Path, tokenizer: Tokenizer, shard_characters: int) -> bool:
+    """Whether the corpus is finished; if it was not even begun, it now is."""
+    for name in MANIFEST, UNFINISHED:
+        if (file := folder / name).is_file():
+            begun = read_manifest(file)
+            check_tokenizer(file, begun, tokenizer)
+            if begun["shard_characters"] != shard_characters:
+                raise ValueError(
+                    f"{file} was begun with shard_characters={begun['shard_characters']}, not {shard_characters}: "
+                    "give the same, or another folder"
+                )
+            return name == MANIFEST
+    facts = {"format": FORMAT, "tokenizer": tokenizer_facts(tokenizer), "shard_characters": shard_characters}
+    _write_json(folder / UNFINISHED, facts)
+    return False
+
+
+def _check_first_shard(folder: Path, documents: Iterable[Document], shard_characters: int) -> None:
+    group = next(_groups(documents, shard_characters), [])
+    if _text_sha256(group) != read_manifest(folder / MANIFEST)["shards"][0]["text_sha256"]:
+        raise ValueError(f"{folder} holds another corpus than the one given: remove it, or choose another folder")
+
+
+def _build(
+    documents: Iterable[Document],
+    folder: Path,
+    tokenizer: Tokenizer,
+    workers: int,
+    shard_characters: int,
+    on_shard: Callable[[dict], None] | None,
+) -> None:
+    for part in folder.glob("*.part"):
+        part.unlink()  # of a process that was killed: this one holds the lock
+    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+    shards, waiting, corpus_digest = [], deque(), hashlib.sha256()
+
+    def finish_one() -> None:
+        shards.append(waiting.popleft().result())
+        if on_shard:
+            on_shard(shards[-1])
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for number, group in enumerate(_groups(documents, shard_characters)):
+                _update(corpus_digest, group)
+                waiting.append(pool.submit(_make_shard, folder, number, group, tokenizer, dtype))
+                if len(waiting) > workers:
+                    finish_one()
+            while waiting:
+                finish_one()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if not shards:
+        raise ValueError(f"the corpus for {folder} holds no document")
+    manifest = {
+        **read_manifest(folder / UNFINISHED),
+        "dtype": dtype.str,
+        "corpus_sha256": corpus_digest.hexdigest(),
+        "n_tokens": sum(shard["n_tokens"] for shard in shards),
+        "n_documents": sum(shard["n_documents"] for shard in shards),
+        "shards": shards,
+    }
+    _write_json(folder / MANIFEST, manifest)
+    for file in [folder / UNFINISHED, *folder.glob("*.shard.json")]:
+        file.unlink()
+
+
+def _groups(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    group, size = [], 0
+    for document in documents:
+        group.append(document)
+        size += len(document.text)
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _make_shard(folder: Path, number: int, group: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> dict:
+    record_file = folder / f"{number:05}.shard.json"
+    text_sha256 = _text_sha256(group)
+    try:
+        record = json.loads(record_file.read_text(encoding="utf8"))
+        if record["text_sha256"] == text_sha256:
+            check_shard(folder, number, record, dtype, checksums=True)
+            return record
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or not whole: made anew
+    domains = sorted({document.meta.get("domain", "") for document in group})
+    index = {domain: i for i, domain in enumerate(domains)}
+    end = np.array([tokenizer.eot_token], dtype)
+    pieces, table = [], np.empty((len(group), 2), "<u4")
+    for row, document in zip(table, group, strict=True):
+        pieces += [encode(tokenizer, document.text).astype(dtype), end]
+        row[:] = len(pieces[-2]) + 1, index[document.meta.get("domain", "")]
+    tokens = np.concatenate(pieces).tobytes()
+    _write(token_file(folder, number), tokens)
+    _write(document_file(folder, number), table.tobytes())
+    record = {
+        "n_tokens": len(tokens) // dtype.itemsize,
+        "n_documents": len(group),
+        "domains": domains,
+        "text_sha256": text_sha256,
+        "tokens_sha256": hashlib.sha256(tokens).hexdigest(),
+        "documents_sha256": hashlib.sha256(table.tobytes()).hexdigest(),
+    }
+    _write_json(record_file, record)
+    return record
+
+
+def _text_sha256(group: list[Document]) -> str:
+    digest = hashlib.sha256()
+    _update(digest, group)
+    return digest.hexdigest()
+
+
+def _update(digest, group: list[Document]) -> None:
+    """Domains and texts, each preceded by its length, so that no two corpora have one hash."""
+    for document in group:
+        for text in document.meta.get("domain", ""), document.text:
+            data = encode_utf8(text)
+            digest.update(len(data).to_bytes(8, "big"))
+            digest.update(data)
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Whole or not at all, on the disk before anything refers to it."""
+    part = file.with_name(file.name + ".part")
+    try:
+        with part.open("wb") as content:
+            content.write(data)
+            content.flush()
+            os.fsync(content.fileno())
+        os.replace(part, file)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk is not made fuller
+        raise
+
+
+def _write_json(file: Path, content: dict) -> None:
+    _write(file, (json.dumps(content, indent=1) + "\n").encode())
