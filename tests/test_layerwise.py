@@ -1,0 +1,94 @@
+import pytest
+import torch
+from sklearn.linear_model import Lasso
+from torch.testing import assert_close
+
+import cratelab as cl
+from cratelab.layerwise import layer_statistics, subspaces
+
+from conftest import tokens
+
+SMALL = dict(n_layers=2, n_heads=2, width=16, vocab_size=50, context=12)
+
+
+def models():
+    torch.manual_seed(0)
+    both = cl.Crate(cl.CrateConfig(**SMALL)), cl.Gpt2(cl.Gpt2Config(**SMALL))
+    with torch.no_grad():
+        for model in both:
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return both
+
+
+@pytest.mark.parametrize("model", models(), ids=["crate", "gpt2"])
+def test_rates_and_sparsity_are_those_of_a_walk_through_the_blocks(model):
+    batches = [torch.randint(50, (b, 10)) for b in (3, 1)]
+    model.to(batches[0].device)
+    found = layer_statistics(model, batches, eps=0.7)
+    with torch.no_grad():
+        x = torch.cat([model.token_embedding(batch) for batch in batches]) + model.position_embedding.weight[:10]
+        for i, (block, U) in enumerate(zip(model.blocks, subspaces(model), strict=True)):
+            seen = block.attention_norm(x)
+            after = block.attention_norm(x + block.attention(seen))
+            for when, z in ("before", seen), ("after", after):
+                z, bases = z.double().cpu(), U.double().cpu()
+                # sequence by sequence and subspace by subspace, on orthonormal bases from an SVD in place of QR
+                rates = [cl.coding_rate(sequence, 0.7) for sequence in z]
+                learned = [sum(cl.coding_rate(sequence @ U_k, 0.7) for U_k in bases) for sequence in z]
+                svd = [torch.linalg.svd(U_k, full_matrices=False)[0] for U_k in bases]
+                flat = [sum(cl.coding_rate(sequence @ U_k, 0.7) for U_k in svd) for sequence in z]
+                for name, values in ("R", rates), ("R^c", learned), ("R^c orthonormal", flat):
+                    assert_close(found[f"{name} {when}"][i], torch.stack(values).mean(), rtol=1e-5, atol=1e-5)
+            codes = []
+            hook = block.neurons.register_forward_hook(lambda module, inputs, code: codes.append(code))  # noqa: B023
+            x = block(x)
+            hook.remove()
+            assert_close(found["active"][i], (codes[0] > 0).double().mean().cpu())
+
+
+def test_gpt2s_subspaces_are_what_its_values_read():
+    gpt2 = models()[1]
+    x = tokens(1, n=4, d=16, dtype=torch.float32)
+    gpt2.to(x.device)
+    values = gpt2.blocks[0].attention.projection(x)[..., 32:]
+    assert_close(cl.project(x, subspaces(gpt2)[0])[0].movedim(0, 1).flatten(1), values[0])
+
+
+def test_lasso_objectives_are_those_of_scikit_learn():
+    crate = models()[0]
+    batch = torch.randint(50, (1, 6))
+    found = layer_statistics(crate.to(batch.device), [batch], lasso_steps=20_000)
+    with torch.no_grad():
+        block = crate.blocks[0]
+        x = crate.token_embedding(batch) + crate.position_embedding.weight[:6]
+        target = block.ista_norm(x + block.attention(block.attention_norm(x)))[0]
+        D = block.ista.D.double().cpu().numpy()
+        objectives = []
+        for token in target.double().cpu().numpy():
+            lasso = Lasso(alpha=0.1 / 16, positive=True, fit_intercept=False, tol=1e-12, max_iter=1_000_000)
+            code = lasso.fit(D, token).coef_
+            objectives.append(0.5 * ((token - D @ code) ** 2).sum() + 0.1 * code.sum())
+    assert abs(float(found["converged lasso objective"][0]) / (sum(objectives) / 6) - 1) < 1e-3
+    assert (found["lasso objective"] > found["converged lasso objective"]).all()
+    assert (found["lasso active"] < found["active"]).all()
+
+
+def test_one_batch_or_many_is_the_same_and_hooks_are_gone_afterwards():
+    crate = models()[0]
+    batch = torch.randint(50, (6, 8))
+    crate.to(batch.device)
+    whole, parts = layer_statistics(crate, [batch]), layer_statistics(crate, iter(batch.split(2)))
+    for name in whole:
+        assert_close(whole[name], parts[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="context"):
+        layer_statistics(crate, [torch.zeros(1, 99, dtype=torch.long)])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in crate.modules())
+
+
+def test_wrong_requests_are_named():
+    crate, gpt2 = models()
+    with pytest.raises(ValueError, match="at least one batch"):
+        layer_statistics(crate, [])
+    with pytest.raises(ValueError, match="ISTA layers; got Gpt2"):
+        layer_statistics(gpt2, [torch.zeros(1, 2, dtype=torch.long)], lasso_steps=5)
