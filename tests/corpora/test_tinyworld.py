@@ -138,7 +138,7 @@ def small_sample(grammar: Grammar, n: int) -> Counter:
 
 
 def chi_square(counts: Counter, probabilities: dict, n: int) -> float:
-    """Standard deviations of Pearson's statistic above its mean; rare outcomes are taken together."""
+    """Pearson's statistic, rare outcomes taken together, as a standard normal variable (by Wilson and Hilferty)."""
     common = {key for key, p in probabilities.items() if n * p >= 10}
     expected = np.array([n * probabilities[key] for key in common])
     observed = np.array([counts[key] for key in common])
@@ -146,7 +146,8 @@ def chi_square(counts: Counter, probabilities: dict, n: int) -> float:
     if rest >= 10:
         expected, observed = np.append(expected, rest), np.append(observed, n - observed.sum())
     freedom = len(expected) - 1
-    return (((observed - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom)
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / np.sqrt(2 / (9 * freedom))
 
 
 def test_documents_are_written_as_often_as_enumerated(documents):
@@ -190,7 +191,7 @@ def test_next_tokens_come_as_often_as_stated():
             if start + k < end:
                 begun[tuple(world.tokens[start : start + k].tolist())].append(int(world.tokens[start + k]))
     common = [prefix for prefix, nexts in begun.items() if len(nexts) >= 60]
-    assert len(common) > 50 and max(map(len, common)) > 8
+    assert len(common) > 50 and max(map(len, common)) > 5
     excess = []
     for prefix in common:
         counts = Counter(begun[prefix])
@@ -198,7 +199,7 @@ def test_next_tokens_come_as_often_as_stated():
         assert min(stated.values()) > 0 and sum(stated.values()) <= 1 + 1e-12
         if sum(p * counts.total() >= 10 for p in stated.values()) > 1:
             excess.append(chi_square(counts, stated, counts.total()))
-    assert len(excess) > 30 and max(excess) < 6 and abs(np.mean(excess)) < 4 / np.sqrt(len(excess))
+    assert len(excess) > 30 and max(excess) < 4.5 and abs(np.mean(excess)) < 0.7
 
 
 def test_the_stated_probabilities_sum_to_one_and_agree_with_the_text_deep_in_documents(world):
@@ -257,6 +258,11 @@ def test_facts_return_after_every_distance_up_to_the_context(world):
     assert np.array_equal(world.tokens[told], world.tokens[recall])
     assert np.array_equal(world.document[told], world.document[recall])
     assert (fact | recall)[told].all() and not (fact & recall).any()
+    last = {}
+    for i in np.flatnonzero(fact | recall)[:20_000]:
+        key = world.document[i], world.tokens[i], kind(world, i)
+        assert not recall[i] or distance[i] == i - last[key]  # since it was last told, not first
+        last[key] = i
     octaves = np.histogram(distance[recall], bins=[2, 8, 32, 64, 128, 256, 384, 512])[0]
     assert octaves.min() > 50 and distance.max() > 480
     certain = recall & (world.log_prob > -1e-6)  # nothing but the fact is in doubt
@@ -396,7 +402,7 @@ def witten_bell(world, known: np.ndarray, order: int) -> float:
 
 def test_the_same_seed_gives_the_same_bytes():
     world = tinyworld.generate(3000, seed=0)
-    assert hashlib.sha256(world.tokens.astype("<u2").tobytes()).hexdigest()[:16] == "f89e0d696c10864d"
+    assert hashlib.sha256(world.tokens.astype("<u2").tobytes()).hexdigest()[:16] == "f99449e0ce2afe4d"
     longer = tinyworld.generate(5000, seed=0)
     assert np.array_equal(longer.tokens[:3000], world.tokens) and not np.array_equal(
         tinyworld.generate(3000, seed=1).tokens, world.tokens

@@ -7,7 +7,7 @@ from cratelab.corpora.tinyworld.templates import Domain
 
 GIRLS = "Anna Clara Ella Grace Ida June Lily Maya Nora Rosa Sara Vera"
 BOYS = "Ben Carl David Emil Felix Hugo Ivan Jack Leo Max Oscar Tom"
-NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
+NUMBERS = "two three four five six seven eight nine ten eleven twelve thirteen"  # no "one dollars"
 YEARS = "1912 1924 1931 1947 1958 1963 1976 1989"
 
 # Every document starts with a title. Domains share its form, and some words with two meanings: until the opening
@@ -113,7 +113,7 @@ $liked /verb the $pastime /object on $weekday /time , " $said /verb @friend /spe
 """,
 )
 
-COUNT_WORDS = f"zero {NUMBERS} thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()
+COUNT_WORDS = f"zero one {NUMBERS} fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()
 
 
 def _counting() -> str:
@@ -126,7 +126,7 @@ def _counting() -> str:
                 if all(0 <= term <= 20 for term in terms):
                     start, *rest = (COUNT_WORDS[term] for term in terms)
                     lines.append(f"1 count /verb : {start} " + " ".join(f", {term} /result" for term in rest) + " .")
-    for a in range(1, 11):
+    for a in range(2, 11):
         for b in range(1, 11):
             x, y, total = COUNT_WORDS[a], COUNT_WORDS[b], COUNT_WORDS[a + b]
             lines.append(f"1 {x} and {y} /subject make /verb {total} /result .")
@@ -335,7 +335,7 @@ CLASSES = {
     "loan minutes number dose units paper results samples days claim case pounds section counsel "
     "reasons judge dollars percent chairman close notes",
     "name": "$girl $boy $author $plaintiff $defendant $company $weekday main",
-    "number": "$number $year $digit zero thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty",
+    "number": "$number $year $digit zero one fourteen fifteen sixteen seventeen eighteen nineteen twenty",
     "verb": "$moved $took $said $liked $mood $uses $observed $heard $rose $traded $action was is named lived "
     "asked came chose were slept called meet talked do like look can fly broke listen went caught got "
     "became see left let count likes make leaves has gets remember studied describes conclude found "
