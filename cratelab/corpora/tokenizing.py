@@ -47,7 +47,8 @@ def tokenize(
         folder: made if need be. Processes that call this at once wait for the first, then open what it made.
         tokenizer: closes each document by its `eot_token`.
         workers: threads that encode; the number of cores unless given.
-        shard_characters: text that makes a shard. At most `workers + 2` shards' text is in memory.
+        shard_characters: text that makes a shard. At most `workers + 2` shards' text is in memory; a corpus of
+            hundreds of gigabytes wants larger shards, since the system limits how many files can be mapped.
         on_shard: called with the record of each shard, in order, once it is written: for a progress bar.
 
     Returns:
@@ -89,7 +90,7 @@ def _begun(folder: Path, tokenizer: Tokenizer, shard_characters: int) -> bool:
 
 def _check_first_shard(folder: Path, documents: Iterable[Document], shard_characters: int) -> None:
     group = next(_groups(documents, shard_characters), [])
-    if _text_sha256(group) != read_manifest(folder / MANIFEST)["shards"][0]["text_sha256"]:
+    if hashlib.sha256(_digests(group)).hexdigest() != read_manifest(folder / MANIFEST)["shards"][0]["text_sha256"]:
         raise ValueError(f"{folder} holds another corpus than the one given: remove it, or choose another folder")
 
 
@@ -114,8 +115,10 @@ def _build(
     with ThreadPoolExecutor(workers) as pool:
         try:
             for number, group in enumerate(_groups(documents, shard_characters)):
-                _update(corpus_digest, group)
-                waiting.append(pool.submit(_make_shard, folder, number, group, tokenizer, dtype))
+                digests = _digests(group)
+                corpus_digest.update(digests)
+                text_sha256 = hashlib.sha256(digests).hexdigest()
+                waiting.append(pool.submit(_make_shard, folder, number, group, text_sha256, tokenizer, dtype))
                 if len(waiting) > workers:
                     finish_one()
             while waiting:
@@ -150,9 +153,10 @@ def _groups(documents: Iterable[Document], characters: int) -> Iterator[list[Doc
         yield group
 
 
-def _make_shard(folder: Path, number: int, group: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> dict:
+def _make_shard(
+    folder: Path, number: int, group: list[Document], text_sha256: str, tokenizer: Tokenizer, dtype: np.dtype
+) -> dict:
     record_file = folder / f"{number:05}.shard.json"
-    text_sha256 = _text_sha256(group)
     try:
         record = json.loads(record_file.read_text(encoding="utf8"))
         if record["text_sha256"] == text_sha256:
@@ -167,37 +171,33 @@ def _make_shard(folder: Path, number: int, group: list[Document], tokenizer: Tok
     for row, document in zip(table, group, strict=True):
         pieces += [encode(tokenizer, document.text).astype(dtype), end]
         row[:] = len(pieces[-2]) + 1, index[document.meta.get("domain", "")]
-    tokens = np.concatenate(pieces).tobytes()
+    tokens = np.concatenate(pieces)
     _write(token_file(folder, number), tokens)
-    _write(document_file(folder, number), table.tobytes())
+    _write(document_file(folder, number), table)
     record = {
-        "n_tokens": len(tokens) // dtype.itemsize,
+        "n_tokens": len(tokens),
         "n_documents": len(group),
         "domains": domains,
         "text_sha256": text_sha256,
         "tokens_sha256": hashlib.sha256(tokens).hexdigest(),
-        "documents_sha256": hashlib.sha256(table.tobytes()).hexdigest(),
+        "documents_sha256": hashlib.sha256(table).hexdigest(),
     }
     _write_json(record_file, record)
     return record
 
 
-def _text_sha256(group: list[Document]) -> str:
-    digest = hashlib.sha256()
-    _update(digest, group)
-    return digest.hexdigest()
-
-
-def _update(digest, group: list[Document]) -> None:
-    """Domains and texts, each preceded by its length, so that no two corpora have one hash."""
+def _digests(group: list[Document]) -> bytes:
+    """The SHA-256 of each document's domain and text, one after another: what the hashes of a corpus are made of."""
+    digests = []
     for document in group:
-        for text in document.meta.get("domain", ""), document.text:
-            data = encode_utf8(text)
-            digest.update(len(data).to_bytes(8, "big"))
-            digest.update(data)
+        domain = encode_utf8(document.meta.get("domain", ""))
+        digest = hashlib.sha256(len(domain).to_bytes(8, "big") + domain)
+        digest.update(encode_utf8(document.text))
+        digests.append(digest.digest())
+    return b"".join(digests)
 
 
-def _write(file: Path, data: bytes) -> None:
+def _write(file: Path, data: bytes | np.ndarray) -> None:
     """Whole or not at all, on the disk before anything refers to it."""
     part = file.with_name(file.name + ".part")
     try:
