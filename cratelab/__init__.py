@@ -1,5 +1,6 @@
 """cratelab: CRATE, the transformer derived from sparse rate reduction, as mathematics, models and measurements."""
 
+from cratelab import corpora
 from cratelab.coding_rate import (
     coding_rate,
     coding_rate_gradient,
@@ -38,6 +39,7 @@ __all__ = [
     "coding_rate",
     "coding_rate_gradient",
     "compression_step",
+    "corpora",
     "gram_attention",
     "ista",
     "ista_complete",
