@@ -10,7 +10,6 @@ Domain, topic, length and, until a sentence tells, the sense of a word are hidde
 them: no model that sees a document from its start can expect less loss than `World.entropy_rate`.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from functools import cache
 
 import numpy as np
 
+from cratelab.corpora.documents import split_of
 from cratelab.corpora.tinyworld.grammar import N_TOPICS, Grammar
 from cratelab.corpora.tinyworld.lexicon import CLASSES, DOMAINS, SENSES
 from cratelab.corpora.tinyworld.templates import Item
@@ -105,7 +105,7 @@ def generate(n_tokens: int = 1_000_000, seed: int = 0, context: int = 512) -> Wo
         domains.append(draft.domain)
         topics.append(draft.topic)
         log_probs.append(grammar.log_prob(words, context))
-        splits.append(_split(_text([grammar.vocabulary[word] for word in words])))
+        splits.append(split_of(_text([grammar.vocabulary[word] for word in words])))
         for position, since in draft.recalls:
             if position < len(words):
                 distance[start + position] = since
@@ -164,11 +164,6 @@ def _text(words: list[str]) -> str:
     if "\n" in text:  # code
         return text
     return re.sub(r'(^|[.?] |[.]" |: (?="))("?[a-z])', lambda match: match[1] + match[2].upper(), text)
-
-
-def _split(text: str) -> str:
-    place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
-    return "validation" if place < 0.05 else "test" if place < 0.1 else "train"
 
 
 def _concepts(
