@@ -42,9 +42,9 @@ def layer_statistics(
         lasso_steps: for CRATE, ISTA steps towards the lasso solution at step size 1/‖D‖²; 0 leaves the lasso out.
 
     Returns:
-        (l,) float64 tensors on the CPU by name: "R before", "R after", "R^c before", "R^c after" with the bases as
-        learned, "R^c orthonormal before", "R^c orthonormal after" with a QR basis of each subspace, and "active", the
-        share of neurons above zero. With `lasso_steps` also "lasso objective" of the model's codes, "converged lasso
+        Tensors (l,), float64 and on the CPU. They are "R before", "R after", "R^c before", "R^c after" with the bases
+        as learned, "R^c orthonormal before", "R^c orthonormal after" with a QR basis of each subspace, and "active",
+        the share of neurons above zero. With `lasso_steps` also "lasso objective" of the model's codes, "converged lasso
         objective" and "lasso active", the share above 1e-6 there.
 
     Raises:
