@@ -44,8 +44,8 @@ def layer_statistics(
     Returns:
         Tensors (l,), float64 and on the CPU. They are "R before", "R after", "R^c before", "R^c after" with the bases
         as learned, "R^c orthonormal before", "R^c orthonormal after" with a QR basis of each subspace, and "active",
-        the share of neurons above zero. With `lasso_steps` also "lasso objective" of the model's codes, "converged lasso
-        objective" and "lasso active", the share above 1e-6 there.
+        the share of neurons above zero. With `lasso_steps` also "lasso objective" of the model's codes, "converged
+        lasso objective" and "lasso active", the share above 1e-6 there.
 
     Raises:
         ValueError: `batches` is empty, `lasso_steps` is given for a model without ISTA, or `eps` is not positive.
