@@ -102,8 +102,6 @@ def _build(
     shard_characters: int,
     on_shard: Callable[[dict], None] | None,
 ) -> None:
-    for part in folder.glob("*.part"):
-        part.unlink()  # of a process that was killed: this one holds the lock
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
     shards, waiting, corpus_digest = [], deque(), hashlib.sha256()
 
