@@ -213,3 +213,7 @@ def test_too_little_text_and_tokenizers_of_another_kind_are_refused():
         vocabulary = {token: i for i, token in enumerate([*alphabet, "ba", "ab"])}
         with pytest.raises(ValueError, match="256 bytes, then one for each merge"):
             tokens.from_library(Tokenizer(models.BPE(vocabulary, merges)), "x")
+
+
+def test_training_survives_text_that_is_no_unicode():
+    assert tokens.train_bpe([Document("aba aba \ud800")], 258).n_vocab == 258
