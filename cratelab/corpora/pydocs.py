@@ -105,10 +105,18 @@ def _texts(folder: Path, comments: bool) -> Iterator[tuple[Path, str]]:
 def _docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """(line, docstring) in the order of the lines on which their owners start."""
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes = [node for node in (tree, *_statements(tree)) if isinstance(node, documented)]
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         if text := ast.get_docstring(node):
             yield getattr(node, "lineno", 0), text.strip()
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements below a node. Only they own docstrings, and they are few beside the expressions in them."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield child
+            yield from _statements(child)
 
 
 def _comments(source: str) -> Iterator[tuple[int, str]]:
