@@ -11,7 +11,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from cratelab.ista import Ista
-from cratelab.language_model import LanguageModel, LanguageModelConfig, load_foreign
+from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head, load_foreign
 from cratelab.mssa import Mssa
 
 
@@ -97,9 +97,7 @@ class Crate(LanguageModel):
         if missing := [name for name in names.values() if name not in args]:
             raise ValueError(f"model_args of {path} lacks {', '.join(missing)}")
         weights = {_own_name(key.removeprefix("_orig_mod.")): tensor for key, tensor in checkpoint["model"].items()}
-        head = weights.pop("lm_head.weight", None)
-        if head is not None and not head.equal(weights.get("token_embedding.weight", head)):
-            raise ValueError(f"{path}: lm_head.weight differs from transformer.wte.weight, but CRATE ties them")
+        drop_tied_head(weights, path)
         model = cls(CrateConfig(**{own: args[name] for own, name in names.items()}))
         model.load_weights(weights, path)
         return model.eval()

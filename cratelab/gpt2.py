@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cratelab.language_model import LanguageModel, LanguageModelConfig, load_foreign, read_config
+from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head, load_foreign, read_config
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
@@ -130,9 +130,7 @@ class Gpt2(LanguageModel):
             if ".c_" in key and key.endswith(".weight"):
                 tensor = tensor.mT  # stored as (in, out)
             weights[_own_name(key)] = tensor
-        head = weights.pop("lm_head.weight", None)
-        if head is not None and not head.equal(weights.get("token_embedding.weight", head)):
-            raise ValueError(f"{file}: lm_head.weight differs from wte.weight, but GPT-2 ties them")
+        drop_tied_head(weights, file)
         model = cls(config)
         model.load_weights(weights, file)
         return model.eval()

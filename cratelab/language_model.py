@@ -283,6 +283,19 @@ def load_foreign(path: Path) -> dict:
     return held
 
 
+def drop_tied_head(weights: dict[str, Tensor], source: Path) -> None:
+    """Remove lm_head.weight, which files from elsewhere hold beside the embedding that it is.
+
+    Raises:
+        ValueError: it is not the embedding.
+    """
+    head = weights.pop("lm_head.weight", None)
+    if head is not None and not head.equal(weights.get("token_embedding.weight", head)):
+        raise ValueError(
+            f"{source}: lm_head.weight differs from the token embedding (wte.weight), but the two are tied"
+        )
+
+
 def _check_tokens(tokens: Tensor) -> None:
     if tokens.dtype not in (torch.int32, torch.int64) or tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(
