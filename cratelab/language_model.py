@@ -194,14 +194,20 @@ class LanguageModel(nn.Module):
                 break
         return tokens
 
-    def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, each replaced whole or not at all."""
+    def save(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors into `folder`, each replaced whole or not at all.
+
+        Args:
+            folder: made if need be.
+            weights: what to write instead of the parameters held here, such as those gathered from many devices.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights, config = folder / "model.safetensors.part", folder / "config.json.part"
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
+        tensors = self.state_dict() if weights is None else weights
+        part, config = folder / "model.safetensors.part", folder / "config.json.part"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
         config.write_text(json.dumps({"model": type(self).__name__, **asdict(self.config)}, indent=2) + "\n")
-        os.replace(weights, folder / "model.safetensors")
+        os.replace(part, folder / "model.safetensors")
         os.replace(config, folder / "config.json")
 
     def load_weights(self, weights: dict[str, Tensor], source: str | Path) -> None:

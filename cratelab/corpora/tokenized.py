@@ -123,6 +123,15 @@ class TokenizedCorpus:
             start = min(stop, int(self._token_ends[shard]))
         return pieces[0] if len(pieces) == 1 else np.concatenate([self._shards[0][:0], *pieces])
 
+    def facts(self) -> dict:
+        """Size and identity for the record of a run: n_tokens, n_documents, n_vocab, and a SHA-256 of the tokens."""
+        digest = hashlib.sha256()
+        for number, shard in enumerate(self._shards):
+            known = self.manifest.get("shards")  # on disk the hash of each shard is known
+            digest.update(known[number]["tokens_sha256"].encode() if known else np.asarray(shard, "<u4").tobytes())
+        sizes = dict(n_tokens=len(self), n_documents=self.n_documents, n_vocab=self.n_vocab)
+        return sizes | {"sha256": digest.hexdigest()}
+
     @property
     def n_documents(self) -> int:
         return int(self._document_ends[-1])

@@ -1,0 +1,245 @@
+"""Training: a loop to read in one sitting, for any model of the trunk, on one CPU or many GPUs (chapter 7).
+
+Hugging Face Accelerate supplies devices, mixed precision, gradient accumulation and processes: start the same script
+by `accelerate launch` and it is distributed. Each step draws its windows from `[seed, step]` and the models have no
+dropout, so nothing random has a state, and a run that was killed goes on to the same weights, bit for bit on one CPU.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.language_model import LanguageModel
+from cratelab.run_directory import RunDirectory
+
+
+@dataclass
+class Recipe:
+    """How to train. The defaults are the paper's; `Recipe.preset("toy")` suits a laptop.
+
+    Attributes:
+        steps: updates of the weights.
+        batch: windows a step, over all processes; 512 of 1,024 tokens are half a million.
+        accumulate: parts into which each process cuts its share, when memory does not hold it at once.
+        peak_rate: learning rate at the end of the warm-up.
+        final_rate: learning rate at the end, reached along a cosine.
+        warmup: steps in which the rate rises linearly; 2,000, but at most a tenth of the steps, unless given.
+        weight_decay: AdamW's, on matrices only.
+        clip: largest norm of the gradient.
+        seed: of the windows. The weights are those that the model comes with.
+        validate_every: steps from one validation to the next; there is one after the last step in any case.
+        validation_windows: how many, the same each time, spread evenly; fewer where the corpus has fewer.
+        checkpoint_every: steps from one checkpoint to the next.
+        precision: "bf16" computes matrix products in bfloat16, "no" all in float32, "auto" the first where a GPU can.
+        compile: torch.compile; where there is CUDA, unless given.
+    """
+
+    steps: int = 600_000
+    batch: int = 512
+    accumulate: int = 1
+    peak_rate: float = 6e-4
+    final_rate: float = 6e-5
+    warmup: int | None = None
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    validate_every: int = 1000
+    validation_windows: int = 256
+    checkpoint_every: int = 1000
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    compile: bool | None = None
+
+    def __post_init__(self):
+        least = dict(steps=1, batch=1, accumulate=1, warmup=0, seed=0, validate_every=1, validation_windows=1)
+        least |= dict(checkpoint_every=1, peak_rate=0, final_rate=0, weight_decay=0, clip=0)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= low):
+                raise ValueError(f"{name} must be at least {low}; got {value}")
+        if self.precision not in ("auto", "no", "bf16"):
+            raise ValueError(f'precision must be "auto", "no" or "bf16"; got {self.precision!r}')
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "Recipe":
+        """ "toy": 16 windows a step at a rate for tiny models; any other name: the paper's recipe."""
+        toy = dict(steps=1000, batch=16, peak_rate=3e-3, final_rate=3e-4, validate_every=100, validation_windows=64)
+        return cls(**(toy if name == "toy" else {}) | overrides)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step, counted from 0 (eq-07-3): linear up to the peak, then half a cosine down."""
+        warmup = min(2000, self.steps // 10) if self.warmup is None else self.warmup
+        if step < warmup:
+            return self.peak_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        return self.final_rate + (self.peak_rate - self.final_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is no finite number, or the loss stays above that of the untrained model."""
+
+
+def train(
+    model: LanguageModel,
+    training: TokenizedCorpus,
+    validation: TokenizedCorpus,
+    recipe: Recipe,
+    run_dir: str | Path | None = None,
+    on_step: Callable[[dict], None] | None = None,
+) -> list[dict]:
+    """Train `model` in place. With a `run_dir` nothing is lost: the same call goes on where a killed one stopped.
+
+    Args:
+        model: CRATE or GPT-2, with the weights to start from. It is moved to the device that Accelerate chooses.
+        training: windows of context + 1 tokens are drawn from anywhere in it.
+        validation: scored on fixed windows.
+        recipe: how.
+        run_dir: folder for `run.json`, `metrics.jsonl`, the latest checkpoint and, in the end, `model`, to be read by
+            `cratelab.load`; see `RunDirectory`. Without one, nothing is written.
+        on_step: called with the metrics of each step, in the main process.
+
+    Returns:
+        One dict a step: step (from 1), loss and gradient_norm before its update, learning_rate, tokens so far, seconds
+        of the step, and where there was a validation, validation_loss after the update. Losses in nats a token.
+
+    Raises:
+        ValueError: model, corpora and recipe do not fit one another, or `run_dir` holds another run.
+        Diverged: the loss is lost; the latest checkpoint is from before.
+        OSError: a file cannot be written, such as on a full disk; the latest checkpoint is whole.
+    """
+    _check_corpora(model, training, validation)
+    accelerator = Accelerator(mixed_precision=_precision(recipe), gradient_accumulation_steps=recipe.accumulate)
+    if recipe.batch % (accelerator.num_processes * recipe.accumulate):
+        raise ValueError(
+            f"the batch must be a multiple of processes × accumulate; got {recipe.batch}, "
+            f"{accelerator.num_processes} and {recipe.accumulate}"
+        )
+    run = RunDirectory.open(run_dir, model, recipe, training, validation, accelerator) if run_dir else None
+    if recipe.compile or (recipe.compile is None and accelerator.device.type == "cuda"):
+        model.compile()
+    trained, optimizer = accelerator.prepare(model, _optimizer(model, recipe))
+    metrics = run.resume(trained, optimizer) if run else []
+    length = model.config.context + 1
+    n_windows = min(recipe.validation_windows, len(validation) // length)
+    held_out = validation.validation_windows(length, n_windows)
+
+    bar = tqdm(
+        total=recipe.steps, initial=len(metrics), unit="step", disable=None if accelerator.is_main_process else True
+    )
+    for step in range(len(metrics), recipe.steps):
+        start = time.perf_counter()
+        rate = recipe.learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        windows = training.random_windows(recipe.batch, length, [recipe.seed, step])
+        mine = torch.from_numpy(windows[accelerator.process_index :: accelerator.num_processes])
+        losses = []
+        for part in mine.to(accelerator.device).chunk(recipe.accumulate):
+            with accelerator.accumulate(trained):
+                loss = next_token_loss(trained, part)
+                accelerator.backward(loss)
+                losses.append(loss.detach())
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(trained.parameters(), recipe.clip)
+                    mean_loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+                    _check_progress(step + 1, mean_loss, float(norm), metrics, run)
+                optimizer.step()
+                optimizer.zero_grad()
+        row = {
+            "step": step + 1,
+            "loss": mean_loss,
+            "gradient_norm": float(norm),
+            "learning_rate": rate,
+            "tokens": (step + 1) * recipe.batch * model.config.context,
+        }
+        last = step + 1 == recipe.steps
+        if last or (step + 1) % recipe.validate_every == 0:
+            row["validation_loss"] = _validate(trained, held_out, recipe, accelerator)
+        row["seconds"] = time.perf_counter() - start
+        metrics.append(row)
+        if run:
+            run.write_metrics(row)
+            if last or (step + 1) % recipe.checkpoint_every == 0:
+                run.save_checkpoint(step + 1, trained, optimizer)
+        if on_step and accelerator.is_main_process:
+            on_step(row)
+        bar.set_postfix_str(f"loss {mean_loss:.3f}, {recipe.batch * (length - 1) / row['seconds']:,.0f} tokens/s")
+        bar.update()
+    bar.close()
+    if run:
+        run.finish(trained)
+    return metrics
+
+
+def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of each token of the windows (b, n + 1) given those before it (eq-07-1)."""
+    return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def validation_loss(model: LanguageModel, windows: Tensor, batch: int = 16) -> float:
+    """`next_token_loss` over many windows, (b, n + 1) integers, `batch` at a time."""
+    parts = windows.split(batch)
+    return sum(float(next_token_loss(model, part)) * len(part) for part in parts) / len(windows)
+
+
+def _validate(model: nn.Module, held_out, recipe: Recipe, accelerator: Accelerator) -> float:
+    """`validation_loss`, each process on its share of the windows."""
+    mine = torch.from_numpy(held_out[accelerator.process_index :: accelerator.num_processes]).to(accelerator.device)
+    batch = max(1, recipe.batch // (accelerator.num_processes * recipe.accumulate))
+    total = validation_loss(model, mine, batch) * len(mine) if len(mine) else 0.0
+    return float(accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum")) / len(held_out)
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=recipe.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
+
+
+def _precision(recipe: Recipe) -> str | None:
+    """Accelerate's setting; None leaves it to `accelerate launch`."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def _check_corpora(model: LanguageModel, training: TokenizedCorpus, validation: TokenizedCorpus) -> None:
+    config = model.config
+    for name, corpus in ("training", training), ("validation", validation):
+        if corpus.n_vocab > config.vocab_size:
+            raise ValueError(
+                f"the {name} corpus has {corpus.n_vocab} tokens, the model {config.vocab_size}: "
+                f"make it with vocab_size={corpus.n_vocab} or more"
+            )
+        if len(corpus) <= config.context:
+            raise ValueError(
+                f"the {name} corpus has {len(corpus)} tokens, fewer than the context and one more "
+                f"({config.context + 1}): take more text, or a model with a shorter context"
+            )
+
+
+def _check_progress(step: int, loss: float, norm: float, metrics: list[dict], run: RunDirectory | None) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        recent = [row["loss"] for row in metrics[-19:]] + [loss]
+        if len(recent) < 20 or sum(recent) / 20 < metrics[0]["loss"] + 1:
+            return
+        what = f"the mean loss of the last 20 steps is {sum(recent) / 20:.3g}, the untrained model's was "
+        what += f"{metrics[0]['loss']:.3g}"
+    else:
+        what = f"the loss is {loss}, the norm of its gradient {norm}"
+    kept = f"; {run.checkpoint_path()} is from before" if run and run.latest_step() else ""
+    raise Diverged(f"step {step}: {what}{kept}. A lower peak_rate or a longer warmup often helps")
