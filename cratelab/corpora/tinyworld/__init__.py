@@ -12,15 +12,16 @@ them: no model that sees a document from its start can expect less loss than `Wo
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
-from cratelab.corpora.documents import split_of
+from cratelab.corpora.documents import SPLITS, split_of
 from cratelab.corpora.tinyworld.grammar import N_TOPICS, Grammar
 from cratelab.corpora.tinyworld.lexicon import CLASSES, DOMAINS, SENSES
 from cratelab.corpora.tinyworld.templates import Item
+from cratelab.corpora.tokenized import TokenizedCorpus
 
 __all__ = ["World", "generate", "log_prob"]
 
@@ -68,6 +69,31 @@ class World:
     def entropy_rate(self) -> float:
         """Nats a token, the mean of `log_prob` without its sign; no model can expect less loss."""
         return float(-self.log_prob.mean())
+
+    def part(self, split: str) -> "World":
+        """The documents of one split as a world of their own.
+
+        Raises:
+            ValueError: `split` is not "train", "validation" or "test", or holds no document.
+        """
+        chosen = self.split == split
+        if not chosen.any():
+            raise ValueError(
+                f"no document of this world is in {split!r}; splits are {', '.join(SPLITS)}: generate more"
+            )
+        kept = chosen[self.document]
+        per_token = ("tokens", "concepts", "log_prob", "recall_distance")
+        return replace(
+            self,
+            **{name: getattr(self, name)[kept] for name in per_token},
+            document=(np.cumsum(chosen) - 1).astype(np.int32)[self.document[kept]],
+            domain=self.domain[chosen],
+            split=self.split[chosen],
+        )
+
+    def corpus(self) -> TokenizedCorpus:
+        """The tokens in the form that training reads."""
+        return TokenizedCorpus.from_arrays(self.tokens, self.document, self.domain, len(self.vocabulary))
 
     def text(self, document: int) -> str:
         """One document as a person would write it.
