@@ -3,7 +3,10 @@
 The palette is Okabe & Ito's. Figures keep a white ground, so that they read the same on a dark page.
 """
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 CRATE = "#0072B2"
 GPT2 = "#D55E00"
@@ -35,3 +38,58 @@ def use_style() -> None:
             "image.cmap": SEQUENTIAL,
         }
     )
+
+
+def save_loss_curve(metrics: list[dict], path: str | Path, floor: float | None = None) -> None:
+    """Draw training and validation loss of one run against the tokens it has read.
+
+    Args:
+        metrics: as `cratelab.training.train` returns them.
+        path: image to write.
+        floor: nats a token that no model can go below, where it is known.
+    """
+    validated = [row for row in metrics if "validation_loss" in row]
+
+    def draw(axes) -> None:
+        axes.plot([row["tokens"] for row in metrics], [row["loss"] for row in metrics], color="0.7", lw=0.8)
+        axes.plot([], [], color="0.7", label="training, each step")
+        axes.plot([row["tokens"] for row in validated], [row["validation_loss"] for row in validated], "o-", ms=3)
+        axes.plot([], [], color=PALETTE[0], label="validation")
+
+    _save_losses(draw, path, floor)
+
+
+def save_comparison(runs: list[dict], path: str | Path, floor: float | None = None) -> None:
+    """Draw the validation losses of CRATE and GPT-2 against tokens, one line a run, one line style a size.
+
+    Args:
+        runs: as `cratelab.comparison.compare` returns them.
+        path: image to write.
+        floor: nats a token that no model can go below, where it is known.
+    """
+    presets = list(dict.fromkeys(run["preset"] for run in runs))
+    colours, names = {"crate": CRATE, "gpt2": GPT2}, {"crate": "CRATE", "gpt2": "GPT-2"}
+
+    def draw(axes) -> None:
+        labelled = set()
+        for run in runs:
+            style = ["-", "--", ":", "-."][presets.index(run["preset"]) % 4]
+            label = f"{names[run['model']]} {run['preset']}"
+            axes.plot(*zip(*run["curve"], strict=True), style, color=colours[run["model"]], lw=1.2)
+            if label not in labelled:
+                axes.plot([], [], style, color=colours[run["model"]], label=label)
+            labelled.add(label)
+
+    _save_losses(draw, path, floor)
+
+
+def _save_losses(draw, path: str | Path, floor: float | None) -> None:
+    with plt.rc_context():
+        use_style()
+        figure = Figure(layout="constrained")
+        axes = figure.add_subplot(xlabel="tokens read", ylabel="loss, nats a token")
+        draw(axes)
+        if floor is not None:
+            axes.axhline(floor, color="black", ls="--", lw=1, label="entropy rate: no model is below")
+        axes.legend()
+        figure.savefig(path, dpi=150)

@@ -56,6 +56,7 @@ class RunDirectory:
         training: TokenizedCorpus,
         validation: TokenizedCorpus,
         accelerator: Accelerator,
+        command: dict | None = None,
     ) -> Self:
         """Begin a run in `path`, or go on with the one that is there.
 
@@ -84,8 +85,8 @@ class RunDirectory:
         if accelerator.is_main_process and not file.is_file():
             with run._writing():
                 run.path.mkdir(parents=True, exist_ok=True)
-                facts["provenance"] = provenance(processes=accelerator.num_processes)
-                write_json(file, facts)
+                about = {"command": command, "provenance": provenance(processes=accelerator.num_processes)}
+                write_json(file, facts | about)
         accelerator.wait_for_everyone()
         return run
 

@@ -96,6 +96,7 @@ def train(
     recipe: Recipe,
     run_dir: str | Path | None = None,
     on_step: Callable[[dict], None] | None = None,
+    command: dict | None = None,
 ) -> list[dict]:
     """Train `model` in place. With a `run_dir` nothing is lost: the same call goes on where a killed one stopped.
 
@@ -107,6 +108,7 @@ def train(
         run_dir: folder for `run.json`, `metrics.jsonl`, the latest checkpoint and, in the end, `model`, to be read by
             `cratelab.load`; see `RunDirectory`. Without one, nothing is written.
         on_step: called with the metrics of each step, in the main process.
+        command: kept in `run.json`, for a caller that has to build model and corpora again.
 
     Returns:
         One dict a step: step (from 1), loss and gradient_norm before its update, learning_rate, tokens so far, seconds
@@ -124,7 +126,7 @@ def train(
             f"the batch must be a multiple of processes × accumulate; got {recipe.batch}, "
             f"{accelerator.num_processes} and {recipe.accumulate}"
         )
-    run = RunDirectory.open(run_dir, model, recipe, training, validation, accelerator) if run_dir else None
+    run = RunDirectory.open(run_dir, model, recipe, training, validation, accelerator, command) if run_dir else None
     if recipe.compile or (recipe.compile is None and accelerator.device.type == "cuda"):
         model.compile()
     trained, optimizer = accelerator.prepare(model, _optimizer(model, recipe))

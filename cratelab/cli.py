@@ -1,0 +1,195 @@
+"""The command line: one dataclass a command, from which tyro makes options, help and errors."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cratelab import plots
+from cratelab.budget import estimate
+from cratelab.comparison import compare, new_model, summarise
+from cratelab.corpora.prepare import prepare
+from cratelab.language_model import LanguageModelConfig
+from cratelab.record import provenance, write_json
+from cratelab.reference_models import make_reference_models
+from cratelab.training import Diverged, Recipe, train
+
+Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]
+
+
+@dataclass
+class RecipeOptions:
+    """Options of the recipe; what is not given comes from the preset."""
+
+    steps: int | None = None
+    """Updates of the weights."""
+    batch: int | None = None
+    """Windows a step, over all processes."""
+    accumulate: int | None = None
+    """Parts into which each process cuts its share of the batch, to save memory."""
+    peak_rate: float | None = None
+    """Learning rate after the warm-up."""
+    final_rate: float | None = None
+    """Learning rate at the end."""
+    warmup: int | None = None
+    """Steps of warm-up."""
+    validate_every: int | None = None
+    """Steps between validations."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints."""
+    precision: Literal["auto", "no", "bf16"] | None = None
+    """bf16, no (float32), or auto: bf16 where a GPU can."""
+    compile: bool | None = None
+    """torch.compile; where there is CUDA unless given."""
+
+    def recipe(self, preset: str, seed: int) -> Recipe:
+        given = {field.name: getattr(self, field.name) for field in fields(RecipeOptions)}
+        return Recipe.preset(preset, seed=seed, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass
+class CorpusOptions:
+    corpus: str = "tinyworld"
+    """tinyworld, pydocs, packages, wikitext, tinystories, pile, or a path to text; several are joined by +."""
+    tokenizer: str | None = None
+    """gpt2, bytes, or bpe-N for one trained on the corpus; the corpus's usual one unless given."""
+    characters: int = 200_000_000
+    """Training text to use at most."""
+    context: int | None = None
+    """Tokens the model sees at once; the preset's unless given."""
+
+
+@dataclass
+class Train(CorpusOptions, RecipeOptions):
+    """Train one model. A run that was stopped goes on with --resume DIR, or with the same command again."""
+
+    preset: Preset = "toy"
+    """Size: toy for a laptop, the others as in the paper."""
+    model: Literal["crate", "gpt2"] = "crate"
+    """Which model."""
+    seed: int = 0
+    """Of weights and windows."""
+    run_dir: Path | None = None
+    """Where the run is kept; runs/MODEL-PRESET-CORPUS-SEED unless given."""
+    resume: Path | None = None
+    """Go on with the run in this folder; all other options come from it."""
+    dry_run: bool = False
+    """Only print parameters, memory, arithmetic and the time to expect."""
+
+    def run(self) -> None:
+        command, run_dir = self, self.run_dir
+        if self.resume:
+            command, run_dir = _read_command(self.resume), self.resume
+        context = command.context or new_context(command.preset)
+        corpus = prepare(command.corpus, command.tokenizer, command.characters, context)
+        recipe = command.recipe(command.preset, command.seed)
+        model = new_model(command.model, command.preset, corpus, command.seed, command.context)
+        if self.dry_run:
+            print(estimate(type(model), model.config, recipe))
+            return
+        name = command.corpus.replace("/", "_")
+        run_dir = run_dir or Path("runs") / f"{command.model}-{command.preset}-{name}-{command.seed}"
+        print(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}", flush=True)
+        kept = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(command).items()
+            if key not in ("run_dir", "resume", "dry_run")
+        }
+        metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, kept)
+        floor = f"; the floor is {corpus.floor:.3f}" if corpus.floor else ""
+        print(f"validation loss {metrics[-1]['validation_loss']:.3f} nats a token{floor}")
+        plots.save_loss_curve(metrics, run_dir / "loss.png", corpus.floor)
+        print(f"{run_dir}/loss.png shows it; cratelab.load('{run_dir}/model') is the model")
+
+
+@dataclass
+class Compare(CorpusOptions, RecipeOptions):
+    """Train CRATE and GPT-2 on equal tokens under several seeds: a table and a plot. Start it again to go on."""
+
+    presets: tuple[Preset, ...] = ("toy",)
+    """Sizes."""
+    seeds: int = 3
+    """Seeds 0, 1, … up to this many."""
+    out: Path = Path("runs/compare")
+    """Where runs, table and plot go."""
+
+    def run(self) -> None:
+        context = self.context or new_context(self.presets[0])
+        corpus = prepare(self.corpus, self.tokenizer, self.characters, context)
+        recipe = self.recipe(self.presets[0], seed=0)
+        runs = compare(
+            corpus, recipe, self.out, self.presets, range(self.seeds), self.context, lambda name: print(name), _report
+        )
+        table = summarise(runs)
+        write_json(self.out / "compare.json", {"provenance": provenance(), "runs": runs, "table": table})
+        print_table(table, corpus.floor)
+        plots.save_comparison(runs, self.out / "compare.png", corpus.floor)
+        print(f"{self.out}/compare.png and compare.json hold it")
+
+
+@dataclass
+class Reproduce:
+    """Make again what the package carries."""
+
+    what: Annotated[Literal["reference"], tyro.conf.Positional]
+    """reference: CRATE and GPT-2, one to three layers of width 128, on Python's documentation."""
+    out: Path = Path("runs/reference")
+    """Where the runs are kept; start again to go on."""
+    seeds: int = 3
+    """Seeds 0, 1, … up to this many; the weights of seed 0 are packed."""
+    text: tuple[str, ...] = ()
+    """Local text to read besides: files or folders."""
+    steps: int = 1500
+    """Fewer only to try it out."""
+
+    def run(self) -> None:
+        table = make_reference_models(self.out, self.seeds, self.text, self.steps, lambda name: print(name), _report)
+        print_table(table, None)
+
+
+def print_table(table: list[dict], floor: float | None) -> None:
+    print(f"{'model':8}{'preset':8}{'parameters':>12}{'seeds':>7}   validation loss, nats a token (95 % interval)")
+    for row in table:
+        half_width = "" if row["half_width"] is None else f" ± {row['half_width']:.3f}"
+        print(
+            f"{row['model']:8}{row['preset']:8}{row['parameters']:12,}{row['seeds']:7}   {row['mean']:.3f}{half_width}"
+        )
+    if floor is not None:
+        print(f"no model can do better than {floor:.3f}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`cratelab train | compare | reproduce`."""
+    commands = {"train": Train, "compare": Compare, "reproduce": Reproduce}
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="cratelab", description="CRATE: train it, compare it.", args=arguments
+    )
+    try:
+        command.run()
+    except (ValueError, OSError, Diverged, ImportError) as error:
+        sys.exit(f"cratelab: {error}")
+    except KeyboardInterrupt:
+        sys.exit("cratelab: stopped; the same command goes on from the last checkpoint")
+
+
+def new_context(preset: str) -> int:
+    return LanguageModelConfig.preset(preset).context
+
+
+def _read_command(folder: Path) -> Train:
+    file = folder / "run.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no run: there is no run.json in it")
+    command = json.loads(file.read_text()).get("command")
+    if not command:
+        raise ValueError(f"{folder} was not begun by `cratelab train`: call cratelab.training.train again instead")
+    return Train(**command)
+
+
+def _report(row: dict) -> None:
+    """A line for each validation where there is no progress bar."""
+    if "validation_loss" in row and not sys.stderr.isatty():
+        print(f"step {row['step']}: loss {row['loss']:.3f}, validation {row['validation_loss']:.3f}", flush=True)

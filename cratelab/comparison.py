@@ -1,0 +1,119 @@
+"""CRATE against GPT-2 at equal tokens: several seeds, one table, intervals over seeds (chapter 7)."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from cratelab.corpora.prepare import PreparedCorpus
+from cratelab.crate import Crate, CrateConfig
+from cratelab.gpt2 import Gpt2, Gpt2Config
+from cratelab.language_model import LanguageModel
+from cratelab.training import Recipe, train
+
+MODELS: dict[str, tuple[type[LanguageModel], type]] = {"crate": (Crate, CrateConfig), "gpt2": (Gpt2, Gpt2Config)}
+
+
+def new_model(model: str, preset: str, corpus: PreparedCorpus, seed: int, context: int | None = None) -> LanguageModel:
+    """A model with fresh weights whose vocabulary holds the corpus, padded to a multiple of 64 as GPT-2's is.
+
+    Args:
+        model: "crate" or "gpt2".
+        preset: a size, as for `CrateConfig.preset`.
+        corpus: what it will read.
+        seed: of the weights.
+        context: the preset's unless given.
+
+    Raises:
+        ValueError: there is no such model or preset.
+    """
+    if model not in MODELS:
+        raise ValueError(f"no model {model!r}; there are {', '.join(MODELS)}")
+    model_class, config_class = MODELS[model]
+    overrides = dict(vocab_size=-(-corpus.training.n_vocab // 64) * 64) | ({"context": context} if context else {})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model_class(config_class.preset(preset, **overrides))
+
+
+def compare(
+    corpus: PreparedCorpus,
+    recipe: Recipe,
+    folder: str | Path,
+    presets: Iterable[str] = ("toy",),
+    seeds: Iterable[int] = (0, 1, 2),
+    context: int | None = None,
+    on_run: Callable[[str], None] | None = None,
+    on_step: Callable[[dict], None] | None = None,
+) -> list[dict]:
+    """Train both models at each size under each seed; runs that are done are read, a killed one goes on.
+
+    Each pair sees the same windows in the same order. The seeds are the outer loop: the first of all sizes comes first.
+
+    Args:
+        corpus: what they read.
+        recipe: its `seed` is replaced.
+        folder: each run gets a folder in it, such as `crate-toy-0`.
+        presets: sizes.
+        seeds: of weights and windows.
+        context: the preset's unless given.
+        on_run: called with the name of each run before it starts.
+        on_step: as for `train`.
+
+    Returns:
+        One dict a run: model, preset, seed, parameters (without positions), tokens, loss (of the last step),
+        validation_loss, and curve, the (tokens, validation_loss) pairs on the way.
+    """
+    presets, runs = list(presets), []
+    for seed in seeds:
+        for preset in presets:
+            for name in MODELS:
+                if on_run:
+                    on_run(f"{name}-{preset}-{seed}")
+                model = new_model(name, preset, corpus, seed, context)
+                run_dir = Path(folder) / f"{name}-{preset}-{seed}"
+                seeded = replace(recipe, seed=seed)
+                metrics = train(model, corpus.training, corpus.validation, seeded, run_dir, on_step)
+                validated = [row for row in metrics if "validation_loss" in row]
+                runs.append(
+                    {
+                        "model": name,
+                        "preset": preset,
+                        "seed": seed,
+                        "parameters": model.count_parameters(positions=False),
+                        "tokens": metrics[-1]["tokens"],
+                        "loss": metrics[-1]["loss"],
+                        "validation_loss": validated[-1]["validation_loss"],
+                        "curve": [(row["tokens"], row["validation_loss"]) for row in validated],
+                    }
+                )
+    return runs
+
+
+def summarise(runs: list[dict]) -> list[dict]:
+    """Mean validation loss of each model and size over its seeds, with the half-width of its 95 % interval.
+
+    Args:
+        runs: as `compare` returns them.
+
+    Returns:
+        One dict for each model and size, in order: model, preset, parameters, seeds, mean, and half_width by Student's
+        t distribution, None with fewer than two seeds.
+    """
+    table = []
+    for model, preset in dict.fromkeys((run["model"], run["preset"]) for run in runs):
+        mine = [run for run in runs if (run["model"], run["preset"]) == (model, preset)]
+        losses = [run["validation_loss"] for run in mine]
+        row = {"model": model, "preset": preset, "parameters": mine[0]["parameters"], "seeds": len(losses)}
+        table.append(row | {"mean": mean(losses), "half_width": interval(losses)})
+    return table
+
+
+def interval(values: list[float]) -> float | None:
+    """Half-width of the 95 % interval of the mean by Student's t distribution; None with fewer than two values."""
+    from scipy.stats import t
+
+    n = len(values)
+    return None if n < 2 else float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5
