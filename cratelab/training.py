@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -193,6 +194,38 @@ def validation_loss(model: LanguageModel, windows: Tensor, batch: int = 16) -> f
     """`next_token_loss` over many windows, (b, n + 1) integers, `batch` at a time."""
     parts = windows.split(batch)
     return sum(float(next_token_loss(model, part)) * len(part) for part in parts) / len(windows)
+
+
+@torch.no_grad()
+def document_log_probs(model: LanguageModel, corpus: TokenizedCorpus, batch: int = 16) -> np.ndarray:
+    """Nats of each token of a corpus given all before it in its document: what TinyWorld's `log_prob` bounds.
+
+    Args:
+        model: on any device.
+        corpus: read document by document; those of similar length together, `batch` at a time.
+        batch: documents.
+
+    Returns:
+        (n,) float32; NaN for the first token of each document, which has none before it, and past context + 1.
+    """
+    device = next(model.parameters()).device
+    log_probs = np.full(len(corpus), np.nan, np.float32)
+    spans = [corpus.document_span(i) for i in range(corpus.n_documents)]
+    spans = sorted(
+        ((start, min(stop, start + model.config.context + 1)) for start, stop in spans), key=lambda s: s[1] - s[0]
+    )
+    for first in range(0, len(spans), batch):
+        group = spans[first : first + batch]
+        windows = torch.zeros(len(group), group[-1][1] - group[-1][0], dtype=torch.long)
+        for window, (start, stop) in zip(windows, group, strict=True):
+            window[: stop - start] = torch.from_numpy(corpus[start:stop].astype(np.int64))
+        if windows.shape[1] < 2:
+            continue
+        windows = windows.to(device)
+        losses = F.cross_entropy(model(windows[:, :-1]).mT.float(), windows[:, 1:], reduction="none")
+        for loss, (start, stop) in zip(losses.cpu().numpy(), group, strict=True):
+            log_probs[start + 1 : stop] = -loss[: stop - start - 1]
+    return log_probs
 
 
 def _validate(model: nn.Module, held_out, recipe: Recipe, accelerator: Accelerator) -> float:

@@ -1,0 +1,3 @@
+from cratelab.cli import main
+
+main()
