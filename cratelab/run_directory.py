@@ -45,7 +45,6 @@ class RunDirectory:
 
     def __init__(self, path: Path, model: LanguageModel, accelerator: Accelerator):
         self.path, self.model, self.accelerator = path, model, accelerator
-        self._metrics = None
 
     @classmethod
     def open(
@@ -79,7 +78,7 @@ class RunDirectory:
                 if differing:
                     listed = ", ".join(f"{name} was {theirs.get(name)}, now {ours[name]}" for name in differing)
                     raise ValueError(f"{run.path} holds a run with another {part} ({listed}): choose another folder")
-        elif run.path.is_dir() and any(run.path.iterdir()):
+        elif run.path.is_dir() and any(entry.suffix != ".part" for entry in run.path.iterdir()):
             raise ValueError(f"{run.path} is not empty and holds no run: choose another folder")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not file.is_file():
@@ -130,23 +129,22 @@ class RunDirectory:
     def write_metrics(self, row: dict) -> None:
         if self.accelerator.is_main_process:
             with self._writing():
-                if self._metrics is None:
-                    self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
-                self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+                with (self.path / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def save_checkpoint(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Write the state after `step` whole, then remove the one before."""
         weights = get_model_state_dict(model, options=_WHOLE)
         state = get_optimizer_state_dict(model, optimizer.optimizer, options=_WHOLE)
         if self.accelerator.is_main_process:
-            earlier = [path for path in self.path.glob("checkpoint-*") if path.name != f"checkpoint-{step}"]
-            part = self.path / f"checkpoint-{step}.part"
+            whole, part = self.path / f"checkpoint-{step}", self.path / f"checkpoint-{step}.part"
             with self._writing(part):
                 self.model.save(part, weights)
                 save_file(_moments(state), part / "optimizer.safetensors")
-                os.replace(part, self.path / f"checkpoint-{step}")
-                for path in earlier:
-                    shutil.rmtree(path)
+                os.replace(part, whole)
+                for path in self.path.glob("checkpoint-*"):
+                    if path != whole:
+                        shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
 
     def finish(self, model: nn.Module) -> None:
@@ -155,8 +153,6 @@ class RunDirectory:
         if self.accelerator.is_main_process:
             with self._writing():
                 self.model.save(self.path / "model", weights)
-            if self._metrics:
-                self._metrics.close()
         self.accelerator.wait_for_everyone()
 
     @contextmanager

@@ -1,0 +1,199 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cratelab as cl
+from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.training import Diverged, Recipe, document_log_probs, train, validation_loss
+
+VOCAB, CONTEXT = 19, 12
+
+
+def corpus(n: int = 600, seed: int = 0, n_documents: int = 30) -> TokenizedCorpus:
+    """Documents of different lengths in which each token nearly decides the next."""
+    draw = np.random.default_rng(seed)
+    tokens = np.cumsum(1 + (draw.random(n) < 0.1)) % VOCAB
+    document = np.sort(draw.integers(n_documents, size=n))
+    document = np.unique(document, return_inverse=True)[1]
+    return TokenizedCorpus.from_arrays(tokens, document, ["a"] * (document[-1] + 1), VOCAB)
+
+
+def new_model(model=cl.Crate, seed: int = 0, **overrides) -> cl.LanguageModel:
+    torch.manual_seed(seed)
+    sizes = dict(n_layers=1, n_heads=2, width=16, vocab_size=VOCAB, context=CONTEXT)
+    return model(model.config_class(**sizes | overrides))
+
+
+def recipe(**overrides) -> Recipe:
+    usual = dict(steps=6, batch=4, peak_rate=1e-2, final_rate=1e-3, warmup=2, validate_every=3, checkpoint_every=2)
+    return Recipe(**usual | overrides)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("model", [cl.Crate, cl.Gpt2])
+def test_steps_are_those_of_plain_pytorch(model):
+    ours, theirs, r = new_model(model), new_model(model), recipe(clip=0.5, weight_decay=0.3)
+    rows = train(ours, corpus(), corpus(seed=1), r)
+    decayed = [p for name, p in theirs.named_parameters() if p.ndim == 2]
+    other = [p for name, p in theirs.named_parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.3}, {"params": other, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    for step, row in enumerate(rows):
+        windows = torch.as_tensor(corpus().random_windows(4, CONTEXT + 1, [0, step]))
+        log_p = theirs(windows[:, :-1]).log_softmax(-1)
+        loss = -log_p.gather(2, windows[:, 1:, None]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = row["learning_rate"]
+        optimizer.step()
+        assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert row["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+    for name, tensor in weights(theirs).items():
+        torch.testing.assert_close(weights(ours)[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_the_rate_rises_to_the_peak_and_falls_along_half_a_cosine():
+    r = Recipe(steps=110, warmup=10, peak_rate=1.0, final_rate=0.1)
+    rates = [r.learning_rate(step) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    shape = np.cos(np.pi * np.arange(101) / 100)
+    np.testing.assert_allclose((np.array(rates[10:]) - 0.55) / 0.45, shape, atol=1e-12)
+
+
+def test_the_defaults_are_the_papers():
+    r = Recipe()
+    assert r.batch * 1024 == 524_288 and r.steps == 600_000
+    assert (r.peak_rate, r.final_rate, r.weight_decay, r.clip) == (6e-4, 6e-5, 0.1, 1.0)
+    assert r.learning_rate(1999) == 6e-4 > r.learning_rate(1998)
+    assert Recipe(steps=200).learning_rate(19) == 6e-4  # a short run warms up for a tenth of it
+
+
+def test_learns_to_the_entropy_of_its_corpus():
+    rows = train(new_model(), corpus(), corpus(seed=1), recipe(steps=150, batch=16, validate_every=150))
+    entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    assert entropy - 0.1 < rows[-1]["validation_loss"] < entropy + 0.15
+    assert rows[0]["loss"] > 2.5
+
+
+def test_accumulated_parts_make_the_same_step():
+    whole, parts = new_model(), new_model()
+    rows = train(whole, corpus(), corpus(seed=1), recipe())
+    accumulated = train(parts, corpus(), corpus(seed=1), recipe(accumulate=4))
+    for a, b in zip(rows, accumulated, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_validates_on_the_same_windows_when_it_says_so():
+    model, held_out = new_model(), corpus(seed=1)
+    rows = train(model, corpus(), held_out, recipe(steps=7, validate_every=3, validation_windows=5))
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6, 7]
+    windows = torch.as_tensor(held_out.validation_windows(CONTEXT + 1, 5))
+    losses = []
+    for window in windows:
+        log_p = model(window[None, :-1])[0].log_softmax(-1)
+        losses += [-log_p[i, token].item() for i, token in enumerate(window[1:])]
+    assert rows[-1]["validation_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert validation_loss(model, windows, batch=2) == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_counts_the_tokens_it_has_read():
+    rows = train(new_model(), corpus(), corpus(seed=1), recipe(steps=3))
+    assert [row["tokens"] for row in rows] == [48, 96, 144]
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["seconds"] > 0 for row in rows)
+
+
+def test_bf16_trains_to_nearly_the_same_loss():
+    fine = train(new_model(), corpus(), corpus(seed=1), recipe(steps=10, precision="no"))
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # one process has one precision
+    coarse = train(new_model(), corpus(), corpus(seed=1), recipe(steps=10, precision="bf16"))
+    AcceleratorState._reset_state()
+    assert fine[-1]["loss"] != coarse[-1]["loss"] == pytest.approx(fine[-1]["loss"], abs=0.05)
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_checkpoint(tmp_path):
+    model = new_model()
+
+    def spoil(row):
+        if row["step"] == 4:
+            with torch.no_grad():
+                model.norm.weight.fill_(math.nan)
+
+    with pytest.raises(Diverged, match=r"step 5: the loss is nan.*checkpoint-4.*lower peak_rate"):
+        train(model, corpus(), corpus(seed=1), recipe(), tmp_path / "run", on_step=spoil)
+    kept = cl.load(tmp_path / "run" / "checkpoint-4")
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.state_dict().values())
+
+
+def test_a_loss_that_grows_stops():
+    with pytest.raises(
+        Diverged, match=r"step 2\d: the mean loss of the last 20 steps is .*, the untrained model's was"
+    ):
+        train(new_model(), corpus(), corpus(seed=1), recipe(steps=300, peak_rate=3.0, weight_decay=0))
+
+
+def test_document_log_probs_are_those_of_each_document_alone():
+    model, text = new_model(context=40), corpus(n=300, n_documents=25)
+    got = document_log_probs(model, text, batch=4)
+    for i in range(text.n_documents):
+        start, stop = text.document_span(i)
+        tokens = torch.as_tensor(text.document(i).astype(np.int64))[None]
+        assert np.isnan(got[start])
+        if stop - start > 1:
+            log_p = model(tokens[:, :-1])[0].log_softmax(-1)[torch.arange(stop - start - 1), tokens[0, 1:]]
+            np.testing.assert_allclose(got[start + 1 : stop], log_p.detach(), atol=1e-5)
+
+
+def test_document_log_probs_end_with_the_context():
+    text = TokenizedCorpus.from_arrays(np.arange(30) % VOCAB, np.zeros(30, int), ["a"], VOCAB)
+    got = document_log_probs(new_model(), text)
+    assert np.isnan(got[0]) and np.isfinite(got[1 : CONTEXT + 1]).all() and np.isnan(got[CONTEXT + 1 :]).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(steps=0), "steps must be at least 1; got 0"),
+        (dict(batch=-1), "batch must be at least 1; got -1"),
+        (dict(peak_rate=math.nan), "peak_rate must be at least 0; got nan"),
+        (dict(precision="fp8"), 'precision must be "auto", "no" or "bf16"'),
+    ],
+)
+def test_a_recipe_out_of_range_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**wrong)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"training corpus has 19 tokens, the model 7: make it with vocab_size=19"):
+        train(new_model(vocab_size=7), corpus(), corpus(), recipe(), run)
+    with pytest.raises(
+        ValueError, match=r"validation corpus has 12 tokens, fewer than the context and one more \(13\)"
+    ):
+        train(new_model(), corpus(), corpus(n=12), recipe(), run)
+    with pytest.raises(ValueError, match=r"batch must be a multiple of processes × accumulate; got 4, 1 and 3"):
+        train(new_model(), corpus(), corpus(), recipe(accumulate=3), run)
+    assert not run.exists()
+
+
+def test_metrics_are_what_was_returned(tmp_path):
+    rows = train(new_model(), corpus(), corpus(seed=1), recipe(), tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
