@@ -1,13 +1,15 @@
 """What a training run will cost, before it starts: parameters, memory, arithmetic, time.
 
-Nothing is estimated by formula that can be counted: the model runs once on PyTorch's `meta` device, which has shapes
-and no numbers, while PyTorch's own counter adds up its arithmetic and a hook what it keeps for the backward pass.
+Nothing is estimated by formula that can be counted: the model runs on PyTorch's fake tensors, which have shapes and no
+numbers, while PyTorch's own counter adds up its arithmetic and a hook what it keeps for the backward pass.
 """
 
 import time
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cratelab.language_model import LanguageModel, LanguageModelConfig, best_device
@@ -78,23 +80,24 @@ def estimate(
         recipe: how it is to be trained.
         processes: among which each batch is divided.
     """
-    with torch.device("meta"):
-        model = model_class(config)
-        window = torch.zeros(1, config.context + 1, dtype=torch.long)
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    with FakeTensorMode():
+        model, window = model_class(config), torch.zeros(1, config.context + 1, dtype=torch.long)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        kept: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
 
-    with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = next_token_loss(model, window)
         activation_bytes = sum(kept.values())
-        loss.backward()
+        del loss
+        # the counter knows attention's products only where they are plain ones
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            next_token_loss(model, window).backward()
     n_parameters = model.count_parameters()
     device = best_device()
     return Budget(

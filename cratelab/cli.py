@@ -11,7 +11,7 @@ import tyro
 from cratelab import plots
 from cratelab.budget import estimate
 from cratelab.comparison import compare, new_model, summarise
-from cratelab.corpora.prepare import prepare
+from cratelab.corpora.prepare import prepare, vocabulary_size
 from cratelab.language_model import LanguageModelConfig
 from cratelab.record import provenance, write_json
 from cratelab.reference_models import make_reference_models
@@ -83,13 +83,13 @@ class Train(CorpusOptions, RecipeOptions):
         command, run_dir = self, self.run_dir
         if self.resume:
             command, run_dir = _read_command(self.resume), self.resume
-        context = command.context or new_context(command.preset)
-        corpus = prepare(command.corpus, command.tokenizer, command.characters, context)
         recipe = command.recipe(command.preset, command.seed)
-        model = new_model(command.model, command.preset, corpus, command.seed, command.context)
+        n_vocab = vocabulary_size(command.corpus, command.tokenizer)
+        model = new_model(command.model, command.preset, n_vocab, command.seed, command.context)
         if self.dry_run:
             print(estimate(type(model), model.config, recipe))
             return
+        corpus = prepare(command.corpus, command.tokenizer, command.characters, model.config.context)
         name = command.corpus.replace("/", "_")
         run_dir = run_dir or Path("runs") / f"{command.model}-{command.preset}-{name}-{command.seed}"
         print(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}", flush=True)
@@ -117,9 +117,9 @@ class Compare(CorpusOptions, RecipeOptions):
     """Where runs, table and plot go."""
 
     def run(self) -> None:
-        context = self.context or new_context(self.presets[0])
-        corpus = prepare(self.corpus, self.tokenizer, self.characters, context)
         recipe = self.recipe(self.presets[0], seed=0)
+        context = self.context or _preset_context(self.presets[0])
+        corpus = prepare(self.corpus, self.tokenizer, self.characters, context)
         runs = compare(
             corpus, recipe, self.out, self.presets, range(self.seeds), self.context, lambda name: print(name), _report
         )
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("cratelab: stopped; the same command goes on from the last checkpoint")
 
 
-def new_context(preset: str) -> int:
+def _preset_context(preset: str) -> int:
     return LanguageModelConfig.preset(preset).context
 
 

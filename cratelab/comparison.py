@@ -16,13 +16,13 @@ from cratelab.training import Recipe, train
 MODELS: dict[str, tuple[type[LanguageModel], type]] = {"crate": (Crate, CrateConfig), "gpt2": (Gpt2, Gpt2Config)}
 
 
-def new_model(model: str, preset: str, corpus: PreparedCorpus, seed: int, context: int | None = None) -> LanguageModel:
-    """A model with fresh weights whose vocabulary holds the corpus, padded to a multiple of 64 as GPT-2's is.
+def new_model(model: str, preset: str, n_vocab: int, seed: int, context: int | None = None) -> LanguageModel:
+    """A model with fresh weights, its vocabulary padded to a multiple of 64 as GPT-2's is.
 
     Args:
         model: "crate" or "gpt2".
         preset: a size, as for `CrateConfig.preset`.
-        corpus: what it will read.
+        n_vocab: tokens of what it will read.
         seed: of the weights.
         context: the preset's unless given.
 
@@ -32,7 +32,7 @@ def new_model(model: str, preset: str, corpus: PreparedCorpus, seed: int, contex
     if model not in MODELS:
         raise ValueError(f"no model {model!r}; there are {', '.join(MODELS)}")
     model_class, config_class = MODELS[model]
-    overrides = dict(vocab_size=-(-corpus.training.n_vocab // 64) * 64) | ({"context": context} if context else {})
+    overrides = dict(vocab_size=-(-n_vocab // 64) * 64) | ({"context": context} if context else {})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model_class(config_class.preset(preset, **overrides))
@@ -72,7 +72,7 @@ def compare(
             for name in MODELS:
                 if on_run:
                     on_run(f"{name}-{preset}-{seed}")
-                model = new_model(name, preset, corpus, seed, context)
+                model = new_model(name, preset, corpus.training.n_vocab, seed, context)
                 run_dir = Path(folder) / f"{name}-{preset}-{seed}"
                 seeded = replace(recipe, seed=seed)
                 metrics = train(model, corpus.training, corpus.validation, seeded, run_dir, on_step)

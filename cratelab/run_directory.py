@@ -128,9 +128,8 @@ class RunDirectory:
 
     def write_metrics(self, row: dict) -> None:
         if self.accelerator.is_main_process:
-            with self._writing():
-                with (self.path / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps(row, allow_nan=False) + "\n")
+            with self._writing(), (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def save_checkpoint(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Write the state after `step` whole, then remove the one before."""

@@ -32,7 +32,7 @@ def same_weights(a, b) -> bool:
 
 
 def test_leaves_the_model_the_latest_checkpoint_and_where_it_comes_from(tmp_path):
-    model, rows = run(tmp_path / "run")
+    model, _ = run(tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "checkpoint-6", "metrics.jsonl", "model", "run.json",
     ]  # fmt: skip
@@ -40,7 +40,7 @@ def test_leaves_the_model_the_latest_checkpoint_and_where_it_comes_from(tmp_path
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert about["model"]["model"] == "Crate" and about["recipe"]["steps"] == 6
     assert about["training"] == corpus().facts() != about["validation"] == corpus(seed=1).facts()
-    assert about["provenance"]["torch"] == torch.__version__.split("+")[0] or about["provenance"]["torch"]
+    assert about["provenance"]["processes"] == 1
 
 
 @pytest.mark.parametrize("stop_at", range(1, 7))

@@ -95,7 +95,7 @@ class LocalDocuments:
             if not line.strip():
                 continue
             try:
-                yield self._document(file, json.loads(line.decode("utf-8-sig")))
+                yield self._document(file, json.loads(line.decode("utf-8-sig").rstrip("\r\n")))
             except (ValueError, RecursionError) as error:  # of the decoders, and our own
                 reason = f"is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
                 self._malformed(file, number, reason)

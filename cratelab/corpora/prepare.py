@@ -15,6 +15,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -72,19 +73,9 @@ def prepare(
         FileNotFoundError: a path does not exist, or holds no text.
         ConnectionError: a corpus of the hub is not on this machine, and the hub cannot be reached.
     """
-    parts = name.split("+")
-    for part in parts:
-        if part not in NAMES and not Path(part).exists():
-            raise ValueError(
-                f"no corpus {part!r}: give {', '.join(NAMES)}, or the path of a file or folder that exists"
-            )
-    if "tinyworld" in parts:
-        if name != "tinyworld" or tokenizer not in (None, "words"):
-            raise ValueError("tinyworld stands alone, and its tokens are words")
+    parts, tokenizer = _check_names(name, tokenizer)
+    if tokenizer == "words":
         return _tinyworld(min(2_000_000, characters // 5), context)
-    tokenizer = tokenizer or ("gpt2" if all(part in _HUB for part in parts) else "bpe-4096")
-    if not (tokenizer in ("gpt2", "bytes") or (tokenizer.startswith("bpe-") and tokenizer[4:].isdigit())):
-        raise ValueError(f'a tokenizer is "gpt2", "bytes" or "bpe-N", such as bpe-4096; got {tokenizer!r}')
     folder = _cache_folder(parts, tokenizer, characters, cache)
     encoding = _tokenizer(tokenizer, parts, characters, folder)
     corpora = []
@@ -97,6 +88,34 @@ def prepare(
             done = tokenize(documents, folder / split, encoding, on_shard=lambda shard: bar.update(shard["n_tokens"]))
             corpora.append(done)
     return PreparedCorpus(*corpora, encoding)
+
+
+def vocabulary_size(name: str, tokenizer: str | None = None) -> int:
+    """How many tokens `prepare(name, tokenizer)` will tell apart; nothing is read.
+
+    Raises:
+        ValueError: there is no corpus or tokenizer of that name.
+    """
+    _, tokenizer = _check_names(name, tokenizer)
+    if tokenizer == "words":
+        return len(tinyworld.vocabulary())
+    return {"gpt2": 50_257, "bytes": 257}.get(tokenizer) or int(tokenizer.removeprefix("bpe-"))
+
+
+def _check_names(name: str, tokenizer: str | None) -> tuple[list[str], str]:
+    """The corpora that `name` joins, and the tokenizer's name or their usual one."""
+    parts = name.split("+")
+    for part in parts:
+        if part not in NAMES and not Path(part).exists():
+            raise ValueError(f"no corpus {part!r}: give {', '.join(NAMES)}, or the path of an existing file or folder")
+    if "tinyworld" in parts:
+        if name != "tinyworld" or tokenizer not in (None, "words"):
+            raise ValueError("tinyworld stands alone, and its tokens are words")
+        return parts, "words"
+    tokenizer = tokenizer or ("gpt2" if all(part in _HUB for part in parts) else "bpe-4096")
+    if not (tokenizer in ("gpt2", "bytes") or (tokenizer.startswith("bpe-") and tokenizer[4:].isdigit())):
+        raise ValueError(f'a tokenizer is "gpt2", "bytes" or "bpe-N", such as bpe-4096; got {tokenizer!r}')
+    return parts, tokenizer
 
 
 def _tinyworld(n_tokens: int, context: int) -> PreparedCorpus:
@@ -143,10 +162,10 @@ def _part(part: str, split: str) -> Iterator[Document]:
         return select(_PYTHON[part](), split)
     if part in _HUB:
         return iter(_HUB[part](split))
-    try:
-        return iter(LocalDocuments(part, split))
-    except FileNotFoundError:  # no file bears the split's name
-        return select(LocalDocuments(part), split)
+    if Path(part).is_dir():
+        with suppress(FileNotFoundError):  # no file bears the split's name
+            return iter(LocalDocuments(part, split))
+    return select(LocalDocuments(part), split)
 
 
 def _first(documents: Iterator[Document], characters: int) -> Iterator[Document]:

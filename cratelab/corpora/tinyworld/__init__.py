@@ -23,7 +23,7 @@ from cratelab.corpora.tinyworld.lexicon import CLASSES, DOMAINS, SENSES
 from cratelab.corpora.tinyworld.templates import Item
 from cratelab.corpora.tokenized import TokenizedCorpus
 
-__all__ = ["World", "generate", "log_prob"]
+__all__ = ["World", "generate", "log_prob", "vocabulary"]
 
 
 @dataclass(eq=False)
@@ -168,6 +168,11 @@ def log_prob(tokens: Sequence[int], context: int = 512) -> np.ndarray:
         ValueError: some document would not fit the context.
     """
     return _grammar().log_prob(np.asarray(tokens).tolist(), context)
+
+
+def vocabulary() -> list[str]:
+    """The words of every world."""
+    return list(_grammar().vocabulary)
 
 
 @cache

@@ -1,0 +1,94 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import cratelab as cl
+from cratelab.cli import main
+from cratelab.run_directory import read_metrics
+
+SHORT = ["--steps", "4", "--batch", "4", "--characters", "100000", "--context", "96", "--validate-every", "2"]
+
+
+def test_trains_on_tinyworld_and_leaves_model_curve_and_command(tmp_path, capsys):
+    main(["train", "--run-dir", str(tmp_path / "run"), "--seed", "3", *SHORT])
+    printed = capsys.readouterr().out
+    assert "crate toy, 88,832 parameters" in printed and "the floor is 0." in printed
+    assert isinstance(cl.load(tmp_path / "run" / "model"), cl.Crate)
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    command = json.loads((tmp_path / "run" / "run.json").read_text())["command"]
+    assert command["seed"] == 3 and command["corpus"] == "tinyworld"
+
+
+def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["train", "--model", "gpt2", "--checkpoint-every", "1", *SHORT]
+    main([*options, "--run-dir", str(whole)])
+
+    class Killed(BaseException):
+        pass
+
+    def stop(row):
+        if row["step"] == 2:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cratelab.cli._report", stop)
+        with pytest.raises(Killed):
+            main([*options, "--run-dir", str(cut)])
+    assert len(read_metrics(cut)) == 2
+    main(["train", "--resume", str(cut)])
+    assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cratelab.budget.measure_matmul_rate", lambda device: 1e12)
+    main(["train", "--preset", "B", "--dry-run"])
+    assert "parameters    43,694,592" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_compare_prints_a_table_with_intervals_and_goes_on(tmp_path, capsys):
+    main(["compare", "--seeds", "2", "--out", str(tmp_path), *SHORT])
+    printed = capsys.readouterr().out
+    assert "crate   toy" in printed and "gpt2    toy" in printed and "±" in printed and "no model can do" in printed
+    held = json.loads((tmp_path / "compare.json").read_text())
+    assert [row["seeds"] for row in held["table"]] == [2, 2] and held["provenance"]["cratelab"]
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--corpus", "shakespeare"], "cratelab: no corpus 'shakespeare': give tinyworld"),
+        (["train", "--steps", "0"], "cratelab: steps must be at least 1; got 0"),
+        (["train", "--resume", "/nowhere"], "cratelab: /nowhere holds no run"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert str(stopped.value).startswith(message)
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    train = ["-m", "cratelab", "train", "--precision", "no", *SHORT, "--checkpoint-every", "2", "--run-dir"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    for command in [*train, str(tmp_path / "one")], [*launch, *train, str(tmp_path / "two")]:
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["provenance"]["processes"] == 2
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a.get("validation_loss") == pytest.approx(b.get("validation_loss"), abs=1e-5)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+    alone, together = (cl.load(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    apart = sum(float((alone[name] - together[name]).square().sum()) for name in alone) ** 0.5
+    assert apart < 1e-3 * sum(float(tensor.square().sum()) for tensor in alone.values()) ** 0.5

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from test_training import corpus, recipe, weights
+
+import cratelab as cl
+from cratelab.comparison import compare, interval, new_model, summarise
+from cratelab.corpora.prepare import PreparedCorpus
+
+
+def prepared() -> PreparedCorpus:
+    return PreparedCorpus(corpus(), corpus(seed=1), tokenizer=None)
+
+
+def test_models_hold_the_vocabulary_padded_and_depend_on_the_seed_alone():
+    torch.manual_seed(5)
+    a = new_model("crate", "toy", 19, seed=1)
+    torch.manual_seed(6)
+    state = torch.random.get_rng_state()
+    b = new_model("crate", "toy", 19, seed=1)
+    assert torch.random.get_rng_state().equal(state)
+    assert isinstance(a, cl.Crate) and isinstance(new_model("gpt2", "toy", 19, 0), cl.Gpt2)
+    assert a.config.vocab_size == 64
+    assert all(tensor.equal(weights(b)[name]) for name, tensor in weights(a).items())
+    other = new_model("crate", "toy", 19, seed=2)
+    assert not other.token_embedding.weight.equal(a.token_embedding.weight)
+    assert new_model("crate", "toy", 19, 0, context=9).config.context == 9
+    with pytest.raises(ValueError, match="no model 'bert'; there are crate, gpt2"):
+        new_model("bert", "toy", 19, 0)
+
+
+def test_compares_both_models_under_each_seed_and_reads_what_is_done(tmp_path):
+    names, steps = [], []
+    first = compare(prepared(), recipe(), tmp_path, seeds=(0, 1), context=12, on_run=names.append, on_step=steps.append)
+    assert names == ["crate-toy-0", "gpt2-toy-0", "crate-toy-1", "gpt2-toy-1"] and len(steps) == 24
+    for run in first:
+        model = cl.load(tmp_path / f"{run['model']}-toy-{run['seed']}" / "model")
+        assert run["parameters"] == model.count_parameters(positions=False)
+        assert run["curve"][-1] == (6 * 4 * 12, run["validation_loss"])
+    assert len({run["validation_loss"] for run in first}) == 4
+    again = compare(
+        prepared(), recipe(), tmp_path, seeds=(0, 1), context=12, on_step=lambda row: pytest.fail("trained")
+    )
+    assert again == first
+
+
+def test_the_table_has_students_intervals():
+    draw = np.random.default_rng(0).normal(3, 0.1, (2, 5))
+    runs = [
+        {"model": model, "preset": "1L", "seed": seed, "parameters": 7, "validation_loss": loss}
+        for model, losses in zip(("crate", "gpt2"), draw.tolist(), strict=True)
+        for seed, loss in enumerate(losses)
+    ]
+    for row, losses in zip(summarise(runs), draw, strict=True):
+        low, high = stats.t.interval(0.95, 4, loc=losses.mean(), scale=stats.sem(losses))
+        assert row["mean"] == pytest.approx(losses.mean()) and row["seeds"] == 5
+        assert row["half_width"] == pytest.approx((high - low) / 2)
+    assert interval([1.0]) is None
