@@ -7,8 +7,9 @@
 | `packages` | documentation and comments of installed scientific packages | BPE of 4,096 |
 | `wikitext`, `tinystories`, `pile` | from the Hugging Face hub | GPT-2's |
 | a file or folder | JSON lines, Parquet or text, as `cratelab.corpora.files` reads them | BPE of 4,096 |
+| a folder of tokens | `train` and `validation` as an earlier call left them in its cache, on this machine or another | its own |
 
-Several are joined by `+`: `pydocs+packages`.
+Several of text are joined by `+`: `pydocs+packages`.
 """
 
 import hashlib
@@ -25,11 +26,12 @@ from tqdm import tqdm
 from cratelab.corpora import hub, pydocs, tinyworld, tokens
 from cratelab.corpora.documents import Document, require, select
 from cratelab.corpora.files import LocalDocuments
-from cratelab.corpora.tokenized import MANIFEST, TokenizedCorpus
+from cratelab.corpora.tokenized import MANIFEST, TokenizedCorpus, read_manifest
 from cratelab.corpora.tokenizing import tokenize
 
 _HUB = {"wikitext": hub.wikitext, "tinystories": hub.tiny_stories, "pile": hub.pile}
 _PYTHON = {"pydocs": pydocs.standard_library, "packages": pydocs.packages}
+_SPLITS = "train", "validation"
 NAMES = "tinyworld", *_PYTHON, *_HUB
 
 
@@ -76,10 +78,13 @@ def prepare(
     parts, tokenizer = _check_names(name, tokenizer)
     if tokenizer == "words":
         return _tinyworld(min(2_000_000, characters // 5), context)
+    if _holds_tokens(name):
+        encoding = tokens.load(Path(name) / "tokenizer.json")
+        return PreparedCorpus(*(TokenizedCorpus.open(Path(name) / split, encoding) for split in _SPLITS), encoding)
     folder = _cache_folder(parts, tokenizer, characters, cache)
     encoding = _tokenizer(tokenizer, parts, characters, folder)
     corpora = []
-    for split, limit in ("train", characters), ("validation", characters // 20):
+    for split, limit in zip(_SPLITS, (characters, characters // 20), strict=True):
         if (folder / split / MANIFEST).is_file():
             corpora.append(TokenizedCorpus.open(folder / split, encoding))
             continue
@@ -99,6 +104,8 @@ def vocabulary_size(name: str, tokenizer: str | None = None) -> int:
     _, tokenizer = _check_names(name, tokenizer)
     if tokenizer == "words":
         return len(tinyworld.vocabulary())
+    if _holds_tokens(name):
+        return read_manifest(Path(name) / "train" / MANIFEST)["tokenizer"]["n_vocab"]
     return {"gpt2": 50_257, "bytes": 257}.get(tokenizer) or int(tokenizer.removeprefix("bpe-"))
 
 
@@ -116,6 +123,10 @@ def _check_names(name: str, tokenizer: str | None) -> tuple[list[str], str]:
     if not (tokenizer in ("gpt2", "bytes") or (tokenizer.startswith("bpe-") and tokenizer[4:].isdigit())):
         raise ValueError(f'a tokenizer is "gpt2", "bytes" or "bpe-N", such as bpe-4096; got {tokenizer!r}')
     return parts, tokenizer
+
+
+def _holds_tokens(name: str) -> bool:
+    return all((Path(name) / split / MANIFEST).is_file() for split in _SPLITS)
 
 
 def _tinyworld(n_tokens: int, context: int) -> PreparedCorpus:
@@ -140,16 +151,16 @@ def _cache_folder(parts: list[str], tokenizer: str, characters: int, cache: str 
 
 
 def _tokenizer(name: str, parts: list[str], characters: int, folder: Path) -> tokens.Tokenizer:
-    if name == "gpt2":
-        return tokens.gpt2()
-    if name == "bytes":
-        return tokens.byte_encoding()
     file = folder / "tokenizer.json"
     folder.mkdir(parents=True, exist_ok=True)
-    with require("filelock").FileLock(folder / "lock"):  # of several processes one trains, the others load
+    with require("filelock").FileLock(folder / "lock"):  # of several processes one makes it, the others load it
         if not file.is_file():
-            sample = _first(_documents(parts, "train"), min(characters, 50_000_000))  # plenty for its merges
-            tokens.save(tokens.train_bpe(sample, int(name.removeprefix("bpe-"))), file)
+            if name.startswith("bpe-"):
+                sample = _first(_documents(parts, "train"), min(characters, 50_000_000))  # plenty for its merges
+                encoding = tokens.train_bpe(sample, int(name.removeprefix("bpe-")))
+            else:
+                encoding = tokens.gpt2() if name == "gpt2" else tokens.byte_encoding()
+            tokens.save(encoding, file)
     return tokens.load(file)
 
 

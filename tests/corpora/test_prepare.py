@@ -106,3 +106,14 @@ def test_vocabulary_sizes_are_known_before_anything_is_read(tmp_path):
         corpus = prepare(name, tokenizer, characters=50_000, cache=tmp_path / "cache")
         assert vocabulary_size(name, tokenizer) == corpus.training.n_vocab == corpus.tokenizer.n_vocab
     assert vocabulary_size("pile") == 50_257
+
+
+def test_a_folder_of_tokens_is_opened_as_it_is(tmp_path):
+    write_jsonl(tmp_path / "all.jsonl", texts())
+    made = prepare(str(tmp_path / "all.jsonl"), "bpe-300", cache=tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    carried = folder.rename(tmp_path / "carried")
+    (tmp_path / "all.jsonl").unlink()
+    opened = prepare(str(carried))
+    assert vocabulary_size(str(carried)) == opened.tokenizer.n_vocab == 300
+    assert decoded(opened.validation, opened.tokenizer) == decoded(made.validation, made.tokenizer)
