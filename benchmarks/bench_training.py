@@ -1,0 +1,224 @@
+"""Speed and memory of training CRATE, forward and backward.
+
+| what | peer | target |
+|---|---|---|
+| time of a block | the official block, operation by operation | 1.2 × as fast on a CPU, 1.3 × on a GPU |
+| what it saves for the backward pass | the same | at most 0.8 × |
+| time of a block, of a model | GPT-2 of the same width and depth | at most 1.5 × |
+| model FLOPs a second, preset S | the measured rate of matrix products | at least 40 % on a GPU |
+
+Model FLOPs are those of the products the mathematics needs, 6 × (18d² or 12d², n·d for causal attention) a token and
+layer and 6·v·d for the head. What CRATE recomputes, 8d² a token and layer, is work but not in them.
+
+Rounds interleave ours and the peers: a ratio is the median over rounds, a time the least. On a GPU the dtype is bf16
+by autocast, and each row is repeated under torch.compile (elsewhere with --compile).
+
+    python benchmarks/bench_training.py            sizes that suit the device; on a CPU about 3 minutes
+    python benchmarks/bench_training.py --toy      seconds, to see that it runs
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from bench_core import five_products, seconds, synchronise
+from einops import rearrange
+from torch import Tensor
+
+import cratelab as cl
+from cratelab.crate import CrateBlock
+from cratelab.gpt2 import Gpt2Block
+
+
+class OfficialBlock(CrateBlock):
+    """The block as the official code computes it, operation by operation."""
+
+    def forward(self, x: Tensor, cache: None = None, position: int = 0) -> Tensor:
+        w = self.attention.projection(self.attention_norm(x))
+        w = rearrange(w, "b n (k p) -> b k n p", k=self.attention.n_heads)
+        attended = F.scaled_dot_product_attention(w, w, w, is_causal=True)
+        x = x + self.attention.output(rearrange(attended, "b k n p -> b n (k p)"))
+        return five_products(self.ista_norm(x), self.ista.D)
+
+
+def official(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy that computes as officially, with the parameters of `module` themselves."""
+    copy = deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+    for part in copy.modules():
+        if isinstance(part, CrateBlock):
+            part.__class__ = OfficialBlock
+    return copy
+
+
+def interleaved(calls: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round, after a round to warm up."""
+    taken = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            synchronise(device)
+            start = time.perf_counter()
+            call()
+            synchronise(device)
+            taken[name].append(time.perf_counter() - start)
+    return {name: times[1:] for name, times in taken.items()}
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    return median(a / b for a, b in zip(above, below, strict=True))
+
+
+def saved_bytes(forward: Callable[[], Tensor], module: torch.nn.Module) -> int:
+    """Bytes that `forward` keeps for the backward pass, each storage once, without the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    held = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # alive until the count is made, so that no address is used twice
+    total = sum(size for address, size in held.items() if address not in parameters)
+    del result
+    return total
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most that a step holds on the GPU at once, beside what was there before."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def matmul_rate(n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOPs a second of an (n, n) matrix product."""
+    a, b = torch.randn(2, n, n).to(dtype)
+    return 2 * n**3 / seconds(lambda: a @ b, device)
+
+
+def model_flops(model: cl.LanguageModel, n: int) -> int:
+    """FLOPs a token of forward and backward, recomputation left out."""
+    c, d = model.config, model.config.width
+    matrices = (2 + 2 * c.n_steps * c.expansion if isinstance(model, cl.Crate) else 4 + 2 * c.expansion) * d**2
+    return 6 * (c.n_layers * (matrices + n * d) + c.vocab_size * d)
+
+
+class Bench:
+    """What all rows share: device, dtype, sizes."""
+
+    def __init__(self, toy: bool, compiled: bool):
+        self.toy, self.device = toy, cl.best_device()
+        gpu = self.device.type == "cuda"
+        self.modes = [False, True] if gpu or compiled else [False]
+        self.dtype = torch.bfloat16 if gpu else torch.float32
+        # (batch, tokens) for each preset; in whole models the logits over 50,304 words take most of the memory
+        self.block_sizes = {"1L": (64, 1024), "S": (32, 1024)} if gpu else {"1L": (16, 256), "S": (4, 256)}
+        large = gpu and torch.cuda.get_device_properties(self.device).total_memory > 60e9
+        batch = 32 if large else 8
+        self.model_sizes = dict.fromkeys(("1L", "S"), (batch, 1024)) if gpu else {"1L": (2, 256), "S": (1, 256)}
+        if toy:
+            self.block_sizes = self.model_sizes = {"toy": (2, 64)}
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def compile(self, modules: dict[str, torch.nn.Module], wanted: bool) -> dict[str, Callable]:
+        return {name: torch.compile(module) if wanted else module for name, module in modules.items()}
+
+    def blocks(self) -> None:
+        print(
+            f"{'block, forward and backward':32}{'ours':>10}{'official':>10}{'GPT-2':>10}   official/ours  ours/GPT-2"
+            "   saved by ours, official, GPT-2 (ours/official)"
+        )
+        for preset, (b, n) in self.block_sizes.items():
+            config = cl.CrateConfig.preset(preset, n_layers=1)
+            ours = CrateBlock(config)
+            modules = {"ours": ours, "official": official(ours), "GPT-2": Gpt2Block(cl.Gpt2Config.preset(preset))}
+            x = torch.randn(b, n, config.width, requires_grad=True)
+            grad = torch.randn(b, n, config.width)
+
+            def forward(module: Callable, x: Tensor = x) -> Tensor:
+                with self.autocast():
+                    return module(x)
+
+            for compiled in self.modes:
+                variants = self.compile(modules, compiled)
+                calls = {
+                    name: lambda module=module, grad=grad: forward(module).backward(grad)
+                    for name, module in variants.items()
+                }
+                taken = interleaved(calls, self.device, 3 if self.toy else 9)
+                saved = [saved_bytes(lambda module=variants[name]: forward(module), modules[name]) for name in modules]
+                print(
+                    f"{label(f'd = {config.width}, ({b}, {n}) tokens', compiled):32}"
+                    + "".join(f"{1e3 * min(times):8.1f}ms" for times in taken.values())
+                    + f"{ratio(taken['official'], taken['ours']):16.2f}{ratio(taken['ours'], taken['GPT-2']):12.2f}"
+                    + "".join(f"{size / 2**20:9.1f}" for size in saved)
+                    + f" MiB ({saved[0] / saved[1]:.2f})"
+                )
+
+    def models(self, rate: float) -> None:
+        memory = "peak GiB" if self.device.type == "cuda" else "saved MiB"
+        print(
+            f"{'model, forward and backward':32}{'tokens/s':>12}{'with AdamW':>12}{memory:>11}"
+            f"{'of matmul':>11}   time/ours"
+        )
+        for preset, (b, n) in self.model_sizes.items():
+            ours = cl.Crate(cl.CrateConfig.preset(preset))
+            modules = {"CRATE": ours, "official": official(ours), "GPT-2": cl.Gpt2(cl.Gpt2Config.preset(preset))}
+            tokens = torch.randint(ours.config.vocab_size, (b, n + 1))
+
+            def loss(model: Callable, tokens: Tensor = tokens) -> Tensor:
+                with self.autocast():
+                    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+            for compiled in self.modes:
+                calls = {
+                    name: lambda model=model: loss(model).backward()
+                    for name, model in self.compile(modules, compiled).items()
+                }
+                taken = interleaved(calls, self.device, 3 if self.toy else 5)
+                for name, model in modules.items():
+                    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+                    update = seconds(optimizer.step, self.device, 3)
+                    optimizer.zero_grad()
+                    del optimizer
+                    if self.device.type == "cuda":
+                        held = peak_bytes(calls[name], self.device) / 2**30
+                    else:
+                        held = saved_bytes(lambda model=model: loss(model), model) / 2**20
+                    per_second = b * n / min(taken[name])
+                    print(
+                        f"{label(f'{name} {preset}, ({b}, {n}) tokens', compiled):32}{per_second:12,.0f}"
+                        f"{b * n / (min(taken[name]) + update):12,.0f}{held:11.2f}"
+                        f"{per_second * model_flops(model, n) / rate:11.0%}{ratio(taken[name], taken['CRATE']):12.2f}"
+                    )
+
+
+def label(name: str, compiled: bool) -> str:
+    return name + (" compiled" if compiled else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile where there is no GPU, too")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.toy, arguments.compile)
+    torch.set_default_device(bench.device)
+    for threads in sorted({1, torch.get_num_threads()}) if bench.device.type == "cpu" else [torch.get_num_threads()]:
+        torch.set_num_threads(threads)
+        n = 256 if arguments.toy else 8192 if bench.device.type == "cuda" else 1536
+        rate = matmul_rate(n, bench.dtype, bench.device)
+        print(f"device {bench.device}, threads {threads}, {bench.dtype} products at {rate / 1e12:.3g} TFLOP/s")
+        bench.blocks()
+        bench.models(rate)
+
+
+if __name__ == "__main__":
+    main()
