@@ -7,7 +7,7 @@
 | `packages` | documentation and comments of installed scientific packages | BPE of 4,096 |
 | `wikitext`, `tinystories`, `pile` | from the Hugging Face hub | GPT-2's |
 | a file or folder | JSON lines, Parquet or text, as `cratelab.corpora.files` reads them | BPE of 4,096 |
-| a folder of tokens | `train` and `validation` as an earlier call left them in its cache, on this machine or another | its own |
+| a folder of tokens | `train` and `validation` as an earlier call left them in its cache | its own |
 
 Several of text are joined by `+`: `pydocs+packages`.
 """

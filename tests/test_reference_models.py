@@ -1,0 +1,52 @@
+import json
+
+import pytest
+import torch
+from test_training import corpus
+
+import cratelab as cl
+from cratelab import reference_models
+from cratelab.corpora.prepare import PreparedCorpus
+from cratelab.corpora.tokens import byte_encoding
+from cratelab.reference_models import load_reference, load_reference_tokenizer, make_reference_models
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    asked = []
+
+    def prepare(name, tokenizer, cache):
+        asked.append((name, tokenizer))
+        return PreparedCorpus(corpus(n=4000), corpus(n=900, seed=1), byte_encoding())
+
+    monkeypatch.setattr(reference_models, "prepare", prepare)
+    table = make_reference_models(tmp_path, seeds=2, text=("novels",), steps=2)
+    monkeypatch.setattr(reference_models, "REFERENCE", tmp_path / "packed")
+    return tmp_path, table, asked
+
+
+def test_all_sizes_are_trained_and_the_first_seed_packed_in_half_precision(made):
+    folder, table, asked = made
+    assert asked == [("pydocs+packages+novels", "bpe-4096")]
+    assert [(row["model"], row["preset"], row["seeds"]) for row in table] == [
+        (model, preset, 2) for preset in ("1L", "2L", "3L") for model in ("crate", "gpt2")
+    ]
+    for model in "crate", "gpt2":
+        for preset in "1L", "2L", "3L":
+            packed = load_reference(model, preset)
+            trained = cl.load(folder / "runs" / f"{model}-{preset}-0" / "model")
+            assert packed.config == trained.config and packed.config.context == 256 and not packed.training
+            for name, tensor in trained.state_dict().items():
+                torch.testing.assert_close(packed.state_dict()[name], tensor.half().float(), rtol=0, atol=0)
+    held = json.loads((folder / "packed" / "reference_models.json").read_text())
+    assert len(held["findings"]) == 12 and held["table"] == table
+    assert held["provenance"]["first_run"]["training"]["n_tokens"] == 4000
+
+
+def test_the_tokenizer_travels_with_them(made):
+    assert load_reference_tokenizer().decode(load_reference_tokenizer().encode_ordinary("naïve")) == "naïve"
+
+
+def test_what_the_package_lacks_is_named(made):
+    with pytest.raises(FileNotFoundError, match="no model crate-9L; there are crate, gpt2, each 1L, 2L, 3L"):
+        load_reference("crate", "9L")
