@@ -1,0 +1,47 @@
+"""The counts on the page "At scale" are those of `cratelab.budget.estimate`."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cratelab as cl
+from cratelab import budget
+from cratelab.budget import estimate
+from cratelab.training import Recipe
+
+PAGE = (Path(__file__).parents[1] / "book" / "at_scale.md").read_text(encoding="utf8")
+TABLE = re.findall(r"^\| (?:1L|2L|3L|S|B) \|.*$", PAGE, re.MULTILINE)
+
+
+def rows() -> Iterator[str]:
+    """The rows of the page's table, as they should be."""
+    for size in ("1L", "2L", "3L", "S", "B"):
+        for name, model in ("CRATE", cl.Crate), ("GPT-2", cl.Gpt2):
+            found = estimate(model, model.config_class.preset(size), Recipe.preset(size))
+            days = found.tokens * found.flops_per_token / 1e12 / 86400
+            yield (
+                f"| {size} | {name} | {found.parameters:,} | {found.state_bytes / 2**30:.2f} | "
+                f"{found.activation_bytes / 2**30:.2f} | {found.flops_per_token / 1e6:,.0f} | {days:,.0f} |"
+            )
+
+
+@pytest.fixture(scope="module")
+def counted() -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "measure_matmul_rate", lambda device: 1e12)
+        return list(rows())
+
+
+def test_the_table_has_the_counts_of_estimate(counted):
+    assert counted == TABLE
+
+
+def test_the_plan_of_the_long_run_follows_from_the_table(counted):
+    days = {row.split(" | ")[1]: int(row.split(" | ")[-1].strip(" |").replace(",", "")) for row in counted[-2:]}
+    plan = PAGE[PAGE.index("## The paper's 12-layer run") :]
+    assert f"The table gives {days['CRATE']:,} days" in plan
+    each = [round(days["CRATE"] / rate) for rate in (100, 200, 400)]
+    assert f"it is {each[0]}, {each[1]} or {each[2]} GPU-days" in plan
+    assert f"{Recipe().steps * Recipe().batch * 1024:,} tokens" in plan
