@@ -1,0 +1,257 @@
+"""How well a simulation of a neuron agrees with the neuron, and what may be said of many neurons.
+
+The score is Pearson's correlation over all tokens of a neuron's validation excerpts together: concatenate first,
+correlate once. A protocol says which excerpts explain and which validate (`split`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cratelab.interpret.records import NO_TOKEN, Excerpts, Records
+
+Protocol = Literal["top-and-random", "random-only", "anthropic"]
+PROTOCOLS: tuple[Protocol, ...] = ("top-and-random", "random-only", "anthropic")
+
+# What `collect_records` has to gather for each protocol.
+NEEDS = {
+    "top-and-random": dict(window=64, n_top=10, n_random=5),
+    "random-only": dict(window=64, n_top=10, n_random=5),
+    "anthropic": dict(window=8, n_top=25, n_random=10, n_active=220),
+}
+
+
+def split(records: Records, protocol: Protocol, strict: bool = True) -> tuple[Excerpts, Excerpts]:
+    """The excerpts to explain from, and those to validate on.
+
+    | protocol | explain | validate |
+    |---|---|---|
+    | top-and-random | top ranks 0, 2, 4, 6, 8 | 5 random, top ranks 1, 3, 5, 7, 9 |
+    | random-only | the same | the 5 random |
+    | anthropic | 15 top, 2 of each of 11 intervals, 5 random | 10 top, 2 of each interval, 5 random, 10 top cropped |
+
+    "Cropped" is the same ten to 3 tokens. Strictly, what overlaps an explaining excerpt does not validate: its tokens
+    are taken out.
+
+    The intervals hold equally many of a neuron's positive activations.
+
+    Args:
+        records: from `collect_records` with at least `NEEDS[protocol]`.
+        protocol: which.
+        strict: if False, as in the paper's code, excerpts may overlap, and the intervals of "anthropic" are cut from
+            all activations and not only the positive ones, the highest of twelve left out; the records then need
+            240 + 10 random excerpts.
+
+    Raises:
+        ValueError: there is no such protocol, or the records hold too few excerpts for it.
+
+    Source: Bills et al. (2023); Bricken et al. (2023); Bai & Ma (2024) for the numbers.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
+    needs = dict(NEEDS[protocol])
+    if protocol == "anthropic" and not strict:
+        needs |= dict(n_random=250, n_active=0)
+    for name, least in needs.items():
+        held = records.window if name == "window" else getattr(records, name.removeprefix("n_")).starts.shape[2]
+        if held < least:
+            raise ValueError(f"{protocol} needs records with {name}={least} or more; these have {held}: collect anew")
+    if protocol == "anthropic":
+        validated = list(range(1, 20, 2))
+        explained = [rank for rank in range(25) if rank not in validated]
+        first, second = _intervals(records.active) if strict else _intervals_of_all(records.random[slice(10, 250)])
+        explain = records.top[explained].join(first, records.random[slice(5)])
+        top = records.top[validated]
+        validate = top.join(second, records.random[slice(5, 10)], crop(top, 3))
+    else:
+        explain, validate = records.top[slice(0, 10, 2)], records.random[slice(5)]
+        if protocol == "top-and-random":
+            validate = validate.join(records.top[slice(1, 10, 2)])
+    return explain, _without_overlap(validate, explain) if strict else validate
+
+
+def crop(excerpts: Excerpts, width: int) -> Excerpts:
+    """Only the `width` tokens around the one that each excerpt was taken for; the activations stay as in context."""
+    places = torch.arange(excerpts.tokens.shape[-1]) - excerpts.offsets[..., None] + width // 2
+    outside = (places < 0) | (places >= width)
+    return Excerpts(
+        excerpts.tokens.masked_fill(outside, NO_TOKEN),
+        excerpts.activations.masked_fill(outside, 0),
+        excerpts.starts,
+        excerpts.offsets,
+    )
+
+
+def correlation(actual: Tensor, simulated: Tensor, present: Tensor) -> Tensor:
+    """Pearson's correlation over the last axis, (…, n) to (…,) float64; NaN where either is constant.
+
+    Args:
+        actual: activations.
+        simulated: the shape of `actual`.
+        present: which places count, the shape of `actual`.
+    """
+    weights = present.double()
+    count = weights.sum(-1, keepdim=True).clamp(min=1)
+
+    def centred(values: Tensor) -> Tensor:
+        values = values.double() * weights
+        centre = values.sum(-1, keepdim=True) / count
+        spread = (values - centre) * weights
+        constant = spread.abs().amax(-1, keepdim=True) <= 1e-9 * values.abs().amax(-1, keepdim=True)
+        return spread.masked_fill(constant, 0)
+
+    a, s = centred(actual), centred(simulated)
+    return (a * s).sum(-1) / (a.square().sum(-1) * s.square().sum(-1)).sqrt()  # 0 / 0 is NaN
+
+
+def rank_correlation(actual: Tensor, simulated: Tensor, present: Tensor) -> Tensor:
+    """Spearman's correlation, as `correlation` of ranks; equal values share their mean rank."""
+    from scipy.stats import rankdata
+
+    def ranks(values: Tensor) -> Tensor:  # absent places rank last and are then left out
+        values = values.double().masked_fill(~present, torch.inf)
+        return torch.from_numpy(rankdata(values.numpy(), axis=-1)) if values.numel() else values
+
+    return correlation(ranks(actual), ranks(simulated), present)
+
+
+def explained_power(actual: Tensor, simulated: Tensor, present: Tensor) -> Tensor:
+    """1 − mean (a − s)² / mean a², over the last axis: uncentred, and of use only where s is on a's scale."""
+    error = ((actual - simulated).double().square() * present).sum(-1)
+    return 1 - error / (actual.double().square() * present).sum(-1)
+
+
+def explained_deviation(actual: Tensor, simulated: Tensor, present: Tensor) -> Tensor:
+    """1 − mean |a − s| / mean |a|, over the last axis."""
+    error = ((actual - simulated).double().abs() * present).sum(-1)
+    return 1 - error / (actual.double().abs() * present).sum(-1)
+
+
+@dataclass
+class Scores:
+    """Scores of l × h neurons.
+
+    Attributes:
+        correlation: (l, h) float64, NaN where undefined.
+        rank_correlation: (l, h), likewise.
+        dead: (l, h) bool: undefined because the neuron is constant on the validation excerpts.
+        constant: (l, h) bool: undefined because the simulation is, though the neuron is not.
+        coverage: (l, h) share of the validation tokens that the explanation has something to say of; 1 unless given.
+    """
+
+    correlation: Tensor
+    rank_correlation: Tensor
+    dead: Tensor
+    constant: Tensor
+    coverage: Tensor
+
+    def by_layer(self, undefined_as_zero: bool = True) -> Tensor:
+        """(l,) means over neurons × 100; neurons without a score count as 0, or not at all as in the paper."""
+        return 100 * (self.correlation.nan_to_num(0).mean(1) if undefined_as_zero else self.correlation.nanmean(1))
+
+
+def score(simulated: Tensor, validation: Excerpts, coverage: Tensor | None = None) -> Scores:
+    """Compare simulated activations (l, h, k, w) with those of the validation excerpts."""
+    actual, simulated, present = (
+        rearrange(values, "l h k w -> l h (k w)")
+        for values in (validation.activations, simulated, validation.tokens != NO_TOKEN)
+    )
+    found = correlation(actual, simulated, present)
+    dead = correlation(actual, actual, present).isnan()
+    return Scores(
+        correlation=found,
+        rank_correlation=rank_correlation(actual, simulated, present),
+        dead=dead,
+        constant=found.isnan() & ~dead,
+        coverage=torch.ones_like(found) if coverage is None else coverage,
+    )
+
+
+@dataclass
+class LayerMeans:
+    """The paper's two numbers for a model, with an interval: mean and population variance over layers, × 100.
+
+    Attributes:
+        mean: over the chosen layers of each layer's mean.
+        variance: of the layers' means.
+        interval: 95 % bootstrap interval of `mean` over the neurons of each layer.
+    """
+
+    mean: float
+    variance: float
+    interval: tuple[float, float]
+
+
+def summarise(
+    scores: Scores,
+    layers: Sequence[int] | None = None,
+    undefined_as_zero: bool = True,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> LayerMeans:
+    """Mean and variance over layers of a model's scores.
+
+    Args:
+        scores: of all its neurons.
+        layers: which layers; all unless given. The paper leaves the last out at 6 and 12 layers.
+        undefined_as_zero: count neurons without a score as 0; the paper drops them.
+        n_resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    chosen = scores.correlation if layers is None else scores.correlation[list(layers)]
+    values = [layer.nan_to_num(0) if undefined_as_zero else layer[~layer.isnan()] for layer in chosen]
+    means = np.array([100 * float(layer.mean()) for layer in values])
+    draw = np.random.default_rng(seed)
+    resampled = np.zeros(n_resamples)
+    for layer in values:
+        n = len(layer)
+        resampled += 100 * layer.numpy()[draw.integers(n, size=(n_resamples, n))].mean(1) / len(values)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return LayerMeans(float(means.mean()), float(means.var()), (float(low), float(high)))
+
+
+def _without_overlap(excerpts: Excerpts, others: Excerpts) -> Excerpts:
+    """Without the text of those whose window shares a place of the corpus with one of the others."""
+    window = excerpts.tokens.shape[-1]
+    near = (excerpts.starts[..., None] - others.starts[:, :, None]).abs() < window
+    overlaps = (near & (others.starts[:, :, None] >= 0)).any(3)[..., None]
+    return Excerpts(
+        excerpts.tokens.masked_fill(overlaps, NO_TOKEN),
+        excerpts.activations.masked_fill(overlaps, 0),
+        excerpts.starts,
+        excerpts.offsets,
+    )
+
+
+def _intervals(active: Excerpts, n: int = 11) -> tuple[Excerpts, Excerpts]:
+    """Two excerpts to explain and two to validate from each of n equal parts of each neuron's own active sample."""
+    held = (active.starts >= 0).sum(2, keepdim=True)  # (l, h, 1); they stand first, by falling activation
+    parts = torch.arange(n)
+    chosen = [((parts + place) / n * held).long() for place in (0.125, 0.625, 0.375, 0.875)]
+    return _gather(active, torch.cat(chosen[:2], 2)), _gather(active, torch.cat(chosen[2:], 2))
+
+
+def _intervals_of_all(random: Excerpts, n: int = 12) -> tuple[Excerpts, Excerpts]:
+    """The same from random excerpts ordered by activation, without the highest of n parts: the paper's code."""
+    strength = random.activations.gather(3, random.offsets[..., None])[..., 0]
+    order = strength.argsort(dim=2, descending=True, stable=True)
+    size = random.starts.shape[2] // n
+    places = [torch.arange(size, n * size, size) + offset for offset in (0, 2, 1, 3)]
+    first, second = (torch.cat(pair) for pair in (places[:2], places[2:]))
+    return _gather(random, order[:, :, first]), _gather(random, order[:, :, second])
+
+
+def _gather(excerpts: Excerpts, index: Tensor) -> Excerpts:
+    """Excerpt `index` (l, h, m) of each neuron."""
+    wide = index[..., None].expand(*index.shape, excerpts.tokens.shape[-1])
+    return Excerpts(
+        excerpts.tokens.gather(2, wide),
+        excerpts.activations.gather(2, wide),
+        excerpts.starts.gather(2, index),
+        excerpts.offsets.gather(2, index),
+    )

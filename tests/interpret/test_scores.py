@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from test_training import corpus, new_model
+
+from cratelab.interpret.records import NO_TOKEN, Excerpts, collect_records
+from cratelab.interpret.scores import (
+    NEEDS,
+    correlation,
+    crop,
+    explained_deviation,
+    explained_power,
+    rank_correlation,
+    score,
+    split,
+    summarise,
+)
+
+
+def excerpts(k=3, w=8, neurons=(2, 5), seed=0) -> Excerpts:
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(19, (*neurons, k, w), generator=draw, dtype=torch.int32)
+    activations = torch.rand(*neurons, k, w, generator=draw)
+    starts = torch.arange(k).expand(*neurons, k) * 50
+    return Excerpts(tokens, activations, starts, torch.full((*neurons, k), w // 2))
+
+
+def test_correlations_are_scipys_over_the_present_places():
+    draw = np.random.default_rng(0)
+    a, s = draw.normal(size=(2, 20, 37))
+    s += a
+    s[:, ::3] = s[:, :1]  # ties
+    present = draw.random((20, 37)) < 0.8
+    arrays = torch.as_tensor(a), torch.as_tensor(s), torch.as_tensor(present)
+    for ours, theirs in (correlation, stats.pearsonr), (rank_correlation, stats.spearmanr):
+        expected = [theirs(x[here], y[here])[0] for x, y, here in zip(a, s, present, strict=True)]
+        np.testing.assert_allclose(ours(*arrays), expected, atol=1e-12)
+
+
+def test_the_other_scores_by_hand():
+    a, s = torch.tensor([1.0, 2.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 1.0, 5.0])
+    present = torch.tensor([True, True, True, False])
+    assert float(explained_power(a, s, present)) == pytest.approx(1 - 2 / 5)
+    assert float(explained_deviation(a, s, present)) == pytest.approx(1 - 2 / 3)
+
+
+def test_a_constant_neuron_or_simulation_has_no_score_and_the_reason_is_kept():
+    validation = excerpts()
+    validation.activations[0, 1] = 0
+    simulated = excerpts(seed=1).activations
+    simulated[1, 2] = 0.7
+    found = score(simulated, validation)
+    assert found.correlation.isnan().nonzero().tolist() == [[0, 1], [1, 2]]
+    assert found.dead.nonzero().tolist() == [[0, 1]] and found.constant.nonzero().tolist() == [[1, 2]]
+    assert found.by_layer()[0] == pytest.approx(100 * float(found.correlation[0].nansum()) / 5)
+    assert found.by_layer(undefined_as_zero=False)[0] == pytest.approx(100 * float(found.correlation[0].nansum()) / 4)
+
+
+def test_a_score_concatenates_first_and_correlates_once():
+    validation, simulated = excerpts(), excerpts(seed=1).activations
+    validation.tokens[0, 0, 1, 5:] = NO_TOKEN
+    found = score(simulated, validation)
+    here = (validation.tokens[0, 0] != NO_TOKEN).flatten()
+    pair = validation.activations[0, 0].flatten()[here], simulated[0, 0].flatten()[here]
+    assert float(found.correlation[0, 0]) == pytest.approx(stats.pearsonr(*pair)[0])
+    assert float(found.rank_correlation[0, 0]) == pytest.approx(stats.spearmanr(*pair)[0])
+
+
+def test_cropping_keeps_the_token_and_its_neighbours():
+    held = excerpts()
+    held.offsets[0, 0, 0] = 0
+    cropped = crop(held, 3)
+    assert (cropped.tokens[1, 1, 1] != NO_TOKEN).nonzero().flatten().tolist() == [3, 4, 5]
+    assert (cropped.tokens[0, 0, 0] != NO_TOKEN).nonzero().flatten().tolist() == [0, 1]
+    assert cropped.activations[1, 1, 1, 3:6].equal(held.activations[1, 1, 1, 3:6])
+
+
+@pytest.fixture(scope="module")
+def records():
+    torch.manual_seed(0)
+    text = corpus(n=20_000, n_documents=1500)
+    return {
+        name: collect_records(new_model(), text, **NEEDS[name] | {"window": min(NEEDS[name]["window"], 8)}, batch=100)
+        for name in NEEDS
+    }
+
+
+def test_protocols_take_the_stated_excerpts(records, monkeypatch):
+    monkeypatch.setitem(NEEDS, "random-only", NEEDS["random-only"] | {"window": 8})
+    monkeypatch.setitem(NEEDS, "top-and-random", NEEDS["top-and-random"] | {"window": 8})
+    held = records["top-and-random"]
+    explain, validate = split(held, "top-and-random", strict=False)
+    assert explain.starts.equal(held.top.starts[:, :, [0, 2, 4, 6, 8]])
+    assert validate.starts.equal(torch.cat([held.random.starts[:, :, :5], held.top.starts[:, :, [1, 3, 5, 7, 9]]], 2))
+    assert split(held, "random-only")[1].starts.equal(held.random.starts[:, :, :5])
+    explain, validate = split(records["anthropic"], "anthropic")
+    assert explain.starts.shape[2] == 42 and validate.starts.shape[2] == 47
+    with pytest.raises(ValueError, match="anthropic needs records with n_top=25 or more; these have 10"):
+        split(held, "anthropic")
+    with pytest.raises(ValueError, match="no protocol 'gpt-4'"):
+        split(held, "gpt-4")
+
+
+def test_strictly_no_place_explains_and_validates(records, monkeypatch):
+    monkeypatch.setitem(NEEDS, "top-and-random", NEEDS["top-and-random"] | {"window": 8})
+    for name in "top-and-random", "anthropic":
+        explain, validate = split(records[name], name)
+
+        def places(held, neuron):
+            return {
+                int(start) + i
+                for start, tokens in zip(held.starts[0, neuron], held.tokens[0, neuron], strict=True)
+                for i, token in enumerate(tokens.tolist())
+                if token != NO_TOKEN
+            }
+
+        for neuron in range(0, 64, 7):
+            assert not places(explain, neuron) & places(validate, neuron)
+            assert places(explain, neuron)
+
+
+def test_intervals_hold_equally_many_positive_activations(records):
+    held = records["anthropic"]
+    explain, _ = split(held, "anthropic")
+    strength = explain.activations.gather(3, explain.offsets[..., None])[..., 0][:, :, 15:37]
+    sample = held.active.activations.gather(3, held.active.offsets[..., None])[..., 0]
+    full = (held.active.starts >= 0).all(2)
+    assert full.any()
+    for layer, neuron in full.nonzero().tolist():
+        bounds = sample[layer, neuron].reshape(11, 20)
+        for part in range(11):
+            for value in strength[layer, neuron, [part, part + 11]]:
+                assert bounds[part].min() <= value <= bounds[part].max()
+
+
+def test_means_over_layers_with_an_interval_that_covers():
+    """Of many samples whose true mean is 30, the 95 % interval holds it in nearly 95 %."""
+    draw = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        values = torch.as_tensor(draw.normal([[0.2], [0.4]], 0.3, (2, 80)))
+        validation = excerpts(neurons=(2, 80))
+        found = score(validation.activations, validation)
+        found.correlation = values
+        means = summarise(found, n_resamples=300, seed=trial)
+        hits += means.interval[0] < 30 < means.interval[1]
+        assert means.mean == pytest.approx(100 * float(values.mean()))
+        assert means.variance == pytest.approx(float((100 * values.mean(1)).var(correction=0)))
+    assert 180 <= hits <= 199
+    assert summarise(found, layers=[0]).mean == pytest.approx(100 * float(values[0].mean()))
