@@ -115,11 +115,12 @@ class SuffixExplanations:
         """A number for neuron and last `length` tokens at each place; the excerpt's start counts as a token."""
         n_layers, h = self.shape
         keys = repeat(torch.arange(n_layers * h), "(l h) -> l h k w", h=h, k=tokens.shape[2], w=tokens.shape[3]).clone()
+        unknown = (tokens < 0) | (tokens >= self.base - 2)
+        known = tokens.long().masked_fill(unknown, self.base - 1)
         for back in range(length):
             token = torch.full_like(keys, self.base - 2)
-            token[..., back:] = tokens[..., : tokens.shape[3] - back].long()
-            unknown = (token < 0) | (token >= self.base - 1)
-            keys = keys * self.base + token.masked_fill(unknown, self.base - 1)
+            token[..., back:] = known[..., : tokens.shape[3] - back]
+            keys = keys * self.base + token
         return keys
 
     def _look_up(self, keys: Tensor, length: int) -> tuple[Tensor, Tensor]:
