@@ -12,6 +12,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from cratelab.corpora.tokens import Tokenizer
+from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.records import NO_TOKEN, Excerpts
 
 
@@ -133,25 +134,6 @@ class SuffixExplanations:
         return torch.where(known, means[place], 0.0), known
 
 
-@dataclass
-class Concepts:
-    """Named properties of the tokens of a corpus.
-
-    Attributes:
-        names: c of them, readable: "the word before is 'the'".
-        truth: (n, c) bool, for every token of the corpus.
-    """
-
-    names: list[str]
-    truth: Tensor
-
-    def of(self, excerpts: Excerpts) -> Tensor:
-        """(l, h, k, w, c) truth in the excerpts; false where there is no text."""
-        window = excerpts.tokens.shape[-1]
-        places = (excerpts.starts[..., None] + torch.arange(window)).clamp(0, len(self.truth) - 1)
-        return self.truth[places] & (excerpts.tokens != NO_TOKEN)[..., None]
-
-
 class ConceptExplainer:
     """Each neuron as the concept, or the two joined by "and" or "and not", that correlates best with its activation.
 
@@ -227,8 +209,8 @@ class ConceptExplanations:
         simulated = []
         for layer, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
             part = Excerpts(*(getattr(excerpts, f)[layer] for f in vars(excerpts)))
-            window = part.tokens.shape[-1]
-            places = (part.starts[..., None] + torch.arange(window)).clamp(0, len(self.concepts.truth) - 1)
+            places = part.starts[..., None] + torch.arange(part.tokens.shape[-1])
+            places = places.clamp(0, len(self.concepts.truth) - 1)
             one = self.concepts.truth[places, first.clamp(min=0)[:, None, None]]
             two = self.concepts.truth[places, second.clamp(min=0)[:, None, None]] ^ self.negated[layer][:, None, None]
             true = one & (two | (second < 0)[:, None, None]) & (first >= 0)[:, None, None]

@@ -156,27 +156,52 @@ def collect_records(
             "collect_records needs window and batch of at least 1, n_top, n_random and n_active of at least 0; "
             f"got {window}, {batch}, {n_top}, {n_random}, {n_active}"
         )
+    total = min(n_tokens or len(corpus), len(corpus))
+    if not total:
+        raise ValueError("the corpus holds no token")
+    random_places = np.sort(np.random.default_rng([seed, 0]).integers(total, size=n_random))
+    keys = np.random.default_rng([seed, 1])
+    layers: list[_Layer] = []
+    for text, neurons in watch_neurons(model, corpus, batch, window, strict, total):
+        layers = layers or [_Layer(a.shape[-1], window, n_top, n_active, a.device) for a in neurons]
+        key = torch.from_numpy(keys.random(text.tokens.shape, dtype=np.float32)).to(text.tokens.device)
+        inside = (random_places >= int(text.starts[0])) & (random_places < text.stop)
+        for layer, activations in zip(layers, neurons, strict=True):
+            layer.update(text, activations.float(), key, strict, random_places[inside].tolist())
+    return _join(layers, total)
+
+
+@torch.no_grad()
+def watch_neurons(
+    model: LanguageModel,
+    corpus: TokenizedCorpus,
+    batch: int = 16,
+    window: int = 1,
+    strict: bool = True,
+    n_tokens: int | None = None,
+) -> Iterator[tuple["Text", list[Tensor]]]:
+    """Read a corpus piece by piece, as `collect_records` describes, and yield what the neurons do.
+
+    Yields:
+        A batch of text, and each layer's activations (b, n, h); where `Text.present` is false they mean nothing.
+
+    Raises:
+        ValueError: the corpus has tokens that the model does not know.
+    """
     if corpus.n_vocab > model.config.vocab_size:
         raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
     pieces = list(_pieces(corpus, model.config.context, strict, n_tokens or len(corpus)))
-    if not pieces:
-        raise ValueError("the corpus holds no token")
-    total = pieces[-1][1]
-    random_places = np.sort(np.random.default_rng([seed, 0]).integers(total, size=n_random))
-    keys = np.random.default_rng([seed, 1])
-    device = model.token_embedding.weight.device
-    layers: list[_Layer] = []
-
-    with torch.no_grad(), _Activations(model) as site:
+    activations: list[Tensor] = []
+    hooks = [block.neurons.register_forward_hook(lambda m, a, out: activations.append(out)) for block in model.blocks]
+    try:
         for first in range(0, len(pieces), batch):
-            text = _Text(corpus, pieces[first : first + batch], window, device)
+            text = Text(corpus, pieces[first : first + batch], window, model.token_embedding.weight.device)
+            activations.clear()
             model(text.tokens.clamp(min=0))
-            layers = layers or [_Layer(a.shape[-1], window, n_top, n_active, device) for a in site.activations]
-            key = torch.from_numpy(keys.random(text.tokens.shape, dtype=np.float32)).to(device)
-            inside = (random_places >= pieces[first][0]) & (random_places < text.stop)
-            for layer, activations in zip(layers, site.activations, strict=True):
-                layer.update(text, activations.float(), key, strict, random_places[inside].tolist())
-    return _join(layers, total)
+            yield text, list(activations)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _pieces(corpus: TokenizedCorpus, context: int, strict: bool, total: int) -> Iterator[tuple[int, int]]:
@@ -187,29 +212,16 @@ def _pieces(corpus: TokenizedCorpus, context: int, strict: bool, total: int) -> 
             yield first, min(first + context, stop, total)
 
 
-class _Activations:
-    """While open, what passed through every layer's `neurons` in the latest forward pass."""
+class Text:
+    """A batch of pieces of a corpus.
 
-    def __init__(self, model: LanguageModel):
-        self.blocks, self.activations = model.blocks, [None] * len(model.blocks)
-
-    def __enter__(self) -> Self:
-        def keeper(layer: int):
-            def keep(module, arguments, output) -> None:
-                self.activations[layer] = output
-
-            return keep
-
-        self.hooks = [block.neurons.register_forward_hook(keeper(i)) for i, block in enumerate(self.blocks)]
-        return self
-
-    def __exit__(self, *error) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-
-class _Text:
-    """A batch of pieces: tokens (b, n), and where the window around each token starts."""
+    Attributes:
+        tokens: (b, n) int64, `NO_TOKEN` behind the end of a piece.
+        present: (b, n) bool, where there is text.
+        starts: (b,) place of each piece's first token in the corpus.
+        stop: place behind the last.
+        window_starts: (b, n) where in its piece the window around each token begins.
+    """
 
     def __init__(self, corpus: TokenizedCorpus, pieces: list[tuple[int, int]], window: int, device: torch.device):
         lengths = np.array([stop - start for start, stop in pieces])
@@ -246,7 +258,7 @@ class _Kept:
         self.starts = torch.full((h, k), -1, device=device)
         self.offsets = torch.zeros((h, k), dtype=torch.long, device=device)
 
-    def merge(self, priority: Tensor, piece: Tensor, at: Tensor, text: _Text, activations: Tensor) -> None:
+    def merge(self, priority: Tensor, piece: Tensor, at: Tensor, text: Text, activations: Tensor) -> None:
         """Let candidates in: priority, piece and place in it, each (h, m); −inf is no candidate."""
         h, k, window = self.tokens.shape
         self.priority, index = torch.cat([self.priority, priority], 1).topk(k, 1)
@@ -283,7 +295,7 @@ class _Layer:
         self.sum, self.squares, self.positive = torch.zeros(3, h, dtype=torch.float64, device=device)
         self.maximum = torch.full((h,), -torch.inf, dtype=torch.float64, device=device)
 
-    def update(self, text: _Text, activations: Tensor, key: Tensor, strict: bool, random_places: list[int]) -> None:
+    def update(self, text: Text, activations: Tensor, key: Tensor, strict: bool, random_places: list[int]) -> None:
         """Take in a batch: activations (b, n, h), random keys (b, n), and the random places that lie in it."""
         window = self.top.tokens.shape[-1]
         activations = activations.masked_fill(~text.present[..., None], 0)
@@ -311,7 +323,7 @@ class _Layer:
             values = (activations[piece, places] * present[:, None]).mT
             self.random.append((tokens, values, int(text.starts[piece] + start), at - int(start)))
 
-    def _offer(self, kept: _Kept, candidates: list[tuple[Tensor, Tensor, Tensor]], text: _Text, activations) -> None:
+    def _offer(self, kept: _Kept, candidates: list[tuple[Tensor, Tensor, Tensor]], text: Text, activations) -> None:
         if candidates:
             priority, piece, at = (torch.cat(parts, 0).mT for parts in zip(*candidates, strict=True))
             kept.merge(priority, piece, at, text, activations)

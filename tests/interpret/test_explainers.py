@@ -6,14 +6,8 @@ import torch
 from test_scores import excerpts
 
 from cratelab.corpora.tokens import WordEncoding
-from cratelab.interpret.explainers import (
-    ConceptExplainer,
-    Concepts,
-    SuffixExplainer,
-    TokenExplainer,
-    discretise,
-    shuffle,
-)
+from cratelab.interpret.concepts import Concepts
+from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer, discretise, shuffle
 from cratelab.interpret.records import NO_TOKEN, Excerpts
 from cratelab.interpret.scores import score
 

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from cratelab.corpora import tinyworld
+from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.tokens import byte_encoding
+from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts
+from cratelab.interpret.records import NO_TOKEN, Excerpts
+
+TEXT = """The two banks merged; see https://example.org/a_b (or [2]).
+    >>> print("a word", 'b')  # a note
+:param int n3: it is NOT running quickly
+"""
+
+
+@pytest.fixture(scope="module")
+def marked():
+    encoding = byte_encoding()
+    pieces = [encoding.encode_ordinary(text) for text in (TEXT, "second text")]
+    tokens = np.concatenate([np.array([*piece, encoding.eot_token]) for piece in pieces])
+    document = np.repeat([0, 1], [len(pieces[0]) + 1, len(pieces[1]) + 1])
+    corpus = TokenizedCorpus.from_arrays(tokens, document, ["a", "a"], encoding.n_vocab)
+    return text_concepts(corpus, encoding, n_frequent=5)
+
+
+def where(marked: Concepts, name: str) -> str:
+    """The characters of the first text at which a concept is true."""
+    truth = marked.truth[: len(TEXT), marked.names.index(name)]
+    return "".join(character for character, true in zip(TEXT, truth.tolist(), strict=True) if true)
+
+
+@pytest.mark.parametrize(
+    ("name", "characters"),
+    [
+        ("the token is in double quotes", "a word"),
+        ("the token is in single quotes or backticks", "b"),
+        ("the token is in brackets", "or [2]\"a word\", 'b'"),
+        ("the token is part of a web address", "https://example.org/a_b"),
+        ("the token is in a comment after #", "# a note"),
+        ("the token is in a line that begins with a colon", ":param int n3: it is NOT running quickly"),
+        ("the token is the first of its line", "T>:"),
+        ("the token holds a digit", "23"),
+        ("the token ends a sentence", ".."),
+        ("the token is a comma", ","),
+        ("the token is among the first ten of the document", "The two ba"),
+    ],
+)
+def test_rules_mark_what_they_say(marked, name, characters):
+    assert where(marked, name) == characters
+
+
+def test_code_is_its_whole_line(marked):
+    assert where(marked, "the token is in a line of code after >>>").strip() == TEXT.splitlines()[1].strip()
+    assert where(marked, "the token is in an indented line").strip() == TEXT.splitlines()[1].strip()
+
+
+def test_the_token_before_stops_at_the_document(marked):
+    frequent = [name for name in marked.names if name.startswith("the token before is ")]
+    assert len(frequent) == 5
+    for name in frequent:
+        here = marked.truth[:, marked.names.index(name.replace(" before", ""))]
+        after = marked.truth[:, marked.names.index(name)]
+        expected = torch.cat([torch.tensor([False]), here[:-1]])
+        expected[len(TEXT) + 1] = False
+        assert after.equal(expected)
+
+
+def test_spelling_of_words():
+    from cratelab.interpret.concepts import SPELLING
+
+    def said(text):
+        return {name for name, test in SPELLING.items() if test(text)}
+
+    assert {"begins a word", "ends in -ly"} <= said(" quickly") and "begins with a capital" not in said(" quickly")
+    assert {"is all capitals", "begins with a capital"} <= said(" NOT")
+    assert {"is an article", "begins a word"} <= said(" The") and "is a form of be" in said(" was")
+    assert {"is a Python keyword", "goes on with a word"} <= said("lambda")
+    assert {"is only space", "is two spaces or more"} <= said("    ") and said("") == set()
+    assert {"is a line break", "is only space"} <= said("\n")
+
+
+def test_tinyworlds_concepts_and_words_are_looked_up_by_place():
+    world = tinyworld.generate(3000, context=128)
+    marked = tinyworld_concepts(world)
+    assert marked.truth.shape == (3000, len(world.concept_names) + len(world.vocabulary))
+    starts = torch.tensor([[[100, 2990, -1]]])
+    tokens = torch.from_numpy(world.tokens.astype(np.int32))[(starts[..., None] + torch.arange(16)).clamp(0, 2999)]
+    tokens[0, 0, 1, 10:] = NO_TOKEN
+    tokens[0, 0, 2] = NO_TOKEN
+    found = marked.of(Excerpts(tokens, torch.zeros(tokens.shape), starts, torch.zeros_like(starts)))
+    assert found[0, 0, 0].equal(marked.truth[100:116]) and not found[0, 0, 2].any() and not found[0, 0, 1, 10:].any()
+    word = marked.names.index(f"the word is {world.vocabulary[world.tokens[100]]!r}")
+    assert bool(found[0, 0, 0, 0, word])
