@@ -16,7 +16,8 @@ from torch import Tensor
 from cratelab.corpora.tinyworld import World
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.corpora.tokens import Tokenizer
-from cratelab.interpret.records import NO_TOKEN, Excerpts
+from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.records import Excerpts
 
 
 @dataclass

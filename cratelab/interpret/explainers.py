@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.concepts import Concepts
-from cratelab.interpret.records import NO_TOKEN, Excerpts
+from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.records import Excerpts
 
 
 class Explanations(Protocol):

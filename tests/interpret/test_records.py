@@ -6,7 +6,8 @@ from test_training import corpus, new_model
 import cratelab as cl
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret import records as module
-from cratelab.interpret.records import NO_TOKEN, Records, collect_records
+from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.records import Records, collect_records
 
 
 def random_text(n: int, n_documents: int) -> TokenizedCorpus:
