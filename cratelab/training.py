@@ -8,6 +8,7 @@ dropout, so nothing random has a state, and a run that was killed goes on to the
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,12 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
+
+with warnings.catch_warnings():  # in notebooks it asks for widgets, which our progress bars do without
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from accelerate import Accelerator
 
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.language_model import LanguageModel
