@@ -9,9 +9,12 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 "$python" -c 'import cratelab, torch; print(torch.__version__, cratelab.best_device())' | tee "$out/device.log" || exit 1
 # The library's own tests; those of the book and of packaging need packages a bare GPU machine does not have.
-tests=(tests/test_coding_rate.py tests/test_mssa.py tests/test_ista.py)
+tests=(tests/test_coding_rate.py tests/test_mssa.py tests/test_ista.py tests/test_ista_layer.py)
 [ "${2:-}" = --toy ] || tests+=(tests/test_language_model.py tests/test_crate.py tests/test_gpt2.py tests/test_layerwise.py tests/corpora)
 "$python" -m pytest -q -o addopts= "${tests[@]}" 2>&1 | tee "$out/tests.log"
 status=$?
-"$python" benchmarks/bench_core.py ${2:+"$2"} 2>&1 | tee "$out/bench.log" || status=1
+: >"$out/bench.log"
+for bench in core training; do
+  "$python" "benchmarks/bench_$bench.py" ${2:+"$2"} 2>&1 | tee -a "$out/bench.log" || status=1
+done
 exit $status
