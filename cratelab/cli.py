@@ -12,7 +12,11 @@ from cratelab import plots
 from cratelab.budget import estimate
 from cratelab.comparison import compare, new_model, summarise
 from cratelab.corpora.prepare import prepare, vocabulary_size
-from cratelab.language_model import LanguageModelConfig
+from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
+from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
+from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
+from cratelab.interpret.scores import PROTOCOLS
+from cratelab.language_model import LanguageModelConfig, best_device, load
 from cratelab.record import provenance, write_json
 from cratelab.reference_models import make_reference_models
 from cratelab.training import Diverged, Recipe, train
@@ -93,11 +97,7 @@ class Train(CorpusOptions, RecipeOptions):
         name = command.corpus.replace("/", "_")
         run_dir = run_dir or Path("runs") / f"{command.model}-{command.preset}-{name}-{command.seed}"
         print(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}", flush=True)
-        kept = {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in asdict(command).items()
-            if key not in ("run_dir", "resume", "dry_run")
-        }
+        kept = {key: value for key, value in asdict(command).items() if key not in ("run_dir", "resume", "dry_run")}
         metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, kept)
         floor = f"; the floor is {corpus.floor:.3f}" if corpus.floor else ""
         print(f"validation loss {metrics[-1]['validation_loss']:.3f} nats a token{floor}")
@@ -128,6 +128,61 @@ class Compare(CorpusOptions, RecipeOptions):
         print_table(table, corpus.floor)
         plots.save_comparison(runs, self.out / "compare.png", corpus.floor)
         print(f"{self.out}/compare.png and compare.json hold it")
+
+
+@dataclass
+class Interpret:
+    """Explain and score every neuron of a trained model, by rule and without a language model."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run or of a model."""
+    corpus: str | None = None
+    """What it reads, as for train; a run's own validation text unless given."""
+    tokenizer: str | None = None
+    """As for train; a run's own unless given."""
+    n_tokens: int = 200_000
+    """Tokens to read at most."""
+    protocols: tuple[Literal["top-and-random", "random-only", "anthropic"], ...] = PROTOCOLS
+    """Which excerpts explain and which validate."""
+    official: bool = False
+    """With the oddities of the paper's code: excerpts may overlap and cross documents."""
+    seed: int = 0
+    """Of the random excerpts and of the untrained model."""
+    out: Path | None = None
+    """Where the scores go; interpret.json in the model's folder unless given."""
+
+    def run(self) -> None:
+        folder = self.model / "model" if (self.model / "model").is_dir() else self.model
+        model = load(folder).to(best_device())
+        command = _read_command(self.model) if (self.model / "run.json").is_file() else Train()
+        if self.corpus is None and folder == self.model:
+            raise ValueError(f"{self.model} is no run, so nothing says what it has read: give --corpus")
+        corpus = prepare(
+            self.corpus or command.corpus,
+            self.tokenizer or (None if self.corpus else command.tokenizer),
+            command.characters,
+            model.config.context,
+        )
+        text, world = corpus.validation, corpus.world
+        concepts = tinyworld_concepts(world) if world else text_concepts(text, corpus.tokenizer)
+        explainers = {"token": TokenExplainer(), "suffix": SuffixExplainer(), "concept": ConceptExplainer(concepts)}
+        rows = []
+        print(f"{'':10}{'protocol':16}{'explainer':11}{'mean':>6}{'95 % interval':>16}{'control':>9}{'undefined':>11}")
+        for name, each in ("trained", model), ("untrained", untrained(model, self.seed)):
+            strict = not self.official
+            records = collect_for_protocols(each, text, self.protocols, strict, self.n_tokens, self.seed)
+            for evaluation in evaluate(records, explainers, strict):
+                row = {"model": name} | evaluation.row()
+                rows.append(row)
+                interval = f"{row['interval'][0]:.1f} to {row['interval'][1]:.1f}"
+                print(
+                    f"{name:10}{row['protocol']:16}{row['explainer']:11}{row['mean']:6.1f}{interval:>16}"
+                    f"{row['control']:9.1f}{row['undefined']:10.0%}",
+                    flush=True,
+                )
+        out = self.out or self.model / "interpret.json"
+        write_json(out, {"provenance": provenance(corpus=text.facts(), options=_plain(asdict(self))), "rows": rows})
+        print(f"{out} has them layer by layer")
 
 
 @dataclass
@@ -162,10 +217,13 @@ def print_table(table: list[dict], floor: float | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`cratelab train | compare | reproduce`."""
-    commands = {"train": Train, "compare": Compare, "reproduce": Reproduce}
+    """`cratelab train | compare | interpret | reproduce`."""
+    commands = {"train": Train, "compare": Compare, "interpret": Interpret, "reproduce": Reproduce}
     command = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="cratelab", description="CRATE: train it, compare it.", args=arguments
+        commands,
+        prog="cratelab",
+        description="Train CRATE, compare it with GPT-2, and ask what its neurons mean.",
+        args=arguments,
     )
     try:
         command.run()
@@ -177,6 +235,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _preset_context(preset: str) -> int:
     return LanguageModelConfig.preset(preset).context
+
+
+def _plain(options: dict) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
 def _read_command(folder: Path) -> Train:

@@ -60,6 +60,19 @@ def test_compare_prints_a_table_with_intervals_and_goes_on(tmp_path, capsys):
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_interpret_scores_a_run_beside_an_untrained_model(tmp_path, capsys):
+    main(["train", "--run-dir", str(tmp_path / "run"), *SHORT, "--steps", "30"])
+    main(["interpret", str(tmp_path / "run"), "--n-tokens", "2000", "--protocols", "top-and-random"])
+    rows = json.loads((tmp_path / "run" / "interpret.json").read_text())["rows"]
+    assert [(row["model"], row["explainer"]) for row in rows] == [
+        (model, explainer) for model in ("trained", "untrained") for explainer in ("token", "suffix", "concept")
+    ]
+    assert all(len(row["layers"]) == 2 and row["interval"][0] <= row["mean"] <= row["interval"][1] for row in rows)
+    assert "untrained top-and-random  concept" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is no run, so nothing says what it has read: give --corpus"):
+        main(["interpret", str(tmp_path / "run" / "model")])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -43,13 +43,18 @@ class PreparedCorpus:
         training: the tokens to learn from.
         validation: the tokens to be judged on.
         tokenizer: what made them.
-        floor: nats a token that no model can go below on the validation tokens, where it is known (TinyWorld).
+        world: the validation text with its labels, where it is TinyWorld.
     """
 
     training: TokenizedCorpus
     validation: TokenizedCorpus
     tokenizer: tokens.Tokenizer
-    floor: float | None = None
+    world: tinyworld.World | None = None
+
+    @property
+    def floor(self) -> float | None:
+        """Nats a token that no model can go below on the validation text, where it is known."""
+        return self.world and self.world.entropy_rate
 
 
 def prepare(
@@ -133,7 +138,7 @@ def _tinyworld(n_tokens: int, context: int) -> PreparedCorpus:
     world = tinyworld.generate(n_tokens, context=context)
     training, validation = world.part("train"), world.part("validation")
     tokenizer = tokens.WordEncoding([word.replace("\n", "\\n") for word in world.vocabulary], end_of_text="<end>")
-    return PreparedCorpus(training.corpus(), validation.corpus(), tokenizer, validation.entropy_rate)
+    return PreparedCorpus(training.corpus(), validation.corpus(), tokenizer, validation)
 
 
 def _cache_folder(parts: list[str], tokenizer: str, characters: int, cache: str | Path | None) -> Path:

@@ -1,0 +1,125 @@
+"""All neurons of a model under all protocols: records, explanations, scores, and the controls beside them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.interpret.explainers import Explainer, Explanations, shuffle
+from cratelab.interpret.records import Records, collect_records
+from cratelab.interpret.scores import NEEDS, PROTOCOLS, Protocol, Scores, score, split, summarise
+from cratelab.language_model import LanguageModel
+
+
+@dataclass
+class Evaluation:
+    """What one explainer reaches under one protocol.
+
+    Attributes:
+        protocol: which.
+        explainer: its name.
+        scores: of all neurons.
+        control: of all neurons, each simulated by the explanation of another neuron of its layer.
+        explanations: what was said.
+    """
+
+    protocol: Protocol
+    explainer: str
+    scores: Scores
+    control: Scores
+    explanations: Explanations
+
+    def row(self, layers: Iterable[int] | None = None) -> dict:
+        """The numbers to report, scores × 100; over all layers, or some.
+
+        mean and interval count neurons without a score as 0; mean_defined leaves them out, as the paper does, and
+        undefined is their share, dead the share that is so because the neuron is constant.
+        """
+        layers = list(range(len(self.scores.correlation)) if layers is None else layers)
+        strict = summarise(self.scores, layers)
+        return {
+            "protocol": self.protocol,
+            "explainer": self.explainer,
+            "layers": [round(float(mean), 3) for mean in self.scores.by_layer()[layers]],
+            "mean": strict.mean,
+            "interval": list(strict.interval),
+            "variance": strict.variance,
+            "mean_defined": summarise(self.scores, layers, undefined_as_zero=False).mean,
+            "rank_mean": float(100 * self.scores.rank_correlation[layers].nan_to_num(0).mean()),
+            "undefined": float(self.scores.correlation[layers].isnan().double().mean()),
+            "dead": float(self.scores.dead[layers].double().mean()),
+            "coverage": float(self.scores.coverage[layers].mean()),
+            "control": summarise(self.control, layers).mean,
+        }
+
+
+def collect_for_protocols(
+    model: LanguageModel,
+    corpus: TokenizedCorpus,
+    protocols: Iterable[Protocol] = PROTOCOLS,
+    strict: bool = True,
+    n_tokens: int | None = None,
+    seed: int = 0,
+) -> dict[Protocol, Records]:
+    """The records that each protocol needs; those of equal windows are collected once.
+
+    Args:
+        model: any with `neurons`, on any device.
+        corpus: text it was not trained on.
+        protocols: which.
+        strict: as for `collect_records` and `split`.
+        n_tokens: to read at most.
+        seed: of the random excerpts.
+    """
+    found: dict[Protocol, Records] = {}
+    by_window: dict[int, Records] = {}
+    for protocol in protocols:
+        needs = dict(NEEDS[protocol])
+        if protocol == "anthropic" and not strict:
+            needs |= dict(n_random=250, n_active=0)
+        if needs["window"] not in by_window:
+            by_window[needs["window"]] = collect_records(
+                model, corpus, **needs, seed=seed, strict=strict, n_tokens=n_tokens
+            )
+        found[protocol] = by_window[needs["window"]]
+    return found
+
+
+def evaluate(
+    records: dict[Protocol, Records], explainers: dict[str, Explainer], strict: bool = True
+) -> list[Evaluation]:
+    """Explain and score every neuron under every protocol that there are records for.
+
+    Args:
+        records: from `collect_for_protocols`.
+        explainers: by the name they are reported under.
+        strict: as the records were collected.
+
+    Returns:
+        One evaluation for each protocol and explainer, protocols first.
+    """
+    found = []
+    for protocol, held in records.items():
+        explaining, validation = split(held, protocol, strict)
+        for name, explainer in explainers.items():
+            explanations = explainer.explain(explaining)
+            simulated, coverage = explanations.simulate(validation)
+            other, other_coverage = shuffle(explanations, validation)
+            found.append(
+                Evaluation(
+                    protocol,
+                    name,
+                    score(simulated, validation, coverage),
+                    score(other, validation, other_coverage),
+                    explanations,
+                )
+            )
+    return found
+
+
+def untrained(model: LanguageModel, seed: int = 0) -> LanguageModel:
+    """A model of the same configuration with fresh weights: the row that every table needs beside its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return type(model)(model.config).to(model.token_embedding.weight.device).eval()
