@@ -498,3 +498,27 @@ def test_the_notation():
         (".", "", ()),
     ]
     assert template.items[2].sense == "animal" and template.items[5].choices and template.items[10].recalls
+
+
+def test_the_part_of_a_split_is_its_documents_with_all_that_is_known_of_them():
+    world = tinyworld.generate(40_000, seed=3, context=128)
+    parts = {split: world.part(split) for split in ("train", "validation", "test")}
+    assert sum(len(part.tokens) for part in parts.values()) == 40_000
+    for split, part in parts.items():
+        chosen = np.flatnonzero(world.split == split)
+        assert list(part.domain) == list(world.domain[chosen]) and set(part.split) == {split}
+        for new, old in list(enumerate(chosen))[:20]:
+            here, there = part.document == new, world.document == old
+            for name in "tokens", "concepts", "log_prob", "recall_distance":
+                assert np.array_equal(getattr(part, name)[here], getattr(world, name)[there]), name
+            assert part.text(new) == world.text(old)
+    with pytest.raises(ValueError, match="no document of this world is in 'exam'; splits are"):
+        world.part("exam")
+
+
+def test_its_corpus_is_the_stream_that_training_reads():
+    world = tinyworld.generate(5000, seed=3, context=128)
+    corpus = world.corpus()
+    assert np.array_equal(corpus[:], world.tokens) and corpus.n_vocab == len(tinyworld.vocabulary())
+    assert [corpus.domain(i) for i in range(corpus.n_documents)] == list(world.domain)
+    assert np.array_equal(corpus.document(3), world.tokens[world.document == 3])

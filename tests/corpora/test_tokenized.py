@@ -297,3 +297,18 @@ def test_the_manifest_says_what_it_is_of(made):
     }
     assert manifest["n_tokens"] == len(made) and manifest["n_documents"] == 50
     assert {name for shard in manifest["shards"] for name in shard["domains"]} == set("abc")
+
+
+def test_facts_identify_the_tokens_in_memory_and_on_disk(made, tmp_path):
+    opened, facts = made, made.facts()
+    assert (facts["n_tokens"], facts["n_documents"]) == (len(opened), opened.n_documents)
+    document = np.repeat(np.arange(opened.n_documents), [len(opened.document(i)) for i in range(opened.n_documents)])
+    names = [opened.domain(i) for i in range(opened.n_documents)]
+    held = TokenizedCorpus.from_arrays(opened[:].astype(np.int64), document, names, opened.n_vocab)
+    narrow = TokenizedCorpus.from_arrays(opened[:].astype(np.uint16), document, names, opened.n_vocab)
+    assert held.facts() == narrow.facts()
+    changed = opened[:].astype(np.int64)
+    changed[5] += 1
+    assert TokenizedCorpus.from_arrays(changed, document, names, opened.n_vocab).facts() != held.facts()
+    shutil.copytree(tmp_path / "made", tmp_path / "copy")
+    assert TokenizedCorpus.open(tmp_path / "copy").facts() == facts
