@@ -1,7 +1,8 @@
-"""The small trained models that chapters load: CRATE and GPT-2 of width 128 with one to three layers.
+"""The small trained models that chapters load, in half precision, as part of the package.
 
-They read Python's documentation, which is on every machine, through a byte-level BPE of 4,096 tokens. The weights of
-the first seed travel with the package in half precision; the numbers of all seeds are in `reference_models.json`.
+CRATE and GPT-2 of width 128 with one to three layers have read Python's documentation, which is on every machine,
+through a byte-level BPE of 4,096 tokens: the first seed of each travels with the package. Of the two toys that have
+read TinyWorld every seed does. The numbers of all runs are in `reference_models.json`.
 """
 
 import json
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from cratelab.comparison import MODELS, compare, summarise
+from cratelab.comparison import compare, summarise
 from cratelab.corpora import tokens
 from cratelab.corpora.prepare import prepare
 from cratelab.language_model import LanguageModel, load
@@ -17,25 +18,25 @@ from cratelab.record import provenance, write_json
 from cratelab.training import Recipe
 
 PRESETS = "1L", "2L", "3L"
-CONTEXT = 256
+CONTEXT, TINYWORLD_CONTEXT = 256, 128
 REFERENCE = files("cratelab") / "reference"
 
 
-def load_reference(model: str, preset: str) -> LanguageModel:
+def load_reference(model: str, preset: str, seed: int = 0) -> LanguageModel:
     """A trained reference model, in float32 and evaluation mode.
 
     Args:
         model: "crate" or "gpt2".
-        preset: "1L", "2L" or "3L".
+        preset: "1L", "2L" or "3L", which have read Python's documentation, or "toy", which has read TinyWorld.
+        seed: of weights and windows; others than 0 for "toy" only.
 
     Raises:
         FileNotFoundError: the package carries no such model.
     """
-    folder = REFERENCE / f"{model}-{preset}"
+    folder = REFERENCE / f"{model}-{preset}-{seed}"
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"the package carries no model {model}-{preset}; there are {', '.join(MODELS)}, each {', '.join(PRESETS)}"
-        )
+        known = sorted(entry.name for entry in REFERENCE.iterdir() if entry.is_dir())
+        raise FileNotFoundError(f"the package carries no model {model}-{preset}-{seed}; there are {', '.join(known)}")
     with as_file(folder) as path:
         return load(path)
 
@@ -54,13 +55,13 @@ def make_reference_models(
     on_run: Callable[[str], None] | None = None,
     on_step: Callable[[dict], None] | None = None,
 ) -> list[dict]:
-    """Train all of them into `folder`, going on where a killed call stopped, and pack the first seed's weights.
+    """Train all of them into `folder`, going on where a killed call stopped, and pack what the package carries.
 
     Args:
         folder: runs, and in the end `packed`: what the package carries, to be copied to cratelab/reference.
         seeds: 0 up to this many.
         text: files or folders of local text to read besides Python's documentation.
-        steps: of 8 windows of 256 tokens.
+        steps: of 8 windows of 256 tokens; for the toys, of 16 windows of 128.
         on_run: called with the name of each run before it starts.
         on_step: as for `cratelab.training.train`.
 
@@ -69,28 +70,35 @@ def make_reference_models(
     """
     folder = Path(folder)
     name = "+".join(["pydocs", "packages", *text])
-    corpus = prepare(name, "bpe-4096", cache=folder / "tokens")
+    documentation = prepare(name, "bpe-4096", cache=folder / "tokens")
+    every = max(1, steps // 15)
     recipe = Recipe(
         steps=steps,
         batch=8,
         peak_rate=2e-3,
         final_rate=2e-4,
-        warmup=steps // 15,
-        validate_every=max(1, steps // 15),
+        warmup=every,
+        validate_every=every,
         validation_windows=128,
-        checkpoint_every=max(1, steps // 15),
+        checkpoint_every=every,
     )
-    runs = compare(corpus, recipe, folder / "runs", PRESETS, range(seeds), CONTEXT, on_run, on_step)
-    table = summarise(runs)
+    runs = compare(documentation, recipe, folder / "runs", PRESETS, range(seeds), CONTEXT, on_run, on_step)
+    world = prepare("tinyworld", context=TINYWORLD_CONTEXT)
+    toy = Recipe.preset("toy", steps=steps, checkpoint_every=every)
+    runs += compare(world, toy, folder / "runs", ("toy",), range(seeds), TINYWORLD_CONTEXT, on_run, on_step)
     packed = folder / "packed"
     packed.mkdir(parents=True, exist_ok=True)
-    for model in MODELS:
-        for preset in PRESETS:
-            trained = load(folder / "runs" / f"{model}-{preset}-0" / "model")
-            halves = {key: tensor.half() for key, tensor in trained.state_dict().items()}
-            trained.save(packed / f"{model}-{preset}", halves)
-    tokens.save(corpus.tokenizer, packed / "tokenizer.json")
-    first_run = json.loads((folder / "runs" / f"crate-{PRESETS[0]}-0" / "run.json").read_text())
-    about = provenance(corpus=name, first_run=first_run)
+    for run in runs:
+        label = f"{run['model']}-{run['preset']}-{run['seed']}"
+        if run["seed"] == 0 or run["preset"] == "toy":
+            trained = load(folder / "runs" / label / "model")
+            trained.save(packed / label, {key: tensor.half() for key, tensor in trained.state_dict().items()})
+        run["provenance"] = json.loads((folder / "runs" / label / "run.json").read_text())["provenance"]
+    tokens.save(documentation.tokenizer, packed / "tokenizer.json")
+    about = provenance(
+        documentation={"name": name} | documentation.training.facts(),
+        tinyworld=world.training.facts() | {"floor": world.floor},
+    )
+    table = summarise(runs)
     write_json(packed / "reference_models.json", {"provenance": about, "findings": runs, "table": table})
     return table

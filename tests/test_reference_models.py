@@ -15,7 +15,7 @@ from cratelab.reference_models import load_reference, load_reference_tokenizer, 
 def made(tmp_path, monkeypatch):
     asked = []
 
-    def prepare(name, tokenizer, cache):
+    def prepare(name, tokenizer=None, **options):
         asked.append((name, tokenizer))
         return PreparedCorpus(corpus(n=4000), corpus(n=900, seed=1), byte_encoding())
 
@@ -27,9 +27,9 @@ def made(tmp_path, monkeypatch):
 
 def test_all_sizes_are_trained_and_the_first_seed_packed_in_half_precision(made):
     folder, table, asked = made
-    assert asked == [("pydocs+packages+novels", "bpe-4096")]
+    assert asked == [("pydocs+packages+novels", "bpe-4096"), ("tinyworld", None)]
     assert [(row["model"], row["preset"], row["seeds"]) for row in table] == [
-        (model, preset, 2) for preset in ("1L", "2L", "3L") for model in ("crate", "gpt2")
+        (model, preset, 2) for preset in ("1L", "2L", "3L", "toy") for model in ("crate", "gpt2")
     ]
     for model in "crate", "gpt2":
         for preset in "1L", "2L", "3L":
@@ -39,8 +39,9 @@ def test_all_sizes_are_trained_and_the_first_seed_packed_in_half_precision(made)
             for name, tensor in trained.state_dict().items():
                 torch.testing.assert_close(packed.state_dict()[name], tensor.half().float(), rtol=0, atol=0)
     held = json.loads((folder / "packed" / "reference_models.json").read_text())
-    assert len(held["findings"]) == 12 and held["table"] == table
-    assert held["provenance"]["first_run"]["training"]["n_tokens"] == 4000
+    assert len(held["findings"]) == 16 and held["table"] == table
+    assert held["provenance"]["documentation"]["n_tokens"] == 4000
+    assert load_reference("gpt2", "toy", seed=1).config.context == 128
 
 
 def test_the_tokenizer_travels_with_them(made):
@@ -48,5 +49,5 @@ def test_the_tokenizer_travels_with_them(made):
 
 
 def test_what_the_package_lacks_is_named(made):
-    with pytest.raises(FileNotFoundError, match="no model crate-9L; there are crate, gpt2, each 1L, 2L, 3L"):
-        load_reference("crate", "9L")
+    with pytest.raises(FileNotFoundError, match="no model crate-1L-1; there are crate-1L-0, crate-2L-0, crate-3L-0"):
+        load_reference("crate", "1L", seed=1)
