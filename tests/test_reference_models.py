@@ -20,6 +20,8 @@ def made(tmp_path, monkeypatch):
         return PreparedCorpus(corpus(n=4000), corpus(n=900, seed=1), byte_encoding())
 
     monkeypatch.setattr(reference_models, "prepare", prepare)
+    monkeypatch.setattr(reference_models, "CONTEXT", 16)
+    monkeypatch.setattr(reference_models, "TINYWORLD_CONTEXT", 12)
     table = make_reference_models(tmp_path, seeds=2, text=("novels",), steps=2)
     monkeypatch.setattr(reference_models, "REFERENCE", tmp_path / "packed")
     return tmp_path, table, asked
@@ -35,13 +37,13 @@ def test_all_sizes_are_trained_and_the_first_seed_packed_in_half_precision(made)
         for preset in "1L", "2L", "3L":
             packed = load_reference(model, preset)
             trained = cl.load(folder / "runs" / f"{model}-{preset}-0" / "model")
-            assert packed.config == trained.config and packed.config.context == 256 and not packed.training
+            assert packed.config == trained.config and packed.config.context == 16 and not packed.training
             for name, tensor in trained.state_dict().items():
                 torch.testing.assert_close(packed.state_dict()[name], tensor.half().float(), rtol=0, atol=0)
     held = json.loads((folder / "packed" / "reference_models.json").read_text())
     assert len(held["findings"]) == 16 and held["table"] == table
     assert held["provenance"]["documentation"]["n_tokens"] == 4000
-    assert load_reference("gpt2", "toy", seed=1).config.context == 128
+    assert load_reference("gpt2", "toy", seed=1).config.context == 12
 
 
 def test_the_tokenizer_travels_with_them(made):
