@@ -1,0 +1,199 @@
+"""Asking a language model many questions: what it will cost, a cache on disk so that none is asked twice, progress."""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Self
+
+from tqdm import tqdm
+
+from cratelab.interpret.endpoints import Answer, Endpoint, Request
+
+GROUP = 512  # requests in memory at a time
+TRUST = 20  # if so many first answers are all useless, the rest is not asked for
+
+
+class AnswerCache:
+    """Answers in an SQLite file, each written whole or not at all, whatever kills the process.
+
+    Several processes may share the file, on a file system that can lock.
+
+    Args:
+        path: the file, made if need be; None keeps the answers in memory.
+
+    Raises:
+        ValueError: the file is something else, or damaged.
+    """
+
+    def __init__(self, path: str | Path | None = None):
+        self._lock = threading.Lock()
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = sqlite3.connect(path or ":memory:", timeout=60, check_same_thread=False)
+        try:
+            with self._file:
+                self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+        except sqlite3.DatabaseError as error:
+            self._file.close()
+            raise ValueError(f"{path} is no file of answers: {error}. Move it away, or take another") from error
+
+    def get(self, key: str) -> Answer | None:
+        """The answer kept under `key`."""
+        with self._lock:
+            row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        return row and json.loads(row[0])
+
+    def put(self, key: str, answer: Answer) -> None:
+        """Keep an answer."""
+        with self._lock, self._file:
+            self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+@dataclass
+class Cost:
+    """What is about to be asked.
+
+    Attributes:
+        requests: that will be sent.
+        cached: that need not be.
+        prompt_tokens: of the requests, about.
+        completion_tokens: of the answers, at most.
+        prices: of a million prompt tokens and of a million completion tokens, in any currency.
+    """
+
+    requests: int
+    cached: int
+    prompt_tokens: int
+    completion_tokens: int
+    prices: tuple[float, float] | None = None
+
+    @property
+    def money(self) -> float | None:
+        """In the currency of the prices."""
+        if self.prices is None:
+            return None
+        return (self.prompt_tokens * self.prices[0] + self.completion_tokens * self.prices[1]) / 1e6
+
+    def __str__(self) -> str:
+        money = "" if self.prices is None else f": {self.money:,.2f} at {self.prices[0]} and {self.prices[1]} a million"
+        return (
+            f"{self.requests:,} requests ({self.cached:,} more are cached), "
+            f"about {self.prompt_tokens:,} prompt tokens, at most {self.completion_tokens:,} completion tokens{money}"
+        )
+
+
+def estimate(
+    endpoint: Endpoint,
+    requests: Iterable[Request],
+    cache: str | Path | None = None,
+    prices: tuple[float, float] | None = None,
+) -> Cost:
+    """What requests will cost, without sending any. A cache that does not exist is not made."""
+    cost = Cost(0, 0, 0, 0, prices)
+    with AnswerCache(cache if cache and Path(cache).exists() else None) as known:
+        for request in requests:
+            if known.get(request.key(endpoint.name)) is not None:
+                cost.cached += 1
+                continue
+            cost.requests += 1
+            cost.prompt_tokens += endpoint.count_tokens(request.text)
+            cost.completion_tokens += request.max_tokens
+    return cost
+
+
+def ask(
+    endpoint: Endpoint, requests: Iterable[Request], cache: str | Path | None = None, total: int | None = None
+) -> Iterator[Answer]:
+    """Answers in the order of the requests, which are sent concurrently, and never one that the cache holds.
+
+    An answer is in the cache as soon as it has come, so that a killed run asks on where it stopped. Answers that are
+    problems are not kept.
+
+    Args:
+        endpoint: whom to ask.
+        requests: taken some hundred at a time.
+        cache: file of answers; None keeps none.
+        total: how many requests there are, for the progress bar.
+
+    Raises:
+        ValueError: the first 20 answers are all problems.
+    """
+    n = useless = 0
+    with (
+        AnswerCache(cache) as known,
+        ThreadPoolExecutor(endpoint.concurrency) as pool,
+        tqdm(total=total, unit="request", disable=None) as bar,
+    ):
+
+        def send(key: str, request: Request) -> Answer:
+            answer = endpoint.answer(request)
+            if "problem" not in answer:
+                known.put(key, answer)
+            return answer
+
+        rest = iter(requests)
+        while group := list(islice(rest, GROUP)):
+            keys = [request.key(endpoint.name) for request in group]
+            answers = {key: answer for key in set(keys) if (answer := known.get(key)) is not None}
+            missing = {key: request for key, request in zip(keys, group, strict=True) if key not in answers}
+            futures = {pool.submit(send, key, request): key for key, request in missing.items()}
+            bar.update(len(group) - len(missing))
+            try:
+                for future in as_completed(futures):
+                    answers[futures[future]] = answer = future.result()
+                    bar.update()
+                    n, useless = n + 1, useless + ("problem" in answer)
+                    if n == useless == TRUST:
+                        raise ValueError(
+                            f"the first {TRUST} answers of {endpoint.name} are of no use ({answer['problem']}): is it "
+                            "the right kind of endpoint, and does the model give log-probabilities?"
+                        )
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # answers on their way are still waited for and kept
+                raise
+            yield from (answers[key] for key in keys)
+
+
+class Asker:
+    """Someone with questions for a language model, who says what they cost before asking them.
+
+    Args:
+        endpoint: the language model.
+        cache: file of answers already given; None keeps none.
+        prices: of a million prompt tokens and of a million completion tokens.
+        announce: is told the cost before anything is sent, and may raise to stop it.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        cache: str | Path | None = None,
+        prices: tuple[float, float] | None = None,
+        announce: Callable[[Cost], None] = print,
+    ):
+        self.endpoint, self.cache, self.prices, self.announce = endpoint, cache, prices, announce
+
+    def estimate(self, requests: Iterable[Request]) -> Cost:
+        """What requests will cost."""
+        return estimate(self.endpoint, requests, self.cache, self.prices)
+
+    def ask(self, requests: Callable[[], Iterable[Request]]) -> Iterator[Answer]:
+        """Announce the cost, then ask. `requests` is called twice, so that they need not all be in memory."""
+        cost = self.estimate(requests())
+        self.announce(cost)
+        return ask(self.endpoint, requests(), self.cache, cost.requests + cost.cached)

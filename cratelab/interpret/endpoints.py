@@ -1,0 +1,271 @@
+"""Language models that answer requests, and those that do so over HTTP with OpenAI's API.
+
+Hosted models speak it, and so do vLLM, llama.cpp, Ollama and others. HTTP is left to httpx2, the maintained
+continuation of httpx: threads may share its client, it knows proxies and the system's certificates, and it comes with
+huggingface_hub anyway. The `openai` package is built on it too, and would take only the retries off our hands.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import random
+import re
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    import httpx2
+
+LONGEST_WAIT = 300.0  # seconds; a server that asks for more is given up, since a run can be taken up again later
+
+Answer = dict  # "text", or "next": for each piece of the prompt [[token, log-probability], …]; or "problem": why not
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a language model.
+
+    Attributes:
+        prompt: pieces of text, joined without a space; endpoints that are not `all_at_once` take one.
+        max_tokens: how long the answer may be.
+        top: 0 asks for text; else for this many of the likeliest next tokens after each piece.
+        temperature: of sampled text; 0 takes the likeliest token.
+        seed: of the sampling, where the endpoint has one.
+    """
+
+    prompt: tuple[str, ...]
+    max_tokens: int = 1
+    top: int = 0
+    temperature: float = 1.0  # servers that scale their log-probabilities then leave them as they are
+    seed: int | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.prompt)
+
+    def key(self, model: str) -> str:
+        """SHA-256 of the request and the model's name: what its answer is kept under."""
+        return hashlib.sha256(json.dumps([model, asdict(self)], sort_keys=True).encode()).hexdigest()
+
+
+class Endpoint(Protocol):
+    """Something that answers requests.
+
+    Attributes:
+        name: of the model and all settings that change its answers.
+        concurrency: how many requests it takes at a time.
+        all_at_once: whether it reads the next tokens after all pieces of a prompt in one request.
+        continues: whether it continues a text; else it replies to it.
+    """
+
+    name: str
+    concurrency: int
+    all_at_once: bool
+    continues: bool
+
+    def answer(self, request: Request) -> Answer:
+        """The answer, or `{"problem": reason}` if what came cannot be used; raises what concerns all requests."""
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a prompt is, about."""
+
+
+class OpenAIEndpoint:
+    """A server that speaks OpenAI's API.
+
+    Overload, time-outs and broken connections are tried again with exponential back-off, or when `Retry-After` says.
+    Use as a context manager, or `close` it.
+
+    Args:
+        base_url: up to the version, such as "https://api.openai.com/v1" or "http://localhost:8000/v1".
+        model: the name that the server gives it.
+        api_key: sent as bearer token; the variable OPENAI_API_KEY unless given.
+        chat: ask /chat/completions, for models that reply; False asks /completions, for models that continue a text.
+        concurrency: requests at a time.
+        timeout: seconds to wait for a connection or for the next bytes of an answer.
+        retries: how often a request is repeated at most.
+        backoff: seconds before the first repetition, doubled with each.
+        extra: further fields of every request, such as {"max_completion_tokens": 60}; None takes a field out.
+
+    Raises:
+        ImportError: httpx2 is not installed.
+        ValueError: `base_url` is no HTTP address, or a number is out of range.
+    """
+
+    all_at_once = False
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key: str | None = None,
+        chat: bool = True,
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        retries: int = 6,
+        backoff: float = 1.0,
+        extra: dict | None = None,
+    ):
+        if not re.match("https?://[^/]", base_url):
+            raise ValueError(f"base_url must look like http://localhost:8000/v1; got {base_url!r}")
+        if concurrency < 1 or retries < 0 or not timeout > 0 or not backoff >= 0:
+            raise ValueError(
+                "OpenAIEndpoint needs concurrency >= 1, timeout > 0, retries >= 0 and backoff >= 0; "
+                f"got {concurrency}, {timeout}, {retries}, {backoff}"
+            )
+        self._http = require("httpx2")
+        self.url, self.model, self.chat, self.concurrency = base_url.rstrip("/"), model, chat, concurrency
+        self.retries, self.backoff, self.extra, self.continues = retries, backoff, extra or {}, not chat
+        self.name = json.dumps([model, chat, self.extra], sort_keys=True)
+        key = (api_key or os.environ.get("OPENAI_API_KEY", "")).strip()
+        self._client = self._http.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=timeout,
+            limits=self._http.Limits(max_connections=concurrency),
+        )
+        self._reached = threading.Event()
+
+    def answer(self, request: Request) -> Answer:
+        """Ask, again if need be, and read what comes.
+
+        Raises:
+            PermissionError: the key is missing, wrong or not allowed this.
+            ConnectionError: there is no server, or it keeps failing.
+            ValueError: it does not know the model or refuses the request.
+        """
+        body = {"model": self.model, "max_tokens": request.max_tokens, "temperature": request.temperature}
+        body |= {"messages": [{"role": "user", "content": request.text}]} if self.chat else {"prompt": request.text}
+        if request.top:
+            body |= {"logprobs": True, "top_logprobs": request.top} if self.chat else {"logprobs": request.top}
+        body = {
+            name: value for name, value in ({"seed": request.seed} | body | self.extra).items() if value is not None
+        }
+        response = self._post("/chat/completions" if self.chat else "/completions", body)
+        try:
+            held = response.json()
+        except (ValueError, RecursionError):
+            return {"problem": "the answer is not JSON"}
+        try:
+            choice = held["choices"][0]
+            return _read_next(choice) if request.top else _read_text(choice)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+            return {"problem": "the answer has another shape"}
+
+    def count_tokens(self, text: str) -> int:
+        """An estimate that needs no tokenizer: a token for each 8 letters of a word, 3 digits, or other character."""
+        return len(re.findall(r"[^\W\d_]{1,8}|\d{1,3}|[^\w ]|_", text))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _post(self, path: str, body: dict) -> "httpx2.Response":
+        for attempt in range(self.retries + 1):
+            wait = self.backoff * 2**attempt * random.uniform(0.75, 1)  # so that threads do not return together
+            try:
+                response = self._client.post(self.url + path, json=body)
+            except (self._http.ConnectError, self._http.ConnectTimeout) as error:
+                if not self._reached.is_set():
+                    raise ConnectionError(
+                        f"no server answers at {self.url}: {error}. Is it running, and is this its address?"
+                    ) from error
+                failure = repr(error)
+            except self._http.TransportError as error:
+                failure = repr(error)
+            else:
+                self._reached.set()
+                if response.status_code == 200:
+                    return response
+                failure = f"HTTP {response.status_code}: {_message(response)}"
+                if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
+                    raise self._refusal(response.status_code, failure)
+                wait = max(wait, _retry_after(response.headers.get("Retry-After")))
+            if attempt == self.retries or wait > LONGEST_WAIT:
+                break
+            time.sleep(wait)
+        asked = f" It asks to wait for {wait:.0f} s." if wait > LONGEST_WAIT else ""
+        raise ConnectionError(
+            f"{self.url} failed {attempt + 1} times, at last with {failure}.{asked} Cached answers are kept: run again "
+            "later, or with a lower concurrency"
+        )
+
+    def _refusal(self, status: int, failure: str) -> Exception:
+        if status in (401, 403):
+            return PermissionError(f"{self.url} refuses: {failure}. Set OPENAI_API_KEY or pass a valid api_key")
+        if status != 404:
+            return ValueError(f"{self.url} refuses the request: {failure}")
+        try:
+            known = [entry["id"] for entry in self._client.get(f"{self.url}/models").json()["data"]]
+        except (self._http.HTTPError, ValueError, LookupError, TypeError):
+            known = []
+        return ValueError(
+            f"{self.url} has no {'chat ' * self.chat}completions of {self.model!r}: {failure}. "
+            f"Its models: {', '.join(map(str, known)) or 'it lists none; does the address end in its version (/v1)?'}"
+        )
+
+
+def _read_text(choice: dict) -> Answer:
+    return text_or_problem(choice["message"]["content"] if "message" in choice else choice["text"])
+
+
+def text_or_problem(text: str | None) -> Answer:
+    """An answer of this text, without the reasoning that some models put before it."""
+    text = (text or "").rpartition("</think>")[2].strip()
+    if text.startswith("<think>"):
+        return {"problem": "the answer ends within the model's reasoning: allow more max_tokens"}
+    return {"text": text} if text else {"problem": "the answer is empty"}
+
+
+def _read_next(choice: dict) -> Answer:
+    logprobs = choice["logprobs"]
+    if logprobs is None:
+        return {"problem": "the answer has no log-probabilities"}
+    if "content" in logprobs:  # chat, and llama.cpp always
+        pairs = [[entry["token"], entry["logprob"]] for entry in logprobs["content"][0]["top_logprobs"]]
+    else:
+        pairs = logprobs["top_logprobs"][0].items()
+    return {"next": [[[str(token), float(value)] for token, value in pairs]]}
+
+
+def _message(response: "httpx2.Response") -> str:
+    """What the server says went wrong, in OpenAI's shape or any other."""
+    try:
+        return str(response.json()["error"]["message"])[:500]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return response.text[:500]
+
+
+def _retry_after(header: str | None) -> float:
+    """Seconds to wait by a Retry-After header, which holds seconds or a date; 0 if it holds neither."""
+    try:
+        return max(0.0, float(header or 0))
+    except ValueError:
+        pass
+    try:
+        return (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def require(package: str) -> ModuleType:
+    """Import a package of the extra `interpret` when it is first needed.
+
+    Raises:
+        ImportError: it is not installed; the message says how to get it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"this needs the package {package!r}: pip install 'cratelab[interpret]'") from error

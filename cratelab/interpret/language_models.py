@@ -1,0 +1,298 @@
+"""The paper's protocol: one language model puts a neuron into words, another foretells its activations from them.
+
+A neuron's excerpts are shown as tables of tokens and activations, 0 to 10. The simulated activation of a token is the
+expectation of the number that a language model would write after it. The score of both together is that of
+`cratelab.interpret.scores`.
+
+Source: Bills et al. (2023); Bai & Ma (2024).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cratelab.corpora.tokens import Tokenizer
+from cratelab.interpret.answers import Asker, Cost
+from cratelab.interpret.endpoints import Endpoint, Request
+from cratelab.interpret.explainers import discretise
+from cratelab.interpret.prompts import as_question, explanation_prompt, simulation_prompt, token_writer
+from cratelab.interpret.records import NO_TOKEN, Excerpts
+from cratelab.language_model import read_config
+from cratelab.record import write_json
+
+Neuron = tuple[int, int]
+Place = tuple[int, int, int]  # neuron, excerpt, token
+
+NO_NUMBER = "no number among the likeliest tokens"
+
+
+@dataclass
+class TextExplanations:
+    """What a language model says of m neurons.
+
+    Attributes:
+        neurons: (layer, index) of each.
+        texts: a sentence for each; None where there is none.
+        reasons: why there is none; None where there is one.
+    """
+
+    neurons: list[Neuron]
+    texts: list[str | None]
+    reasons: list[str | None]
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, whole or not at all."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds no explanations.
+        """
+        held = read_config(Path(path))
+        try:
+            return cls([(layer, index) for layer, index in held["neurons"]], held["texts"], held["reasons"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no explanations: {error!r}") from error
+
+
+class LanguageModelExplainer(Asker):
+    """Explains neurons by asking a language model for one sentence about each.
+
+    Args:
+        endpoint: the language model; one that follows instructions.
+        cache: file of answers already given; None keeps none.
+        prices: of a million prompt tokens and of a million completion tokens.
+        announce: is told the cost before anything is sent, and may raise to stop it.
+        max_tokens: length of an answer.
+        temperature: of the sampled answer; the paper takes 1, by default the likeliest is taken.
+        seed: of the sampling, where the endpoint has one.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        cache: str | Path | None = None,
+        prices: tuple[float, float] | None = None,
+        announce: Callable[[Cost], None] = print,
+        max_tokens: int = 60,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ):
+        super().__init__(endpoint, cache, prices, announce)
+        self.settings = dict(max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+    def explain(self, excerpts: Excerpts, tokenizer: Tokenizer, neurons: Sequence[Neuron]) -> TextExplanations:
+        """Put neurons into words.
+
+        Args:
+            excerpts: the explaining excerpts of all neurons.
+            tokenizer: that made the excerpts' tokens.
+            neurons: (layer, index) of the m neurons to explain.
+
+        Returns:
+            m explanations. There is none, and no request, for a neuron that is never active in its excerpts.
+
+        Raises:
+            ValueError: there is no such neuron; or see the endpoint.
+        """
+        chosen = select_neurons(excerpts, neurons)
+        active = (chosen.activations > 0).flatten(2).any(2)[0].tolist()
+        answers = iter(list(self.ask(lambda: self._requests(chosen, tokenizer))))
+        found = [next(answers) if it else {"problem": "never active in its excerpts"} for it in active]
+        texts = [first_line(answer.get("text", "")) or None for answer in found]
+        reasons = [
+            None if text else answer.get("problem", "the answer is empty")
+            for text, answer in zip(texts, found, strict=True)
+        ]
+        return TextExplanations(list(neurons), texts, reasons)
+
+    def estimate_cost(self, excerpts: Excerpts, tokenizer: Tokenizer, neurons: Sequence[Neuron]) -> Cost:
+        """What `explain` would ask, without asking."""
+        return self.estimate(self._requests(select_neurons(excerpts, neurons), tokenizer))
+
+    def _requests(self, chosen: Excerpts, tokenizer: Tokenizer) -> Iterator[Request]:
+        write = token_writer(tokenizer)
+        levels = discretise(chosen.activations)[0].int()
+        for tokens, level, active in zip(chosen.tokens[0], levels, (chosen.activations[0] > 0), strict=True):
+            if active.any():
+                texts = [
+                    [(write(token), n) for token, n in zip(*text, strict=True) if token != NO_TOKEN]
+                    for text in zip(tokens.tolist(), level.tolist(), strict=True)
+                ]
+                yield Request((explanation_prompt([text for text in texts if text]),), **self.settings)
+
+
+class LanguageModelSimulator(Asker):
+    """Foretells activations from explanations: the expectation of the number that a language model would write.
+
+    Over the numbers k among the likeliest next tokens, s = Σ k p(k) / Σ p(k); 0 where none is among them. The scale is
+    0 to 9, since many tokenizers have two tokens for 10.
+
+    Args:
+        endpoint: the language model. If it is not `all_at_once`, each token of each excerpt is a request.
+        cache: file of answers already given; None keeps none.
+        prices: of a million prompt tokens and of a million completion tokens.
+        announce: is told the cost before anything is sent, and may raise to stop it.
+        top: how many likeliest next tokens to ask for; some servers allow no more than 5.
+        ten: extend the scale to 10, and where "1" may come ask once more how likely "0" is to follow.
+
+    Attributes:
+        problems: after `simulate`, for each of the m neurons how many places are 0 or undefined for which reason.
+
+    Raises:
+        ValueError: `ten` with an endpoint that does not continue texts, or `top` below 1.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        cache: str | Path | None = None,
+        prices: tuple[float, float] | None = None,
+        announce: Callable[[Cost], None] = print,
+        top: int = 20,
+        ten: bool = False,
+    ):
+        super().__init__(endpoint, cache, prices, announce)
+        if top < 1 or (ten and not endpoint.continues):
+            raise ValueError(
+                f"top must be at least 1, and ten needs an endpoint that continues texts (chat=False); got top={top}, "
+                f"ten={ten}"
+            )
+        self.top, self.most, self.problems = top, 10 if ten else 9, []
+
+    def simulate(self, explanations: TextExplanations, excerpts: Excerpts, tokenizer: Tokenizer) -> Tensor:
+        """Activations on excerpts.
+
+        Args:
+            explanations: of m neurons.
+            excerpts: of all neurons; only those of the m are read.
+            tokenizer: that made the excerpts' tokens.
+
+        Returns:
+            (1, m, k, w) float64, in 0 to 9 or 10, 0 where there is no text; NaN for neurons without an explanation.
+
+        Raises:
+            ValueError: there is no such neuron; or see the endpoint.
+        """
+        chosen = select_neurons(excerpts, explanations.neurons)
+        self.problems = [Counter() for _ in explanations.neurons]
+        mass = torch.zeros(*chosen.tokens.shape[1:], self.most + 1, dtype=torch.float64, device="cpu")  # of each number
+        for place, masses in self._read(lambda: self._requests(explanations, chosen, tokenizer), self.most):
+            mass[place] = masses
+            self.problems[place[0]][NO_NUMBER] += float(masses.sum()) == 0
+        if self.most == 10:  # where 10 has no token of its own, its mass is in that of 1
+            mixed = (mass[..., 1] > 0) & (mass[..., 10] == 0)
+            for place, after in self._read(lambda: self._after_one(mixed, explanations, chosen, tokenizer), 0):
+                one, zero = float(mass[place][1]), float(after[0])
+                mass[place][1], mass[place][10] = one * (1 - zero), one * zero
+        self.problems = [+counted for counted in self.problems]  # without what occurred 0 times
+        numbers = torch.arange(self.most + 1, dtype=torch.float64, device="cpu")
+        simulated = mass @ numbers / mass.sum(-1).clamp(min=1e-300)
+        for j, text in enumerate(explanations.texts):
+            if text is None:
+                simulated[j] = torch.nan
+                self.problems[j][f"no explanation: {explanations.reasons[j]}"] = int((chosen.tokens[0, j] >= 0).sum())
+        return simulated[None]
+
+    def estimate_cost(self, explanations: TextExplanations, excerpts: Excerpts, tokenizer: Tokenizer) -> Cost:
+        """What `simulate` would ask, without asking; with `ten`, without the second questions, at most as many."""
+        chosen = select_neurons(excerpts, explanations.neurons)
+        return self.estimate(request for _, request in self._requests(explanations, chosen, tokenizer))
+
+    def _requests(
+        self, explanations: TextExplanations, chosen: Excerpts, tokenizer: Tokenizer
+    ) -> Iterator[tuple[list[Place], Request]]:
+        """Requests, and the places that each asks about."""
+        for places, pieces in self._prompts(explanations, chosen, tokenizer):
+            if self.endpoint.all_at_once:
+                yield places, Request(tuple(pieces), top=self.top)
+                continue
+            for i in range(len(pieces)):
+                text = "".join(pieces[: i + 1])
+                text = text if self.endpoint.continues else as_question(text)
+                yield places[i : i + 1], Request((text,), top=self.top)
+
+    def _prompts(
+        self, explanations: TextExplanations, chosen: Excerpts, tokenizer: Tokenizer
+    ) -> Iterator[tuple[list[Place], list[str]]]:
+        write = token_writer(tokenizer)
+        for j, text in enumerate(explanations.texts):
+            for r, tokens in enumerate(chosen.tokens[0, j].tolist()):
+                places = [(j, r, t) for t, token in enumerate(tokens) if token != NO_TOKEN]
+                if text is not None and places:
+                    written = [write(token) for token in tokens if token != NO_TOKEN]
+                    yield places, simulation_prompt(text, written, self.most)
+
+    def _after_one(
+        self, mixed: Tensor, explanations: TextExplanations, chosen: Excerpts, tokenizer: Tokenizer
+    ) -> Iterator[tuple[list[Place], Request]]:
+        """At the places where `mixed` (m, k, w) is true: what follows a 1?"""
+        for places, pieces in self._prompts(explanations, chosen, tokenizer):
+            for i, place in enumerate(places):
+                if mixed[place]:
+                    yield places[i : i + 1], Request(("".join(pieces[: i + 1]) + "1",), top=self.top)
+
+    def _read(
+        self, asked: Callable[[], Iterator[tuple[list[Place], Request]]], most: int
+    ) -> Iterator[tuple[Place, Tensor]]:
+        """Places and the probabilities (most + 1) of numbers there; places with a problem are counted and left out."""
+        answers = self.ask(lambda: (request for _, request in asked()))
+        for (places, _request), answer in zip(asked(), answers, strict=True):
+            problem = answer.get("problem")
+            for i, place in enumerate(places):
+                try:
+                    if problem:
+                        raise ValueError(problem)
+                    yield place, number_masses(answer["next"][i], most)
+                except ValueError as error:
+                    self.problems[place[0]][str(error)] += 1
+
+
+def number_masses(pairs: Iterable[tuple[str, float]], most: int) -> Tensor:
+    """The probabilities (most + 1) of the numbers 0 to `most`, from tokens and their log-probabilities.
+
+    A number counts with white space around it, as tokenizers have it.
+
+    Raises:
+        ValueError: a log-probability is NaN or positive.
+    """
+    numbers = {str(n): n for n in range(most + 1)}
+    masses = torch.zeros(most + 1, dtype=torch.float64, device="cpu")
+    for token, log_probability in pairs:
+        if not log_probability <= 0.01:  # some servers round to just above 0
+            raise ValueError("a log-probability that is none")
+        if (number := token.strip(" \t\n▁Ġ")) in numbers:
+            masses[numbers[number]] += math.exp(log_probability)
+    return masses
+
+
+def first_line(text: str) -> str:
+    """The first line of an answer that is not blank, without quotation marks around it."""
+    return " ".join(text.strip().partition("\n")[0].split()).strip('"“”')
+
+
+def select_neurons(excerpts: Excerpts, neurons: Sequence[Neuron]) -> Excerpts:
+    """Of excerpts (l, h, k, …) those of m neurons (layer, index), as one layer: (1, m, k, …).
+
+    Raises:
+        ValueError: there is no such neuron, or there are no excerpts.
+    """
+    n_layers, h, k = excerpts.starts.shape
+    wrong = [neuron for neuron in neurons if not (0 <= neuron[0] < n_layers and 0 <= neuron[1] < h)]
+    if wrong or not k or not len(neurons):
+        raise ValueError(
+            f"select_neurons needs excerpts, and neurons as (layer, index) below ({n_layers}, {h}); "
+            f"got {k} excerpts of each and {', '.join(map(str, wrong[:5] or neurons[:5])) or 'no neuron'}"
+        )
+    layers, indices = map(list, zip(*neurons, strict=True))
+    return Excerpts(*(getattr(excerpts, field.name)[layers, indices][None] for field in fields(Excerpts)))

@@ -1,0 +1,111 @@
+"""Language models that answer requests on this machine, from a Hugging Face folder."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from cratelab.interpret.endpoints import Answer, Request, require, text_or_problem
+from cratelab.language_model import best_device
+
+
+class HuggingFaceEndpoint:
+    """A causal language model on this machine: no network, safetensors only, no code but that of `transformers`.
+
+    The next tokens after all pieces of a prompt are read in one forward pass. Pieces are tokenised one by one, so that
+    a token ends where a piece does.
+
+    Args:
+        path: folder with config.json, a tokenizer and weights as .safetensors.
+        chat: put prompts that ask for text into the model's chat template.
+        device: best_device() unless given.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no model that can be loaded so.
+    """
+
+    concurrency, all_at_once, continues = 1, True, True
+
+    def __init__(self, path: str | Path, chat: bool = False, device: torch.device | str | None = None):
+        self.path, self.chat, self.device = Path(path), chat, torch.device(device or best_device())
+        if not self.path.is_dir():
+            raise FileNotFoundError(
+                f"no folder {self.path}: download a model with `hf download MODEL --local-dir FOLDER`"
+            )
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{self.path} holds no *.safetensors, and nothing is ever unpickled: convert the weights")
+        transformers = require("transformers")
+        only_local = dict(local_files_only=True, trust_remote_code=False)
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, **only_local)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                self.path, use_safetensors=True, dtype="auto", **only_local
+            )
+        except Exception as error:  # of many kinds, and all about the folder
+            raise ValueError(f"{self.path} is no causal language model that transformers loads: {error}") from error
+        self.model = model.to(self.device).eval()
+        facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        self.name = json.dumps([str(self.path.resolve()), digest, chat, str(self.model.dtype)])
+
+    @torch.no_grad()
+    def answer(self, request: Request) -> Answer:
+        """Read or write.
+
+        Raises:
+            ValueError: prompt and answer are longer than the model's context.
+        """
+        ids, ends = self._encode(request)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if context and len(ids) + request.max_tokens - 1 > context:
+            raise ValueError(
+                f"the prompt is {len(ids)} tokens, the context of {self.path.name} {context}: "
+                "take fewer or shorter excerpts"
+            )
+        tokens = torch.tensor([ids], device=self.device)
+        if not request.top:
+            return text_or_problem(self._write(tokens, request))
+        logits = self.model(tokens).logits[0, ends].float()
+        best = logits.log_softmax(-1).topk(min(request.top, logits.shape[-1]))
+        return {
+            "next": [
+                [[self.tokenizer.decode([token]), value] for token, value in zip(*pair, strict=True)]
+                for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ]
+        }
+
+    def count_tokens(self, text: str) -> int:
+        """Exact but for the chat template."""
+        return len(self.tokenizer(text)["input_ids"])
+
+    def _encode(self, request: Request) -> tuple[list[int], list[int]]:
+        """Tokens of the prompt, and the place of each piece's last."""
+        if self.chat and not request.top:
+            messages = [{"role": "user", "content": request.text}]
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids, [len(ids) - 1]
+        ids, ends = [], []
+        for i, piece in enumerate(request.prompt):
+            ids += self.tokenizer(piece, add_special_tokens=i == 0)["input_ids"]
+            ends.append(len(ids) - 1)
+        return ids, ends
+
+    def _write(self, tokens: torch.Tensor, request: Request) -> str:
+        sampling = dict(do_sample=True, temperature=request.temperature, top_k=0, top_p=1.0)
+        end = self.tokenizer.pad_token_id if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        with torch.random.fork_rng():
+            if request.seed is not None:
+                torch.manual_seed(request.seed)
+            written = self.model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=request.max_tokens,
+                pad_token_id=end,
+                **(sampling if request.temperature > 0 else dict(do_sample=False)),
+            )
+        return self.tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)

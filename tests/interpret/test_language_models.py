@@ -1,0 +1,670 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from cratelab.interpret import endpoints
+from cratelab.interpret.answers import AnswerCache, Cost, ask
+from cratelab.interpret.endpoints import OpenAIEndpoint, Request
+from cratelab.interpret.language_models import (
+    NO_NUMBER,
+    LanguageModelExplainer,
+    LanguageModelSimulator,
+    TextExplanations,
+    select_neurons,
+)
+from cratelab.interpret.local_endpoint import HuggingFaceEndpoint
+from cratelab.interpret.prompts import as_question, escape, explanation_prompt, simulation_prompt
+from cratelab.interpret.records import NO_TOKEN, Excerpts
+from cratelab.interpret.scores import score
+
+httpx2 = pytest.importorskip("httpx2", reason="the extra `interpret` is not installed")
+
+WORDS = ["sun", " cat", " sat", "a\tb", "x\ny", "unknown", "<|endoftext|>", "\ud800", "\\n", "�", "10", " <b>", ""]
+
+
+class Words:
+    """A tokenizer of hostile words."""
+
+    def decode(self, tokens):
+        return "".join(WORDS[token] for token in tokens)
+
+
+class Api(ThreadingHTTPServer):
+    """A server on this machine. `reply(path, body, n)` gives (status, headers, JSON or bytes) of the n-th request."""
+
+    daemon_threads = True
+
+    def __init__(self, reply):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.reply, self.requests, self.lock = reply, [], threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # a client that has gone
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        with self.server.lock:
+            self.server.requests.append((self.path, json.loads(body or "null"), dict(self.headers)))
+            n = len(self.server.requests)
+        status, headers, content = self.server.reply(self.path, json.loads(body or "null"), n)
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in ({"Content-Length": len(content)} | headers).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(content)
+        self.close_connection = "Content-Length" in headers  # a lie about the length is a cut connection
+
+    do_GET = do_POST
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu():  # where records are, whatever the tests' default device
+    with torch.device("cpu"):
+        yield
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(reply):
+        servers.append(Api(reply))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,)).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def connect(monkeypatch):
+    # without the system's certificates, which no server here needs and every client takes 0.1 s to read
+    monkeypatch.setattr(httpx2, "Client", partial(httpx2.Client, verify=False))
+    opened = []
+
+    def connect(server, model="tiny", **options):
+        opened.append(OpenAIEndpoint(getattr(server, "url", server), model, **{"backoff": 0.001} | options))
+        return opened[-1]
+
+    yield connect
+    for endpoint in opened:
+        endpoint.close()
+
+
+def next_token(probabilities, path="/v1/completions", modern=False):
+    """The API's JSON for the likeliest next tokens."""
+    logs = {token: math.log(p) for token, p in probabilities.items()}
+    best = max(logs, key=logs.get)
+    entries = {"token": best, "logprob": logs[best], "bytes": None}
+    entries["top_logprobs"] = [{"token": token, "logprob": p, "bytes": None} for token, p in logs.items()]
+    old = {"tokens": [best], "token_logprobs": [logs[best]], "top_logprobs": [logs], "text_offset": [0]}
+    choice = {"index": 0, "finish_reason": "length"}
+    choice["logprobs"] = {"content": [entries]} if "chat" in path or modern else old
+    choice |= {"message": {"role": "assistant", "content": best}} if "chat" in path else {"text": best}
+    return {"id": "1", "object": "completion", "choices": [choice], "usage": {"prompt_tokens": 1}}
+
+
+def written(text, path="/v1/chat/completions"):
+    choice = {"message": {"role": "assistant", "content": text}} if "chat" in path else {"text": text}
+    return {"choices": [{"index": 0, **choice, "finish_reason": "stop"}]}
+
+
+def prompt_of(body):
+    return body["messages"][0]["content"] if "messages" in body else body["prompt"]
+
+
+def last_token(body):
+    return prompt_of(body).removesuffix(as_question("")).rpartition("\n")[2].removesuffix("\t")
+
+
+HIGH, LOW = {" 7": 0.6, "8": 0.2, " the": 0.2}, {"0": 0.5, "1": 0.25, "unknown": 0.25}
+EXPECTED = {True: (7 * 0.6 + 8 * 0.2) / 0.8, False: 0.25 / 0.75}
+
+
+def understanding(path, body, n):
+    """Active on tokens with an a."""
+    return 200, {}, next_token(HIGH if "a" in last_token(body) else LOW, path)
+
+
+def excerpts_of(tokens, activations=None):
+    """One layer with as many neurons as there are lists of texts."""
+    tokens = torch.tensor(tokens, dtype=torch.int32)
+    activations = torch.zeros(tokens.shape) if activations is None else torch.tensor(activations)
+    starts = torch.zeros(tokens.shape[:2], dtype=torch.long)
+    return Excerpts(*(value[None] for value in (tokens, activations, starts, starts)))
+
+
+TEXT = excerpts_of([[[0, 1, 2], [2, 0, NO_TOKEN]], [[0, 0, 1], [NO_TOKEN] * 3]])
+
+
+def said(*texts, neurons=((0, 0), (0, 1))):
+    reasons = [None if text else "never active" for text in texts]
+    return TextExplanations(list(neurons[: len(texts)]), list(texts), reasons)
+
+
+def quiet(cost):
+    pass
+
+
+# simulation
+
+
+@pytest.mark.parametrize("kind", ["chat", "completions", "completions in the shape of chat"])
+def test_a_simulated_activation_is_the_expectation_of_what_the_server_writes(serve, connect, kind):
+    def reply(path, body, n):
+        return 200, {}, next_token(HIGH if "a" in last_token(body) else LOW, path, modern="shape" in kind)
+
+    server = serve(reply)
+    simulator = LanguageModelSimulator(connect(server, chat=kind == "chat"), announce=quiet, top=7)
+    simulated = simulator.simulate(said("the letter a", "the same"), TEXT, Words())
+    high, low = EXPECTED[True], EXPECTED[False]
+    expected = [[[low, high, high], [high, low, 0]], [[low, low, high], [0, 0, 0]]]
+    torch.testing.assert_close(simulated, torch.tensor([expected], dtype=torch.float64))
+    assert simulator.problems == [{}, {}]
+    assert len(server.requests) == 8
+    for path, body, _ in server.requests:
+        assert path == ("/v1/chat/completions" if kind == "chat" else "/v1/completions")
+        assert body["model"] == "tiny" and body["max_tokens"] == 1
+        assert (body["top_logprobs"] if kind == "chat" else body["logprobs"]) == 7
+        assert "Neuron 2: the " in prompt_of(body)
+
+
+def test_hostile_tokens_stay_in_their_row(serve, connect):
+    server = serve(understanding)
+    every = list(range(len(WORDS)))
+    simulator = LanguageModelSimulator(connect(server, chat=False, concurrency=1), announce=quiet)
+    simulated = simulator.simulate(said("tab\there\n<s>"), excerpts_of([[every]]), Words())
+    assert simulated[0, 0, 0].tolist() == pytest.approx([EXPECTED["a" in escape(word)] for word in WORDS])
+    *rows, last = server.requests[-1][1]["prompt"].partition("Neuron 2: ")[2].split("\n")
+    assert rows[0] == r"tab\there\n<s\>" and len(rows) == len(WORDS) and last == "\t"
+    assert [row.split("\t") for row in rows[1:]] == [[escape(word), "unknown"] for word in WORDS[:-1]]
+    assert len({escape(word) for word in WORDS}) == len(WORDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\tb", r"a\tb"),
+        ("\r\n", r"\r\n"),
+        ("\ud800", r"\ud800"),
+        ("\u2028\x00", r"\u2028\x00"),
+        ("\\n", r"\\n"),
+        ("<|endoftext|>", r"<|endoftext|\>"),
+        ("<a><b>", r"<a\><b\>"),
+        ("a > b -> 漢é ", "a > b -> 漢é "),
+    ],
+)
+def test_escapes(text, expected):
+    assert escape(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"choices": [{"text": "7", "logpr', "the answer is not JSON"),
+        (b"\xff\xfe", "the answer is not JSON"),
+        (b"[" * 100_000, "the answer is not JSON"),
+        (b"<html>log in</html>", "the answer is not JSON"),
+        ({"choices": []}, "the answer has another shape"),
+        ([], "the answer has another shape"),
+        ({"choices": [{"logprobs": {"top_logprobs": [{"7": "high"}]}}]}, "the answer has another shape"),
+        ({"choices": [{"logprobs": {"top_logprobs": [{"7": -(10**400)}]}}]}, "the answer has another shape"),
+        ({"choices": [{"logprobs": {"content": []}}]}, "the answer has another shape"),
+        ({"choices": [{"text": "7", "logprobs": None}]}, "the answer has no log-probabilities"),
+        ({"choices": [{"logprobs": {"top_logprobs": [{"7": math.nan}]}}]}, "a log-probability that is none"),
+        ({"choices": [{"logprobs": {"top_logprobs": [{"7": 3.0}]}}]}, "a log-probability that is none"),
+        ({"choices": [{"logprobs": {"top_logprobs": [{"7": -math.inf}]}}]}, NO_NUMBER),
+        (next_token({" the": 0.9, "10": 0.05, "²": 0.05}), NO_NUMBER),
+    ],
+)
+def test_an_answer_that_says_nothing_is_counted_and_not_guessed(serve, connect, content, reason):
+    server = serve(lambda path, body, n: (200, {}, content if last_token(body) == " cat" else next_token(LOW)))
+    simulator = LanguageModelSimulator(connect(server, chat=False), announce=quiet)
+    simulated = simulator.simulate(said("one", "two"), TEXT, Words())
+    low = EXPECTED[False]
+    assert simulated[0, :, 0].tolist() == [pytest.approx([low, 0, low]), pytest.approx([low, low, 0])]
+    assert simulator.problems == [{reason: 1}, {reason: 1}]
+
+
+def test_a_neuron_without_explanation_is_undefined_and_not_asked_about(serve, connect):
+    server = serve(understanding)
+    simulator = LanguageModelSimulator(connect(server), announce=quiet)
+    simulated = simulator.simulate(said("the letter a", None), TEXT, Words())
+    assert simulated[0, 1].isnan().all() and not simulated[0, 0].isnan().any() and len(server.requests) == 5
+    assert simulator.problems == [{}, {"no explanation: never active": 3}]
+
+
+def test_ten_is_a_one_followed_by_a_zero(serve, connect):
+    """Of the 0.5 for 1, a fifth goes on with 0: 0.1 for 10."""
+
+    def reply(path, body, n):
+        if body["prompt"].endswith("\t1"):
+            return 200, {}, next_token({"\n": 0.8, "0": 0.2})
+        return 200, {}, next_token({"1": 0.5, "2": 0.5} if "a" in last_token(body) else {"10": 0.25, "1": 0.75})
+
+    server = serve(reply)
+    simulator = LanguageModelSimulator(connect(server, chat=False), announce=quiet, ten=True)
+    simulated = simulator.simulate(said("one"), TEXT, Words())
+    high, low = 0.4 * 1 + 0.5 * 2 + 0.1 * 10, 0.25 * 10 + 0.75
+    torch.testing.assert_close(simulated[0, 0, 0], torch.tensor([low, high, high], dtype=torch.float64))
+    assert len(server.requests) == 5 + 3 and simulator.problems == [{}]
+    assert " storm\t10\n" in server.requests[0][1]["prompt"]
+    with pytest.raises(ValueError, match="ten needs an endpoint that continues"):
+        LanguageModelSimulator(connect(server, chat=True), ten=True)
+
+
+def test_the_simulation_prompt_leaves_no_activation_to_read_off():
+    *pieces, last = simulation_prompt("cats", ["a", "b", "c"])
+    assert pieces[0].endswith("Neuron 2: cats\na\t") and pieces[1] == "unknown\nb\t" and last == "unknown\nc\t"
+    assert "10" not in pieces[0] and " storm\t9\n" in pieces[0]
+
+
+def test_a_right_explanation_scores_one(serve, connect):
+    tokens = [[[0, 1, 2, 0], [2, 0, 1, NO_TOKEN]]]
+    validation = excerpts_of(tokens, [[[0.0, 3.0, 3.0, 0.0], [3.0, 0.0, 3.0, 0.0]]])
+    simulator = LanguageModelSimulator(connect(serve(understanding)), announce=quiet)
+    simulated = simulator.simulate(said("the letter a"), validation, Words())
+    assert float(score(simulated, validation).correlation) == pytest.approx(1)
+    undefined = score(simulator.simulate(said(None), validation, Words()), validation)
+    assert undefined.correlation.isnan().all() and not undefined.dead.any()
+
+
+# explanation
+
+STRONG = excerpts_of(
+    [[[0, 1, 2], [2, 0, NO_TOKEN]], [[0, 0, 1], [1, 1, 1]], [[0] * 3, [0] * 3]],
+    [[[0.0, 2.0, 0.19], [1.99, -3.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 0.0, 4.0]], [[0.0, -1.0, 0.0], [0.0] * 3]],
+)
+
+
+def test_an_explainer_shows_tenths_of_the_maximum_and_takes_the_first_line(serve, connect):
+    answers = {" sat\t9": '\n "animals,  mostly" \nBut also', "sun\t0\nsun": "<think>hm</think>the end"}
+
+    def reply(path, body, n):
+        mine = prompt_of(body).partition("Neuron 2\n")[2]
+        return 200, {}, written(next(answer for row, answer in answers.items() if row in mine))
+
+    server = serve(reply)
+    explainer = LanguageModelExplainer(connect(server, concurrency=1), announce=quiet)
+    found = explainer.explain(STRONG, Words(), [(0, 0), (0, 2), (0, 1)])
+    assert found.texts == ["animals, mostly", None, "the end"]
+    assert found.reasons == [None, "never active in its excerpts", None]
+    assert len(server.requests) == 2
+    first, second = (prompt_of(body).partition("Neuron 2\n")[2] for _, body, _ in server.requests)
+    table = "Text 1\nsun\t0\n cat\t10\n sat\t0\nText 2\n sat\t9\nsun\t0\n"
+    assert first == table + "In one sentence, neuron 2 responds to:"
+    assert second.endswith("Only where it is active\n cat\t10\nIn one sentence, neuron 2 responds to:")  # 1 of 6
+    assert server.requests[0][1]["max_tokens"] == 60 and server.requests[0][1]["temperature"] == 0
+
+
+def test_active_rows_are_repeated_below_a_fifth():
+    assert "Only where" not in explanation_prompt([[("x", 1)] + [("y", 0)] * 4])
+    assert "Only where it is active\nx\t1\nIn one" in explanation_prompt([[("x", 1)] + [("y", 0)] * 5])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (written(""), "the answer is empty"),
+        (written(None), "the answer is empty"),
+        (written('""'), "the answer is empty"),
+        (written("<think>let me see"), "the answer ends within the model's reasoning: allow more max_tokens"),
+        (written(5), "the answer has another shape"),
+        ({"choices": [{}]}, "the answer has another shape"),
+        (b"{", "the answer is not JSON"),
+    ],
+)
+def test_a_missing_explanation_has_a_reason(serve, connect, content, reason):
+    explainer = LanguageModelExplainer(connect(serve(lambda *request: (200, {}, content))), announce=quiet)
+    found = explainer.explain(STRONG, Words(), [(0, 0)])
+    assert found.texts == [None] and found.reasons == [reason]
+
+
+def test_explanations_come_back_from_disk(tmp_path):
+    found = said("cats \ud800", None)
+    found.save(tmp_path / "texts.json")
+    assert TextExplanations.load(tmp_path / "texts.json") == found
+    (tmp_path / "texts.json").write_text('{"neurons": [3]}')
+    with pytest.raises(ValueError, match="holds no explanations"):
+        TextExplanations.load(tmp_path / "texts.json")
+
+
+def test_neurons_are_chosen_in_the_order_asked_and_wrong_ones_named():
+    chosen = select_neurons(STRONG, [(0, 2), (0, 0)])
+    assert chosen.activations.equal(STRONG.activations[:, [2, 0]]) and chosen.starts.shape == (1, 2, 2)
+    with pytest.raises(ValueError, match=r"below \(1, 3\).*\(0, 3\)"):
+        select_neurons(STRONG, [(0, 3)])
+    with pytest.raises(ValueError, match="no neuron"):
+        select_neurons(STRONG, [])
+
+
+# the server's bad days
+
+
+def test_overload_and_broken_connections_are_asked_again(serve, connect):
+    bad_days = [
+        (429, {"Retry-After": 0.3}, {"error": {"message": "slow down"}}),
+        (500, {}, b"oops"),
+        (200, {"Content-Length": 500}, b'{"choices"'),  # the connection ends too early
+        (503, {"Retry-After": "nonsense"}, b""),
+    ]
+    server = serve(lambda path, body, n: bad_days[n - 1] if n <= len(bad_days) else understanding(path, body, n))
+    start = time.monotonic()
+    endpoint = connect(server, chat=False)
+    assert endpoint.answer(Request(("cat\t",), top=5))["next"][0][0] == [" 7", pytest.approx(math.log(0.6))]
+    assert len(server.requests) == 5 and time.monotonic() - start > 0.3
+
+
+def test_a_slow_answer_is_asked_for_again(serve, connect):
+    def reply(path, body, n):
+        time.sleep(0.5 if n == 1 else 0)
+        return understanding(path, body, n)
+
+    server = serve(reply)
+    assert "next" in connect(server, timeout=0.2).answer(Request(("cat\t",), top=5))
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_keeps_failing_ends_the_run(serve, connect):
+    server = serve(lambda *request: (500, {}, {"error": {"message": "out of memory"}}))
+    with pytest.raises(ConnectionError, match=r"failed 3 times.*HTTP 500: out of memory.*run again"):
+        connect(server, retries=2).answer(Request(("cat\t",), top=5))
+    assert len(server.requests) == 3
+    server = serve(lambda *request: (429, {"Retry-After": "3600"}, b"quota"))
+    with pytest.raises(ConnectionError, match=r"failed 1 times.*It asks to wait for 3600 s"):
+        connect(server).answer(Request(("cat\t",), top=5))
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("2", 2), ("nan", 0), ("-1", 0), (None, 0), ("soon", 0), ("inf", math.inf), ("Wed, 21 Oct 2015 07:28:00", 0)],
+)
+def test_retry_after(header, seconds):
+    assert endpoints._retry_after(header) == seconds
+    assert endpoints._retry_after("Wed, 21 Oct 2065 07:28:00 GMT") > 1e9
+
+
+def test_refusals_say_what_to_do(serve, connect):
+    def reply(path, body, n):
+        if path == "/v1/models":
+            return 200, {}, {"data": [{"id": "large"}, {"id": "small"}]}
+        if body["model"] == "unknown":
+            return 404, {}, {"error": {"message": "no such model"}}
+        return (400, {}, b"logprobs at most 5") if body.get("top_logprobs") else (401, {}, {"error": "key?"})
+
+    server = serve(reply)
+    with pytest.raises(PermissionError, match="Set OPENAI_API_KEY"):
+        connect(server).answer(Request(("x",)))
+    with pytest.raises(ValueError, match=r"of 'unknown': HTTP 404: no such model. Its models: large, small"):
+        connect(server, "unknown").answer(Request(("x",)))
+    with pytest.raises(ValueError, match="refuses the request: HTTP 400: logprobs at most 5"):
+        connect(server).answer(Request(("x",), top=20))
+    silent = serve(lambda *request: (404, {}, b"nothing"))
+    with pytest.raises(ValueError, match=r"it lists none; does the address end in its version \(/v1\)"):
+        connect(silent).answer(Request(("x",)))
+
+
+def test_nobody_there(connect):
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"no server answers at http://127.0.0.1:9/v1.*Is it running"):
+        connect("http://127.0.0.1:9/v1", backoff=5).answer(Request(("x",)))
+    assert time.monotonic() - start < 4
+
+
+def test_a_server_that_stops_on_the_way_is_waited_for(serve, connect):
+    server = serve(understanding)
+    endpoint = connect(server, retries=2)
+    endpoint.answer(Request(("x",), top=3))
+    endpoint.url = "http://127.0.0.1:9/v1"
+    with pytest.raises(ConnectionError, match="failed 3 times"):
+        endpoint.answer(Request(("y",), top=3))
+
+
+def test_the_key_is_sent_and_further_fields_replace(serve, connect, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "from-outside\n")
+    server = serve(lambda *request: (200, {}, written("yes")))
+    extra = {"max_tokens": None, "max_completion_tokens": 9}
+    connect(server, extra=extra).answer(Request(("x",), 9, seed=3))
+    connect(server, api_key="mine").answer(Request(("x",)))
+    (_, body, headers), (_, _, other) = server.requests
+    assert headers["Authorization"] == "Bearer from-outside" and other["Authorization"] == "Bearer mine"
+    assert body == {
+        **{"model": "tiny", "messages": [{"role": "user", "content": "x"}]},
+        **{"temperature": 1.0, "seed": 3, "max_completion_tokens": 9},
+    }
+
+
+def test_wrong_arguments_and_a_missing_package_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="must look like http"):
+        OpenAIEndpoint("localhost:8000", "m")
+    with pytest.raises(ValueError, match="concurrency >= 1"):
+        OpenAIEndpoint("http://localhost", "m", concurrency=0)
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(ImportError, match=r"pip install 'cratelab\[interpret\]'"):
+        OpenAIEndpoint("http://localhost", "m")
+
+
+def test_a_useless_server_is_not_asked_to_the_end(serve, connect):
+    server = serve(lambda *request: (200, {}, b"<html>"))
+    simulator = LanguageModelSimulator(connect(server, concurrency=2), announce=quiet)
+    with pytest.raises(ValueError, match=r"the first 20 answers .* of no use \(the answer is not JSON\)"):
+        simulator.simulate(said("one"), excerpts_of([[[0, 1, 2] * 40]]), Words())
+    assert len(server.requests) < 60
+
+
+# cost and cache
+
+
+def test_no_question_is_asked_twice(serve, connect, tmp_path):
+    server = serve(understanding)
+    cache = tmp_path / "folder" / "answers.sqlite"
+    simulator = LanguageModelSimulator(connect(server), cache, announce=quiet)
+    first = simulator.simulate(said("one"), TEXT, Words())
+    assert len(server.requests) == 5
+    second = LanguageModelSimulator(connect(server), cache, announce=quiet).simulate(said("one"), TEXT, Words())
+    assert len(server.requests) == 5 and second.equal(first)
+    LanguageModelSimulator(connect(server, "other"), cache, announce=quiet).simulate(said("one"), TEXT, Words())
+    assert len(server.requests) == 10
+
+
+def test_problems_are_asked_again_in_the_next_run(serve, connect, tmp_path):
+    server = serve(lambda path, body, n: (200, {}, b"{") if n <= 2 else understanding(path, body, n))
+    simulator = LanguageModelSimulator(connect(server), tmp_path / "answers", announce=quiet)
+    simulator.simulate(said("one"), TEXT, Words())
+    assert sum(simulator.problems[0].values()) == 2
+    simulator.simulate(said("one"), TEXT, Words())
+    assert simulator.problems == [{}] and len(server.requests) == 7
+
+
+RUN = """
+import sys, torch
+from cratelab.interpret.endpoints import OpenAIEndpoint, Request
+from cratelab.interpret.answers import ask
+endpoint = OpenAIEndpoint(sys.argv[1], "tiny", concurrency=3)
+list(ask(endpoint, [Request((f"{n}\\t",), top=5) for n in range(60)], sys.argv[2]))
+"""
+
+
+def test_a_killed_run_goes_on_where_it_stopped(serve, connect, tmp_path):
+    reached, dead = threading.Event(), threading.Event()
+
+    def reply(path, body, n):
+        if n >= 25:  # these come while the first run lives, and are not answered before it is dead
+            reached.set()
+            dead.wait(10)
+        return understanding(path, body, n)
+
+    server, cache = serve(reply), tmp_path / "answers"
+    run = subprocess.Popen([sys.executable, "-c", RUN, server.url, cache])
+    assert reached.wait(60)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    dead.set()
+    answered = len(server.requests)
+    requests = [Request((f"{n}\t",), top=5) for n in range(60)]
+    assert len(list(ask(connect(server), requests, cache))) == 60
+    assert 25 <= answered <= 27 and len(server.requests) - 60 <= 3  # those on their way are asked again
+
+
+def test_the_cache_survives_damage_by_saying_so(tmp_path):
+    path = tmp_path / "answers"
+    with AnswerCache(path) as cache:
+        cache.put("key", {"text": "yes"})
+        cache.put("key", {"text": "no", "nan": math.nan})
+    with AnswerCache(path) as cache:
+        assert cache.get("key")["text"] == "no" and cache.get("other") is None
+    path.write_bytes(b"not a database, and long enough to tell" * 100)
+    with pytest.raises(ValueError, match="is no file of answers"):
+        AnswerCache(path)
+
+
+def test_the_cost_is_known_and_announced_before_anything_is_sent(serve, connect, tmp_path, capsys):
+    server, cache = serve(understanding), tmp_path / "answers"
+    simulator = LanguageModelSimulator(connect(server), cache, prices=(2.0, 10.0))
+    cost = simulator.estimate_cost(said("one", "two"), TEXT, Words())
+    assert (cost.requests, cost.cached, cost.completion_tokens) == (8, 0, 8)
+    assert server.requests == [] and not cache.exists()
+    simulator.simulate(said("one", "two"), TEXT, Words())
+    assert len(server.requests) == 8 and capsys.readouterr().out == f"{cost}\n"
+    texts = [prompt_of(body) for _, body, _ in server.requests]
+    assert cost.prompt_tokens == sum(map(simulator.endpoint.count_tokens, texts))
+    assert 0.7 < cost.prompt_tokens / sum(len(text) / 4 for text in texts) < 1.5
+    assert cost.money == pytest.approx((cost.prompt_tokens * 2 + 8 * 10) / 1e6)
+    assert simulator.estimate_cost(said("one", "two"), TEXT, Words()).cached == 8
+    assert str(Cost(1000, 2, 3_000_000, 4, (1.0, 5.0))) == (
+        "1,000 requests (2 more are cached), about 3,000,000 prompt tokens, at most 4 completion tokens: "
+        "3.00 at 1.0 and 5.0 a million"
+    )
+    explainer = LanguageModelExplainer(connect(server))
+    cost = explainer.estimate_cost(STRONG, Words(), [(0, 0), (0, 2)])
+    assert (cost.requests, cost.completion_tokens, cost.money) == (1, 60, None)
+
+
+def test_whoever_hears_the_cost_may_stop_it(serve, connect):
+    def too_much(cost):
+        raise KeyboardInterrupt
+
+    server = serve(understanding)
+    with pytest.raises(KeyboardInterrupt):
+        LanguageModelSimulator(connect(server), announce=too_much).simulate(said("one"), TEXT, Words())
+    assert server.requests == []
+
+
+# a model on this machine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Llama over bytes, with a token of its own for a tab and the u after it."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tab = tokenizers.pre_tokenizers.ByteLevel(False).pre_tokenize_str("\t")[0][0]
+    words = {character: i for i, character in enumerate([*alphabet, tab + "u"])}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(words, [(tab, "u")]))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<|endoftext|>")
+    tokenizer.chat_template = "{% for m in messages %}[[{{ m['content'] }}]]{% endfor %}"
+    config = transformers.LlamaConfig(
+        **dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2),
+        **dict(num_attention_heads=2, max_position_embeddings=1500, bos_token_id=None, eos_token_id=257),
+        initializer_range=0.5,
+    )
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def local(folder):
+    return HuggingFaceEndpoint(folder, device="cpu")
+
+
+def test_one_forward_pass_is_one_pass_a_token(local):
+    """Against the model's own logits after each prefix, tokenised byte by byte but for the joined rows."""
+    simulator = LanguageModelSimulator(local, announce=quiet, top=300)
+    assert simulator.estimate_cost(said("one"), TEXT, Words()).requests == 2
+    simulated = simulator.simulate(said("one"), TEXT, Words())
+    digits = [local.tokenizer(str(n))["input_ids"][0] for n in range(10)]
+    for excerpt, words in enumerate([["sun", " cat", " sat"], [" sat", "sun"]]):
+        pieces = simulation_prompt("one", words)
+        for i in range(len(words)):
+            ids = [token for piece in pieces[: i + 1] for token in local.tokenizer(piece)["input_ids"]]
+            assert local.tokenizer.decode(ids[-1:]) == "\t"
+            with torch.no_grad():
+                p = local.model(torch.tensor([ids])).logits[0, -1].double()[digits].softmax(0)
+            assert float(simulated[0, 0, excerpt, i]) == pytest.approx(float(p @ torch.arange(10.0).double()), rel=1e-4)
+    assert simulated[0, 0, 1, 2] == 0 and simulator.problems == [{}]
+
+
+def test_a_local_model_splits_ten_and_counts_places_without_numbers(local):
+    simulator = LanguageModelSimulator(local, announce=quiet, top=300, ten=True)
+    simulated = simulator.simulate(said("one"), TEXT, Words())
+    assert (simulated[TEXT.tokens[:, :1] != NO_TOKEN] > 0).all() and (simulated <= 10).all()
+    few = LanguageModelSimulator(local, announce=quiet, top=1)
+    found = few.simulate(said("one"), TEXT, Words())
+    assert few.problems[0][NO_NUMBER] == int((found == 0).sum()) - 1
+
+
+def test_a_local_model_writes(local, folder):
+    explainer = LanguageModelExplainer(local, announce=quiet, max_tokens=12, temperature=1.0, seed=1)
+    state = torch.random.get_rng_state()
+    found = explainer.explain(STRONG, Words(), [(0, 0)])
+    assert found.texts[0] and torch.random.get_rng_state().equal(state)
+    assert explainer.explain(STRONG, Words(), [(0, 0)]) == found
+    request = Request(("hello",), 5, temperature=0.0)
+    assert local.answer(request) == local.answer(request)
+    local.chat = True
+    assert local.tokenizer.decode(local._encode(request)[0]) == "[[hello]]"
+    local.chat = False
+    with pytest.raises(ValueError, match=r"the prompt is 1600 tokens, the context of .* 1500: take fewer"):
+        local.answer(Request(("x" * 1600,), top=5))
+
+
+def test_the_name_of_a_local_model_changes_with_its_weights(local, folder):
+    assert str(folder) in local.name and "sampled" not in local.name
+    assert Request(("x",)).key(local.name) != Request(("x",)).key("another")
+
+
+def test_only_safe_folders_are_loaded(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="hf download"):
+        HuggingFaceEndpoint(tmp_path / "missing")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    for file in Path(folder).glob("*.json"):
+        (pickled / file.name).write_bytes(file.read_bytes())
+    torch.save({}, pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="nothing is ever unpickled"):
+        HuggingFaceEndpoint(pickled)
+    (pickled / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="no causal language model that transformers loads"):
+        HuggingFaceEndpoint(pickled)
+    config = json.loads((pickled / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "code.Mine", "AutoConfig": "code.Config"}}
+    (pickled / "config.json").write_text(json.dumps(config))
+    (pickled / "code.py").write_text("raise SystemExit('foreign code ran')")
+    with pytest.raises(ValueError, match="no causal language model that transformers loads"):
+        HuggingFaceEndpoint(pickled)
