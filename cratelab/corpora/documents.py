@@ -70,8 +70,8 @@ def encode_utf8(text: str) -> bytes:
     return text.encode("utf8", "surrogatepass")
 
 
-def require(package: str) -> ModuleType:
-    """Import a package of the extra `corpora` when it is first needed.
+def require(package: str, extra: str = "corpora") -> ModuleType:
+    """Import a package of one of the project's extras when it is first needed.
 
     Raises:
         ImportError: it is not installed; the message says how to get it.
@@ -80,5 +80,5 @@ def require(package: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"this needs the package {package!r}, which is not installed here: pip install 'cratelab[corpora]'"
+            f"this needs the package {package!r}, which is not installed here: pip install 'cratelab[{extra}]'"
         ) from error

@@ -6,7 +6,6 @@ huggingface_hub anyway. The `openai` package is built on it too, and would take 
 """
 
 import hashlib
-import importlib
 import json
 import os
 import random
@@ -16,8 +15,9 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, Self
+
+from cratelab.corpora.documents import require
 
 if TYPE_CHECKING:
     import httpx2
@@ -85,7 +85,7 @@ class OpenAIEndpoint:
     Args:
         base_url: up to the version, such as "https://api.openai.com/v1" or "http://localhost:8000/v1".
         model: the name that the server gives it.
-        api_key: sent as bearer token; the variable OPENAI_API_KEY unless given.
+        api_key: sent as bearer token. Unless given, the variable OPENAI_API_KEY, to api.openai.com alone.
         chat: ask /chat/completions, for models that reply; False asks /completions, for models that continue a text.
         concurrency: requests at a time.
         timeout: seconds to wait for a connection or for the next bytes of an answer.
@@ -119,11 +119,12 @@ class OpenAIEndpoint:
                 "OpenAIEndpoint needs concurrency >= 1, timeout > 0, retries >= 0 and backoff >= 0; "
                 f"got {concurrency}, {timeout}, {retries}, {backoff}"
             )
-        self._http = require("httpx2")
+        self._http = require("httpx2", "interpret")
         self.url, self.model, self.chat, self.concurrency = base_url.rstrip("/"), model, chat, concurrency
         self.retries, self.backoff, self.extra, self.continues = retries, backoff, extra or {}, not chat
         self.name = json.dumps([model, chat, self.extra], sort_keys=True)
-        key = (api_key or os.environ.get("OPENAI_API_KEY", "")).strip()
+        is_openai = base_url.startswith("https://api.openai.com/")  # nobody else is sent what the variable holds
+        key = (api_key or (os.environ.get("OPENAI_API_KEY", "") if is_openai else "")).strip()
         self._client = self._http.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=timeout,
@@ -203,7 +204,7 @@ class OpenAIEndpoint:
 
     def _refusal(self, status: int, failure: str) -> Exception:
         if status in (401, 403):
-            return PermissionError(f"{self.url} refuses: {failure}. Set OPENAI_API_KEY or pass a valid api_key")
+            return PermissionError(f"{self.url} refuses: {failure}. Pass a valid api_key")
         if status != 404:
             return ValueError(f"{self.url} refuses the request: {failure}")
         try:
@@ -257,15 +258,3 @@ def _retry_after(header: str | None) -> float:
         return (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError):
         return 0.0
-
-
-def require(package: str) -> ModuleType:
-    """Import a package of the extra `interpret` when it is first needed.
-
-    Raises:
-        ImportError: it is not installed; the message says how to get it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"this needs the package {package!r}: pip install 'cratelab[interpret]'") from error

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from cratelab.interpret.endpoints import Answer, Request, require, text_or_problem
+from cratelab.corpora.documents import require
+from cratelab.interpret.endpoints import Answer, Request, text_or_problem
 from cratelab.language_model import best_device
 
 
@@ -38,7 +39,7 @@ class HuggingFaceEndpoint:
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{self.path} holds no *.safetensors, and nothing is ever unpickled: convert the weights")
-        transformers = require("transformers")
+        transformers = require("transformers", "interpret")
         only_local = dict(local_files_only=True, trust_remote_code=False)
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, **only_local)
