@@ -63,7 +63,7 @@ def compare(
         on_step: as for `train`.
 
     Returns:
-        One dict a run: model, preset, seed, parameters (without positions), tokens, loss (of the last step),
+        One dict a run, with model, preset, seed, parameters (without positions), tokens, loss (of the last step),
         validation_loss, and curve, the (tokens, validation_loss) pairs on the way.
     """
     presets, runs = list(presets), []
@@ -99,8 +99,8 @@ def summarise(runs: list[dict]) -> list[dict]:
         runs: as `compare` returns them.
 
     Returns:
-        One dict for each model and size, in order: model, preset, parameters, seeds, mean, and half_width by Student's
-        t distribution, None with fewer than two seeds.
+        One dict for each model and size in order, with model, preset, parameters, seeds, mean, and half_width by
+        Student's t distribution, None with fewer than two seeds.
     """
     table = []
     for model, preset in dict.fromkeys((run["model"], run["preset"]) for run in runs):

@@ -116,8 +116,8 @@ def train(
         command: kept in `run.json`, for a caller that has to build model and corpora again.
 
     Returns:
-        One dict a step: step (from 1), loss and gradient_norm before its update, learning_rate, tokens so far, seconds
-        of the step, and where there was a validation, validation_loss after the update. Losses in nats a token.
+        One dict a step, with step (from 1), loss and gradient_norm before its update, learning_rate, tokens so far,
+        seconds of the step, and where there was a validation, validation_loss after the update. Losses in nats a token.
 
     Raises:
         ValueError: model, corpora and recipe do not fit one another, or `run_dir` holds another run.

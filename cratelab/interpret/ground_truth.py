@@ -129,7 +129,7 @@ def separate_senses(
         batch: pieces at a time.
 
     Returns:
-        word: (area, layer, neuron). Words with fewer than 20 occurrences in either sense are left out.
+        Of each word the area, layer and neuron. Words with fewer than 20 occurrences in either sense are left out.
     """
     from scipy.stats import rankdata
 

@@ -128,7 +128,7 @@ def explained_power(actual: Tensor, simulated: Tensor, present: Tensor) -> Tenso
 
 
 def explained_deviation(actual: Tensor, simulated: Tensor, present: Tensor) -> Tensor:
-    """1 − mean |a − s| / mean |a|, over the last axis."""
+    """1 − mean absolute error / mean absolute activation, over the last axis."""
     error = ((actual - simulated).double().abs() * present).sum(-1)
     return 1 - error / (actual.double().abs() * present).sum(-1)
 
