@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,8 @@ def test_compares_both_models_under_each_seed_and_reads_what_is_done(tmp_path):
         model = cl.load(tmp_path / f"{run['model']}-toy-{run['seed']}" / "model")
         assert run["parameters"] == model.count_parameters(positions=False)
         assert run["curve"][-1] == (6 * 4 * 12, run["validation_loss"])
+        about = json.loads((tmp_path / f"{run['model']}-toy-{run['seed']}" / "run.json").read_text())
+        assert about["recipe"]["seed"] == run["seed"]  # of the windows; the models' weights differ by it too
     assert len({run["validation_loss"] for run in first}) == 4
     again = compare(
         prepared(), recipe(), tmp_path, seeds=(0, 1), context=12, on_step=lambda row: pytest.fail("trained")
