@@ -1,0 +1,216 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from cratelab import plots
+from cratelab.corpora import tokens
+from cratelab.interpret.explainers import TokenExplainer
+from cratelab.interpret.records import Excerpts, Records
+from cratelab.interpret.scores import score
+from cratelab.interpret.viewer import viewer
+from cratelab.interpret.viewer_html import luminance, shades
+
+VOID = {"meta", "br", "img", "input", "link"}
+HOSTILE = [
+    *("<script>alert(1)</script>", "</script><!--", '"', "'", "&lt;", "\u202eevil", "\u2066", "\x1b[0m", "\x00"),
+    *("\ud800", "\n", "\t", " ", "\r\n", " the", "שלום", "\u0301", "\u2028", "\xa0", "", "{label}", "ROOT"),
+]
+SHOWN = [
+    *(
+        "<script>alert(1)</script>",
+        "</script><!--",
+        '"',
+        "'",
+        "&lt;",
+        "\\u202eevil",
+        "\\u2066",
+        "\\u001b[0m",
+        "\\u0000",
+    ),
+    *("\\ud800", "⏎", "⇥", "␣", "\\u000d⏎", " the", "שלום", "◌\u0301", "\\u2028", "\\u00a0", "∅", "{label}", "ROOT"),
+]
+
+
+class Words:
+    """A tokenizer of any words, whose tokens carry their own spaces."""
+
+    name, eot_token = "words", 0
+
+    def __init__(self, words):
+        self.words, self.n_vocab = words, len(words)
+
+    def decode(self, tokens):
+        return "".join(self.words[token] for token in tokens)
+
+
+class Says:
+    def __init__(self, words):
+        self.words = words
+
+    def describe(self, layer, neuron, tokenizer):
+        return self.words
+
+
+class Page(HTMLParser):
+    """What a browser would read: balanced elements, the text of each, and the attributes of all."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.texts, self.elements = [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open, f"{self.open} are not closed"
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else None, data))
+
+    def text(self, tag):
+        return [text for found, text in self.texts if found == tag]
+
+    @property
+    def data(self):
+        return json.loads(self.text("script")[0])
+
+
+def records(n_words=22, h=3, k=4, w=None, n_active=0, seed=0) -> Records:
+    """Random ones in two layers; neuron (1, 2) is dead."""
+    draw = torch.Generator(device="cpu").manual_seed(seed)
+    w = w or n_words
+
+    def excerpts(k):
+        shape = 2, h, k, w
+        words = (torch.arange(k * w).reshape(k, w) % n_words).expand(shape).int().cpu()
+        values = 3 * torch.rand(shape, generator=draw, device="cpu")
+        values[1, 2] = 0
+        starts = (w * torch.arange(k, device="cpu")).expand(shape[:3]).clone()
+        return Excerpts(words.clone(), values, starts, torch.full(shape[:3], w // 2, device="cpu"))
+
+    top, random, active = excerpts(k), excerpts(k), excerpts(n_active)
+    for one in top, active:
+        one.tokens[1, 2], one.starts[1, 2] = -1, -1
+    maximum = torch.stack([e.activations.flatten(2).amax(2) for e in (top, random)]).amax(0).double()
+    return Records(top, random, active, maximum / 2, maximum, maximum.sign() / 4, maximum, n_tokens=12_345)
+
+
+ALL = [(layer, index) for layer in range(2) for index in range(3)]
+
+
+def test_hostile_tokens_are_shown_and_do_nothing(tmp_path):
+    evil = "</script><img src=x onerror=alert(1)>\u202e\ud800"
+    view = viewer(records(), Words(HOSTILE), ALL, {evil: Says(evil)}, title=evil)
+    view.save(tmp_path / "page.html")
+    saved = (tmp_path / "page.html").read_text(encoding="utf8")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    for page in Page(view.html), Page(saved):
+        assert page.data["tokens"] == SHOWN
+        assert [text for text in page.text("bdi") if text in SHOWN][: len(SHOWN)] == SHOWN
+        assert [tag for tag, _ in page.elements].count("script") == 2
+        assert not any(name.startswith("on") or name in ("src", "href") for _, a in page.elements for name in a)
+    shown = "</script><img src=x onerror=alert(1)>\\u202e\\ud800"
+    assert shown in Page(saved).text("title") and shown in Page(saved).text("b") and shown in Page(saved).text("bdi")
+    assert all(character.isprintable() or character == "\n" for character in saved)
+
+
+def test_bytes_that_are_no_character_are_escapes():
+    tokenizer = tokens.byte_encoding()
+    held = records(n_words=2)
+    held.top.tokens[held.top.tokens == 0] = 0xE2
+    held.top.tokens[held.top.tokens == 1] = 0x0A
+    assert {"\\xe2", "⏎"} <= set(Page(viewer(held, tokenizer, [(0, 0)]).html).data["tokens"])
+
+
+def test_words_have_a_space_between_and_tokens_with_their_own_have_none():
+    words = [f"w{i}" for i in range(5)]
+    for tokenizer, gap in (tokens.WordEncoding(words), " "), (Words(words), ""):
+        page = Page(viewer(records(5, n_active=30), tokenizer, ALL).html)
+        assert page.data["gap"] == gap and (gap in page.text("span")) == bool(gap)
+
+
+def test_data_hold_every_neuron_and_excerpt():
+    held = records(7, n_active=30)
+    page = Page(viewer(held, Words(HOSTILE), ALL[::-1], n_excerpts=3).html)
+    assert page.text("option") == [f"layer {layer}, neuron {index}" for layer, index in ALL[::-1]]
+    assert page.data["kinds"] == ["strongest", "random", "active"]
+    assert [[len(part) for part in one["parts"]] for one in page.data["neurons"]] == [[0, 3, 0]] + [[3, 3, 3]] * 5
+    places, digits = page.data["neurons"][-1]["parts"][1][0]
+    assert [page.data["tokens"][place] for place in places] == SHOWN[:7]
+    expected = 100 * held.random.activations[0, 0, 0] / held.maximum[0, 0]
+    assert list(bytes.fromhex(digits)) == expected.round().int().tolist()
+    highest = [max(bytes.fromhex(digits)) for _, digits in page.data["neurons"][-1]["parts"][2]]
+    assert highest == sorted(highest, reverse=True)
+
+
+def test_equal_records_give_equal_bytes_and_others_another_name():
+    def name(view):
+        return re.search("neurons-[0-9a-f]{10}", view.html)[0]
+
+    first, again = (viewer(records(), Words(HOSTILE), ALL) for _ in range(2))
+    assert first.html == again.html
+    noisy = records()
+    noisy.random.activations *= 1 + 1e-6
+    assert viewer(noisy, Words(HOSTILE), ALL).html == first.html
+    others = viewer(records(seed=1), Words(HOSTILE), ALL), viewer(records(), Words(HOSTILE), ALL, colour=plots.GPT2)
+    assert len({name(first), *map(name, others)}) == 3
+
+
+def test_thirty_neurons_stay_small():
+    held = records(4096, h=15, k=8, w=64)  # sixteen excerpts of each, a different token at every place
+    view = viewer(held, Words([f" word{i}" for i in range(4096)]), [(i % 2, i // 2) for i in range(30)])
+    assert len(view.html.encode()) < 600_000
+
+
+def test_a_dead_neuron_says_so():
+    page = Page(viewer(records(n_active=5), Words(HOSTILE), [(1, 2)]).html)
+    assert page.text("p").count("No excerpt: the neuron is never active in the 12,345 tokens read.") == 2
+    assert "maximum 0" in page.text("span") and not page.text("details")
+
+
+def test_explanations_stand_beside_their_scores():
+    held = records()
+    explanations = TokenExplainer().explain(held.random)
+    scores = score(explanations.simulate(held.random)[0], held.random)
+    view = viewer(held, Words(HOSTILE), [(0, 1), (1, 2)], {"token": explanations}, {"token": scores, "other": scores})
+    page = Page(view.html)
+    value = f"score {float(scores.correlation[0, 1]):.2f}"
+    assert [t for t in page.text("span") if "score" in t] == [value] * 2 + ["no score: the neuron is constant"] * 2
+    assert "never active in the excerpts" in page.text("bdi")
+
+
+@pytest.mark.parametrize("colour", [plots.CRATE, plots.GPT2, "#000000", "#808080"])
+def test_text_stands_out_from_every_shade(colour):
+    for ground, ink in shades(colour):
+        dark, light = sorted((luminance(bytes.fromhex(ground[1:])), 1.0 if ink == "#fff" else 0.0))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+    assert shades(colour)[0][0] == "#ffffff" and shades(colour)[-1][0] == colour.lower()
+
+
+def test_errors_say_what_is_wrong():
+    held, words = records(), Words(HOSTILE)
+    for neuron in (2, 0), (0, 3), (-1, 0):
+        with pytest.raises(ValueError, match=re.escape(f"from 0 to 1 and a neuron from 0 to 2; got {neuron}")):
+            viewer(held, words, [(0, 0), neuron])
+    with pytest.raises(ValueError, match="got none"):
+        viewer(held, words, [])
+    with pytest.raises(ValueError, match="n_excerpts must be at least 1; got 0"):
+        viewer(held, words, ALL, n_excerpts=0)
+    with pytest.raises(ValueError, match="#rrggbb"):
+        viewer(held, words, ALL, colour="red")
+    with pytest.raises(ValueError, match="token 5, which the tokenizer words lacks"):
+        viewer(held, Words(HOSTILE[:5]), ALL)
+    with pytest.raises(ValueError, match=re.escape("of (2, 2) layers and neurons, the records of (2, 3)")):
+        part = Excerpts(*(getattr(held.random, f)[:, :2] for f in vars(held.random)))
+        viewer(held, words, ALL, scores={"x": score(part.activations, part)})
+    held.top, held.random = held.top[[]], held.random[[]]
+    with pytest.raises(ValueError, match="hold no excerpts"):
+        viewer(held, words, ALL)
