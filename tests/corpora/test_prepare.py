@@ -117,3 +117,12 @@ def test_a_folder_of_tokens_is_opened_as_it_is(tmp_path):
     opened = prepare(str(carried))
     assert vocabulary_size(str(carried)) == opened.tokenizer.n_vocab == 300
     assert decoded(opened.validation, opened.tokenizer) == decoded(made.validation, made.tokenizer)
+
+
+def test_validation_takes_at_most_a_twentieth(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ["x" * 10] * 100)
+    write_jsonl(folder / "validation.jsonl", ["y" * 10] * 100)
+    corpus = prepare(str(folder), "bytes", characters=400, cache=tmp_path / "cache")
+    assert (corpus.training.n_documents, corpus.validation.n_documents) == (40, 2)
