@@ -1,6 +1,9 @@
 """Reading a corpus with a model, document by document, and seeing what its neurons do."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +23,15 @@ def watch_neurons(
     window: int = 1,
     strict: bool = True,
     n_tokens: int | None = None,
+    ahead: int = 1,
 ) -> Iterator[tuple["Text", list[Tensor]]]:
     """Read a corpus piece by piece, as `collect_records` describes, and yield what the neurons do.
+
+    The model runs as far as its last neurons. The head is left out: with 50,000 tokens it is the most costly part of a
+    small model, and its logits are the largest tensor.
+
+    Args:
+        ahead: read so many batches ahead and sort their pieces by length, which leaves less padding; 1 keeps the order.
 
     Yields:
         A batch of text, and each layer's activations (b, n, h); where `Text.present` is false they mean nothing.
@@ -31,18 +41,32 @@ def watch_neurons(
     """
     if corpus.n_vocab > model.config.vocab_size:
         raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
-    pieces = list(_pieces(corpus, model.config.context, strict, n_tokens or len(corpus)))
+    pieces = _pieces(corpus, model.config.context, strict, n_tokens or len(corpus))
     activations: list[Tensor] = []
-    hooks = [block.neurons.register_forward_hook(lambda m, a, out: activations.append(out)) for block in model.blocks]
+
+    def note(module, inputs, output: Tensor) -> None:
+        activations.append(output)
+        if len(activations) == len(model.blocks):
+            raise _AllSeen
+
+    hooks = [block.neurons.register_forward_hook(note) for block in model.blocks]
     try:
-        for first in range(0, len(pieces), batch):
-            text = Text(corpus, pieces[first : first + batch], window, model.token_embedding.weight.device)
-            activations.clear()
-            model(text.tokens.clamp(min=0))
-            yield text, list(activations)
+        while some := list(islice(pieces, batch * ahead)):
+            if ahead > 1:
+                some.sort(key=lambda piece: piece[0] - piece[1])  # the longest first
+            for first in range(0, len(some), batch):
+                text = Text(corpus, some[first : first + batch], window, model.token_embedding.weight.device)
+                activations.clear()
+                with suppress(_AllSeen):
+                    model(text.tokens.clamp(min=0))
+                yield text, list(activations)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _AllSeen(Exception):
+    """Ends a pass through the model behind its last neurons."""
 
 
 def _pieces(corpus: TokenizedCorpus, context: int, strict: bool, total: int) -> Iterator[tuple[int, int]]:
@@ -53,14 +77,32 @@ def _pieces(corpus: TokenizedCorpus, context: int, strict: bool, total: int) -> 
             yield first, min(first + context, stop, total)
 
 
+class Windows(NamedTuple):
+    """Excerpts of m windows of w tokens.
+
+    Attributes:
+        places: (m, w) where in their piece the tokens stand.
+        present: (m, w) bool, false behind the end of a piece that is shorter than the window.
+        tokens: (m, w) int32, `NO_TOKEN` where there is no text.
+        starts: (m,) place of the first token in the corpus.
+        offsets: (m,) place in the window of the token that it was taken for.
+    """
+
+    places: Tensor
+    present: Tensor
+    tokens: Tensor
+    starts: Tensor
+    offsets: Tensor
+
+
 class Text:
     """A batch of pieces of a corpus.
 
     Attributes:
         tokens: (b, n) int64, `NO_TOKEN` behind the end of a piece.
         present: (b, n) bool, where there is text.
+        full: whether that is everywhere.
         starts: (b,) place of each piece's first token in the corpus.
-        stop: place behind the last.
         window_starts: (b, n) where in its piece the window around each token begins.
     """
 
@@ -69,17 +111,23 @@ class Text:
         tokens = np.full((len(pieces), lengths.max()), NO_TOKEN, np.int64)
         for row, (start, stop) in zip(tokens, pieces, strict=True):
             row[: stop - start] = corpus[start:stop]
+        self.pieces, self.window = pieces, window
         self.tokens = torch.from_numpy(tokens).to(device)
         self.starts = torch.tensor([start for start, _ in pieces], device=device)
-        self.stop = pieces[-1][1]
         self.present = self.tokens != NO_TOKEN
+        self.full = bool((lengths == lengths.max()).all())
         places = torch.arange(tokens.shape[1], device=device)
         last = torch.from_numpy(lengths - window).to(device).clamp(min=0)
         self.window_starts = (places - window // 2).clamp(min=0).minimum(last[:, None])  # (b, n)
 
-    def cut(self, piece: Tensor, start: Tensor, window: int) -> tuple[Tensor, Tensor]:
-        """Places (…, w) in the pieces (…,) from `start` (…,) on, and which of them hold text."""
-        places = start[..., None] + torch.arange(window, device=start.device)
+    def around(self, piece: Tensor, at: Tensor) -> Windows:
+        """The windows around the tokens at places `at` (m,) of the pieces (m,)."""
+        start = self.window_starts[piece, at]
+        places = start[:, None] + torch.arange(self.window, device=start.device)
         inside = places < self.tokens.shape[1]
         places = places.clamp(max=self.tokens.shape[1] - 1)
-        return places, inside & self.present[piece[..., None], places]
+        tokens = self.tokens[piece[:, None], places]
+        present = inside & (tokens != NO_TOKEN)
+        return Windows(
+            places, present, tokens.masked_fill(~inside, NO_TOKEN).int(), self.starts[piece] + start, at - start
+        )

@@ -19,9 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.interpret.reading import NO_TOKEN, Text, watch_neurons
+from cratelab.interpret.kept import Kept, peaks
+from cratelab.interpret.reading import NO_TOKEN, Text, Windows, watch_neurons
 from cratelab.language_model import LanguageModel, load_foreign, read_config
 from cratelab.record import write_json
+
+AHEAD = 16  # batches sorted by length: of TinyWorld at context 256 padding is then 5 % of a batch, else 39 %
+CHUNK = 2**20  # activations searched at a time where many may be candidates: what a cache holds
 
 
 @dataclass
@@ -60,7 +64,10 @@ class Records:
         top: excerpts around the strongest activations, falling; only positive ones.
         random: excerpts at random places, the same for all neurons.
         active: a random sample of the places where a neuron is positive, its window around each, by falling activation.
-        mean, variance, density, maximum: (l, h) float64, over all tokens; density is the share of positive activations.
+        mean: (l, h) float64, over all tokens.
+        variance: likewise.
+        density: (l, h) share of positive activations.
+        maximum: (l, h).
         n_tokens: how many those were.
     """
 
@@ -158,156 +165,127 @@ def collect_records(
     if not total:
         raise ValueError("the corpus holds no token")
     random_places = np.sort(np.random.default_rng([seed, 0]).integers(total, size=n_random))
-    keys = np.random.default_rng([seed, 1])
+    found = _RandomPlaces(random_places, window, model.token_embedding.weight.device)
     layers: list[_Layer] = []
-    for text, neurons in watch_neurons(model, corpus, batch, window, strict, total):
-        layers = layers or [_Layer(a.shape[-1], window, n_top, n_active, a.device) for a in neurons]
-        key = torch.from_numpy(keys.random(text.tokens.shape, dtype=np.float32)).to(text.tokens.device)
-        inside = (random_places >= int(text.starts[0])) & (random_places < text.stop)
+    for text, neurons in watch_neurons(model, corpus, batch, window, strict, total, AHEAD):
+        layers = layers or [_Layer(a.shape[-1], window, n_top, n_random, n_active, a.device) for a in neurons]
+        keys = _keys(text, seed) if n_active else None
+        windows = found.update(text)
         for layer, activations in zip(layers, neurons, strict=True):
-            layer.update(text, activations.float(), key, strict, random_places[inside].tolist())
-    return _join(layers, total)
+            layer.update(text, activations.float(), keys, strict, windows)
+    return _join(layers, found, total)
 
 
-class _Kept:
-    """The k windows of highest priority of each of h neurons, so far.
+def _keys(text: Text, seed: int) -> Tensor:
+    """Random numbers (b, n) that depend on the tokens' places in the corpus alone, however it is batched."""
+    keys = np.zeros(text.tokens.shape, np.float32)
+    for row, (start, stop) in zip(keys, text.pieces, strict=True):
+        row[: stop - start] = np.random.default_rng([seed, 1, start]).random(stop - start, dtype=np.float32)
+    return torch.from_numpy(keys).to(text.tokens.device)
 
-    Windows stay where they were put; `slot` (h, k) says where, by falling priority. So a batch moves only what is new.
-    """
 
-    def __init__(self, h: int, k: int, window: int, device: torch.device):
-        self.priority = torch.full((h, k), -torch.inf, device=device)
-        self.slot = repeat(torch.arange(k, device=device), "k -> h k", h=h)
-        self.tokens = torch.full((h, k, window), NO_TOKEN, dtype=torch.int32, device=device)
-        self.activations = torch.zeros(h, k, window, device=device)
-        self.starts = torch.full((h, k), -1, device=device)
-        self.offsets = torch.zeros((h, k), dtype=torch.long, device=device)
+class _RandomPlaces:
+    """Windows around r places drawn beforehand: what all neurons have in common."""
 
-    def merge(self, priority: Tensor, piece: Tensor, at: Tensor, text: Text, activations: Tensor) -> None:
-        """Let candidates in: priority, piece and place in it, each (h, m); −inf is no candidate."""
-        h, k, window = self.tokens.shape
-        self.priority, index = torch.cat([self.priority, priority], 1).topk(k, 1)
-        comes = index >= k
-        kept = self.slot.gather(1, index.clamp(max=k - 1))
-        taken = torch.zeros(h, k + 1, dtype=torch.bool, device=index.device)
-        taken.scatter_(1, kept.masked_fill(comes, k), True)  # column k is for what comes
-        free = taken[:, :k].int().argsort(dim=1, stable=True)  # the slots that nothing stays in come first
-        self.slot = torch.where(comes, free.gather(1, (comes.cumsum(1) - 1).clamp(min=0)), kept)
-        neuron, rank = (comes & self.priority.isfinite()).nonzero(as_tuple=True)
-        slot, candidate = self.slot[neuron, rank], index[neuron, rank] - k
-        piece, at = piece[neuron, candidate], at[neuron, candidate]
-        start = text.window_starts[piece, at]
-        places, present = text.cut(piece, start, window)
-        self.tokens[neuron, slot] = text.tokens[piece[:, None], places].masked_fill(~present, NO_TOKEN).int()
-        self.activations[neuron, slot] = activations[piece[:, None], places, neuron[:, None]] * present
-        self.starts[neuron, slot] = text.starts[piece] + start
-        self.offsets[neuron, slot] = at - start
+    def __init__(self, places: np.ndarray, window: int, device: torch.device):
+        self.places = torch.from_numpy(places).to(device)
+        self.tokens = torch.full((len(places), window), NO_TOKEN, dtype=torch.int32, device=device)
+        self.starts, self.offsets = torch.zeros(2, len(places), dtype=torch.long, device=device)
 
-    def ordered(self) -> list[Tensor]:
-        """Tokens, activations, starts and offsets by falling priority."""
-        wide = repeat(self.slot, "h k -> h k w", w=self.tokens.shape[-1])
-        held = self.tokens.gather(1, wide), self.activations.gather(1, wide)
-        return [*held, self.starts.gather(1, self.slot), self.offsets.gather(1, self.slot)]
+    def update(self, text: Text) -> tuple[Tensor, Tensor, Windows]:
+        """Which of the places (m,) lie in this text, in which of its pieces, and the windows around them."""
+        at = self.places[:, None] - text.starts
+        which, piece = ((at >= 0) & (at < text.present.sum(1))).nonzero(as_tuple=True)
+        windows = text.around(piece, at[which, piece])
+        self.tokens[which], self.starts[which], self.offsets[which] = windows.tokens, windows.starts, windows.offsets
+        return which, piece, windows
 
 
 class _Layer:
     """What is known of the h neurons of one layer."""
 
-    def __init__(self, h: int, window: int, n_top: int, n_active: int, device: torch.device):
-        self.top, self.active = _Kept(h, n_top, window, device), _Kept(h, n_active, window, device)
-        self.active_at: Tensor | None = None
-        self.random: list[tuple[Tensor, Tensor, int, int]] = []
+    def __init__(self, h: int, window: int, n_top: int, n_random: int, n_active: int, device: torch.device):
+        self.top, self.active = Kept(h, n_top, window, device), Kept(h, n_active, window, device)
+        self.random = torch.zeros(h, n_random, window, device=device)
         self.sum, self.squares, self.positive = torch.zeros(3, h, dtype=torch.float64, device=device)
         self.maximum = torch.full((h,), -torch.inf, dtype=torch.float64, device=device)
 
-    def update(self, text: Text, activations: Tensor, key: Tensor, strict: bool, random_places: list[int]) -> None:
+    def update(
+        self, text: Text, activations: Tensor, keys: Tensor | None, strict: bool, random: tuple[Tensor, Tensor, Windows]
+    ) -> None:
         """Take in a batch: activations (b, n, h), random keys (b, n), and the random places that lie in it."""
-        window = self.top.tokens.shape[-1]
-        activations = activations.masked_fill(~text.present[..., None], 0)
-        known = activations[text.present].double()
-        self.sum += known.sum(0)
-        self.squares += known.square().sum(0)
-        self.positive += (known > 0).sum(0)
-        self.maximum = self.maximum.maximum(known.amax(0))
+        if text.full:
+            strongest = activations.amax(1)
+        else:
+            padding = ~text.present[..., None]
+            activations = activations.masked_fill(padding, -torch.inf)
+            strongest = activations.amax(1)
+            activations.masked_fill_(padding, 0)
+        self.maximum = self.maximum.maximum(strongest.amax(0))
+        self.sum += activations.sum(1).double().sum(0)  # in single precision no further than a piece
+        self.squares += activations.square().sum(1).double().sum(0)
+        self.positive += activations.clamp(min=0).sign_().sum(1).double().sum(0)
         if self.top.priority.shape[1]:
-            beats = activations.clamp(min=0) > self.top.priority[:, -1].clamp(min=0)
-            priority = activations.masked_fill(~beats, -torch.inf)
-            candidates = _peaks(priority, text.window_starts, window, self.top.priority.shape[1], strict)
-            self._offer(self.top, candidates, text, activations)
-        if self.active.priority.shape[1]:
-            beats = (activations > 0) & (key[..., None] > self.active.priority[:, -1])
-            priority = key[..., None].masked_fill(~beats, -torch.inf)
-            candidates = _peaks(priority, text.window_starts, window, self.active.priority.shape[1], strict=False)
-            self._offer(self.active, candidates, text, activations)
-        for place in random_places:
-            piece = int((text.starts <= place).sum()) - 1
-            at = place - int(text.starts[piece])
-            start = text.window_starts[piece, at]
-            places, present = text.cut(torch.tensor(piece, device=start.device), start, window)
-            tokens = text.tokens[piece, places].masked_fill(~present, NO_TOKEN).int()
-            values = (activations[piece, places] * present[:, None]).mT
-            self.random.append((tokens, values, int(text.starts[piece] + start), at - int(start)))
+            self._update_top(text, activations, strongest, strict)
+        if keys is not None:
+            self._update_active(text, activations, keys.flatten())
+        which, piece, windows = random
+        values = activations[piece[:, None], windows.places] * windows.present[..., None]
+        self.random[:, which] = rearrange(values, "m w h -> h m w")
 
-    def _offer(self, kept: _Kept, candidates: list[tuple[Tensor, Tensor, Tensor]], text: Text, activations) -> None:
-        if candidates:
-            priority, piece, at = (torch.cat(parts, 0).mT for parts in zip(*candidates, strict=True))
-            kept.merge(priority, piece, at, text, activations)
+    def _update_top(self, text: Text, activations: Tensor, strongest: Tensor, strict: bool) -> None:
+        """Look only into pieces whose strongest activation (b, h) may be among the k best, with theirs counted in."""
+        k = self.top.priority.shape[1]
+        certain = torch.cat([self.top.priority, strongest.mT], 1)  # windows that do not overlap
+        least = certain.topk(k, 1).values[:, -1]
+        bar = self.top.bar.clamp(min=0)
+        pieces, neurons = ((strongest > bar) & (strongest >= least)).nonzero(as_tuple=True)
+        size = max(1, CHUNK // activations.shape[1])
+        found = []
+        for piece, neuron in zip(pieces.split(size), neurons.split(size), strict=True):
+            priority = activations[piece, :, neuron]  # (m, n)
+            loses = (priority <= bar[neuron, None]) | (priority < least[neuron, None])
+            priority = priority.masked_fill(loses, -torch.inf)
+            starts = text.window_starts[piece].int() if strict else None
+            for row, best, at in peaks(priority, starts, text.window, min(k, priority.shape[1])):
+                found.append((neuron[row], best, piece[row], at))
+        if found:
+            self.top.merge(text, activations, *(torch.cat(parts) for parts in zip(*found, strict=True)))
 
-
-def _peaks(
-    priority: Tensor, window_starts: Tensor, window: int, k: int, strict: bool
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """At most k places of highest priority a neuron: (m, h) priorities, pieces and places in them.
-
-    Strictly, greedily within each piece: the best place, then the best whose window does not overlap one taken.
-    """
-    b, n, h = priority.shape
-    found = []
-    if not strict:
-        m = min(k, int(priority.isfinite().sum((0, 1)).max()))
-        if m:
-            best, index = rearrange(priority, "b n h -> (b n) h").topk(m, 0)
-            found.append((best, index // n, index % n))
-        return found
-    piece = repeat(torch.arange(b, device=priority.device), "b -> b h", h=h)
-    for _ in range(k):
-        best, at = priority.max(1)
-        if not best.isfinite().any():
-            break
-        start = window_starts.gather(1, at)
-        found.append((best, piece, at))
-        overlaps = (window_starts[..., None] - start[:, None]).abs() < window
-        priority = priority.masked_fill(overlaps, -torch.inf)
-    return found
+    def _update_active(self, text: Text, activations: Tensor, keys: Tensor) -> None:
+        """Tokens by falling key, as far as any neuron's reservoir is open to it."""
+        _, n, h = activations.shape
+        keys, order = keys.sort(descending=True)
+        for key, token in zip(*(values.split(max(1, CHUNK // h)) for values in (keys, order)), strict=True):
+            bar = self.active.bar
+            m = int((key > bar.min()).sum())
+            if not m:
+                break
+            key, token = key[:m], token[:m]
+            enters = (activations[token // n, token % n] > 0) & (key[:, None] > bar)
+            row, neuron = enters.nonzero(as_tuple=True)
+            self.active.merge(text, activations, neuron, key[row], token[row] // n, token[row] % n)
 
 
-def _join(layers: list[_Layer], total: int) -> Records:
+def _join(layers: list[_Layer], random: _RandomPlaces, total: int) -> Records:
     def stack(values: list[Tensor]) -> Tensor:
         return torch.stack(values).cpu()
 
-    def kept(each: list[_Kept]) -> Excerpts:
+    def kept(each: list[Kept]) -> Excerpts:
         return Excerpts(*(stack(list(values)) for values in zip(*(one.ordered() for one in each), strict=True)))
 
-    h, _, window = layers[0].top.tokens.shape
-    tokens, _, starts, offsets = zip(*layers[0].random, strict=True) if layers[0].random else ((), (), (), ())
-    tokens = torch.stack(tokens).cpu() if tokens else torch.zeros(0, window, dtype=torch.int32)
+    def for_all(values: Tensor) -> Tensor:
+        return values.cpu().expand(len(layers), len(layers[0].sum), *values.shape).clone()
 
-    def for_all(values: Tensor, axes: str) -> Tensor:
-        return repeat(values, f"{axes} -> l h {axes}", l=len(layers), h=h)
-
-    def values(layer: _Layer) -> Tensor:
-        return torch.stack([v for _, v, *_ in layer.random], 1) if layer.random else torch.zeros(h, 0, window)
-
-    random = Excerpts(
-        tokens=for_all(tokens, "r w"),
-        activations=stack([values(layer) for layer in layers]),
-        starts=for_all(torch.tensor(starts, dtype=torch.long), "r"),
-        offsets=for_all(torch.tensor(offsets, dtype=torch.long), "r"),
-    )
     mean = stack([layer.sum for layer in layers]) / total
     return Records(
         top=kept([layer.top for layer in layers]),
-        random=random,
+        random=Excerpts(
+            tokens=for_all(random.tokens),
+            activations=stack([layer.random for layer in layers]),
+            starts=for_all(random.starts),
+            offsets=for_all(random.offsets),
+        ),
         active=_by_activation(kept([layer.active for layer in layers])),
         mean=mean,
         variance=stack([layer.squares for layer in layers]) / total - mean.square(),

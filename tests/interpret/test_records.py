@@ -6,7 +6,7 @@ from test_training import corpus, new_model
 import cratelab as cl
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret import records as module
-from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.reading import NO_TOKEN, watch_neurons
 from cratelab.interpret.records import Records, collect_records
 
 
@@ -153,6 +153,73 @@ def test_the_sample_of_active_places_is_uniform_over_them(model):
                 assert abs(below - 0.5) < 5 * 0.5 / 200**0.5
                 checked += 1
     assert checked > 10
+
+
+def test_the_sample_of_active_places_is_that_of_the_highest_keys_however_the_text_is_batched(model, monkeypatch):
+    text, k = random_text(500, 40), 12
+    activations, pieces = activations_of(model, text)
+    keys = np.concatenate([np.random.default_rng([7, 1, a]).random(b - a, dtype=np.float32) for a, b in pieces])
+    for batch, chunk in (1, 2**20), (50, 2**20), (5, 100):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        found = collect_records(model, text, 4, n_active=k, batch=batch, seed=7).active
+        agree = 0
+        for layer in range(2):
+            for neuron in range(activations.shape[-1]):
+                positive = (activations[layer, :, neuron] > 0).nonzero()[:, 0].numpy()
+                expected = sorted(positive[np.argsort(-keys[positive])][:k].tolist())
+                there = found.starts[layer, neuron] >= 0
+                places = (found.starts + found.offsets)[layer, neuron][there]
+                agree += sorted(places.tolist()) == expected
+        assert agree >= 2 * activations.shape[-1] - 1  # an activation may be within rounding of 0
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_result_does_not_depend_on_how_much_is_searched_at_a_time(model, strict, monkeypatch):
+    text = random_text(500, 40)
+    whole = collect_records(model, text, 5, strict=strict).top
+    monkeypatch.setattr(module, "CHUNK", 100)
+    parts = collect_records(model, text, 5, strict=strict).top
+    strength = [found.activations.gather(3, found.offsets[..., None]) for found in (whole, parts)]
+    assert strength[0].equal(strength[1])  # equal texts give ties, so not the places
+
+
+def test_padding_counts_neither_for_the_maximum_nor_for_anything_else(model):
+    """Every activation is negative, so a zero from behind a piece's end would be the maximum."""
+    for block in model.blocks:
+        block.neurons.register_forward_hook(lambda m, a, out: out - 50)
+    text = corpus(n=400)
+    found = collect_records(model, text, 8)
+    activations = activations_of(model, text)[0].double()
+    assert (found.maximum < 0).all() and (found.density == 0).all() and (found.top.starts == -1).all()
+    torch.testing.assert_close(found.maximum, activations.amax(1), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.mean, activations.mean(1), atol=1e-4, rtol=1e-5)
+
+
+def test_the_model_is_run_no_further_than_its_last_neurons(model):
+    after = []
+    model.norm.register_forward_hook(lambda *_: after.append(1))
+    hooks = [len(block.neurons._forward_hooks) for block in model.blocks]
+    collect_records(model, corpus(n=200), 8)
+    assert not after and [len(block.neurons._forward_hooks) for block in model.blocks] == hooks
+    model(torch.zeros(1, 3, dtype=torch.long))
+    assert after
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_each_token_is_read_once_in_order_or_the_longest_pieces_first(model, ahead):
+    text = random_text(500, 40)
+    lengths, places = [], []
+    for part, layers in watch_neurons(model, text, batch=4, ahead=ahead):
+        assert len(layers) == 2 and part.full == bool(part.present.all())
+        lengths.append(part.present.sum(1).tolist())
+        places += (part.starts[:, None] + torch.arange(part.tokens.shape[1]))[part.present].tolist()
+    assert sorted(places) == list(range(500))
+    if ahead == 1:
+        assert places == sorted(places)
+    else:
+        for first in range(0, len(lengths), ahead):
+            group = np.concatenate(lengths[first : first + ahead])
+            assert (group[1:] <= group[:-1]).all()
 
 
 def test_a_neuron_that_is_never_positive_has_no_top_excerpts():
