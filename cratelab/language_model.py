@@ -118,6 +118,14 @@ class LanguageModel(nn.Module):
             x = block(x, cache[i] if cache else None, position)
         return F.linear(self.norm(x), self.token_embedding.weight)
 
+    @property
+    def kind(self) -> str:
+        """The name that `load` knows the model by: that of its class below `LanguageModel`, as for its subclasses.
+
+        Sharding, such as PyTorch's FSDP, makes a subclass of its own for every model.
+        """
+        return next(each.__name__ for each in type(self).__mro__ if LanguageModel in each.__bases__)
+
     def count_parameters(self, positions: bool = True) -> int:
         """Scalars in all parameters; without `positions`, as the paper counts them."""
         n = sum(parameter.numel() for parameter in self.parameters())
@@ -206,7 +214,7 @@ class LanguageModel(nn.Module):
         tensors = self.state_dict() if weights is None else weights
         part, config = folder / "model.safetensors.part", folder / "config.json.part"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-        config.write_text(json.dumps({"model": type(self).__name__, **asdict(self.config)}, indent=2) + "\n")
+        config.write_text(json.dumps({"model": self.kind, **asdict(self.config)}, indent=2) + "\n")
         os.replace(part, folder / "model.safetensors")
         os.replace(config, folder / "config.json")
 

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
@@ -64,7 +65,7 @@ class RunDirectory:
         """
         run = cls(Path(path), model, accelerator)
         facts = {
-            "model": {"model": type(model).__name__, **asdict(model.config)},
+            "model": {"model": model.kind, **asdict(model.config)},
             "recipe": asdict(recipe),
             "training": training.facts(),
             "validation": validation.facts(),
@@ -106,9 +107,10 @@ class RunDirectory:
         step = self.latest_step()
         if step:
             folder = self.checkpoint_path()
-            self.model.load_weights(load_foreign(folder / "model.safetensors"), folder)
+            weights = load_foreign(folder / "model.safetensors")
             moments = load_foreign(folder / "optimizer.safetensors")
             options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(model, weights, options=options)
             state = get_optimizer_state_dict(model, optimizer.optimizer, options=options)
             if _moments(state).keys() != moments.keys():
                 raise ValueError(f"{folder / 'optimizer.safetensors'} is not the state of this optimizer")

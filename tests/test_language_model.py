@@ -231,3 +231,14 @@ def test_presets_and_sizes_are_checked(model_class, config_class):
             config_class.preset("toy", **{name: 0})
     with pytest.raises(ValueError, match="multiple of the heads"):
         config_class.preset("toy", n_heads=3)
+
+
+def test_a_subclass_is_saved_as_the_model_that_load_knows(tmp_path):
+    class Sharded(cl.Crate):
+        pass
+
+    model = Sharded(cl.CrateConfig.preset("toy"))
+    model.save(tmp_path)
+    again = cl.load(tmp_path)
+    assert type(again) is cl.Crate and model.kind == again.kind == "Crate"
+    assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())

@@ -47,7 +47,7 @@ def test_a_chapter_without_seed_or_findings_is_refused(tmp_path, first, last):
         over_seeds.code_to_findings("99_test", book(tmp_path, first, last))
 
 
-TABLES = sorted((ROOT / "cratelab" / "reference").glob("*.json"))
+TABLES = sorted((ROOT / "cratelab" / "reference").glob("[0-9][0-9]_*.json"))  # made from chapters
 
 
 @pytest.mark.parametrize("table", TABLES, ids=[table.stem for table in TABLES])
