@@ -1,14 +1,17 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_training import corpus
 
 import cratelab as cl
 from cratelab import reference_models
+from cratelab.corpora import tinyworld
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.corpora.tokens import byte_encoding
 from cratelab.reference_models import load_reference, load_reference_tokenizer, make_reference_models
+from cratelab.training import document_log_probs
 
 
 @pytest.fixture
@@ -53,3 +56,26 @@ def test_the_tokenizer_travels_with_them(made):
 def test_what_the_package_lacks_is_named(made):
     with pytest.raises(FileNotFoundError, match="no model crate-1L-1; there are crate-1L-0, crate-2L-0, crate-3L-0"):
         load_reference("crate", "1L", seed=1)
+
+
+CARRIED = sorted(entry for entry in reference_models.REFERENCE.iterdir() if entry.is_dir())
+
+
+@pytest.mark.parametrize("folder", CARRIED, ids=[folder.name for folder in CARRIED])
+def test_what_the_package_carries_is_small_and_trained(folder):
+    name, preset, seed = folder.name.split("-")
+    model = load_reference(name, preset, int(seed))
+    assert (folder / "model.safetensors").stat().st_size < 2.5e6
+    held = json.loads((reference_models.REFERENCE / "reference_models.json").read_text())
+    (run,) = [r for r in held["findings"] if (r["model"], r["preset"], r["seed"]) == (name, preset, int(seed))]
+    assert model.count_parameters(positions=False) == run["parameters"]
+    if preset == "toy":
+        world = tinyworld.generate(30_000, seed=4, context=128)
+        log_probs = document_log_probs(model, world.corpus())
+        told = ~np.isnan(log_probs)
+        assert -world.log_prob[told].mean() < -log_probs[told].mean() < 1.1
+
+
+def test_the_package_stays_under_sixteen_megabytes():
+    files = [file for folder in CARRIED for file in folder.iterdir()]
+    assert len(CARRIED) >= 8 and sum(file.stat().st_size for file in files) < 16e6
