@@ -3,8 +3,6 @@
 A window's priority is the activation of the token it was taken for, or a random number.
 """
 
-from collections.abc import Iterator
-
 import torch
 from einops import repeat
 from torch import Tensor
@@ -62,23 +60,25 @@ class Kept:
         return [*held, self.starts.gather(1, order), self.offsets.gather(1, order)]
 
 
-def peaks(priority: Tensor, starts: Tensor | None, window: int, k: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """At most k finite places of highest priority in each row (m, n): rows, priorities and places, all (q,) at a time.
+def peaks(priority: Tensor, starts: Tensor | None, window: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """At most k finite places of highest priority in each row of (m, n): (q,) rows, priorities and places.
 
     Given where each place's window starts, (m, n), greedily: the best, then the best that does not overlap one taken.
     """
     if starts is None:
         best, at = priority.topk(k, 1)
         row, rank = best.isfinite().nonzero(as_tuple=True)
-        yield row, best[row, rank], at[row, rank]
-        return
+        return row, best[row, rank], at[row, rank]
     row = torch.arange(len(priority), device=priority.device)
+    found = []
     for _ in range(k):
         best, at = priority.max(1)
-        yield row, best, at
+        found.append((row, best, at))
         overlaps = (starts - starts.gather(1, at[:, None])).abs_() < window
-        priority = priority.masked_fill_(overlaps, -torch.inf)
+        priority = priority.masked_fill(overlaps, -torch.inf)
         going = priority.amax(1).isfinite()
         row, priority, starts = row[going], priority[going], starts[going]
         if not len(row):
             break
+    row, best, at = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return row, best, at

@@ -34,7 +34,8 @@ def watch_neurons(
         ahead: read so many batches ahead and sort their pieces by length, which leaves less padding; 1 keeps the order.
 
     Yields:
-        A batch of text, and each layer's activations (b, n, h); where `Text.present` is false they mean nothing.
+        A batch of text, and each layer's activations (b, n, h); where `Text.present` is false they mean nothing. The
+        list is emptied before the next batch is read, so that two batches are never held.
 
     Raises:
         ValueError: the corpus has tokens that the model does not know.
@@ -59,7 +60,7 @@ def watch_neurons(
                 activations.clear()
                 with suppress(_AllSeen):
                     model(text.tokens.clamp(min=0))
-                yield text, list(activations)
+                yield text, activations
     finally:
         for hook in hooks:
             hook.remove()

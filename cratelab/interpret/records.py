@@ -238,19 +238,18 @@ class _Layer:
         k = self.top.priority.shape[1]
         certain = torch.cat([self.top.priority, strongest.mT], 1)  # windows that do not overlap
         least = certain.topk(k, 1).values[:, -1]
-        bar = self.top.bar.clamp(min=0)
-        pieces, neurons = ((strongest > bar) & (strongest >= least)).nonzero(as_tuple=True)
+        pieces, neurons = ((strongest > self.top.bar.clamp(min=0)) & (strongest >= least)).nonzero(as_tuple=True)
         size = max(1, CHUNK // activations.shape[1])
-        found = []
         for piece, neuron in zip(pieces.split(size), neurons.split(size), strict=True):
+            bar = self.top.bar.clamp(min=0)[neuron]
+            still = strongest[piece, neuron] > bar  # what came before may have raised the bar
+            piece, neuron, bar = piece[still], neuron[still], bar[still]
             priority = activations[piece, :, neuron]  # (m, n)
-            loses = (priority <= bar[neuron, None]) | (priority < least[neuron, None])
-            priority = priority.masked_fill(loses, -torch.inf)
+            loses = (priority <= bar[:, None]) | (priority < least[neuron, None])
+            priority.masked_fill_(loses, -torch.inf)
             starts = text.window_starts[piece].int() if strict else None
-            for row, best, at in peaks(priority, starts, text.window, min(k, priority.shape[1])):
-                found.append((neuron[row], best, piece[row], at))
-        if found:
-            self.top.merge(text, activations, *(torch.cat(parts) for parts in zip(*found, strict=True)))
+            row, best, at = peaks(priority, starts, text.window, min(k, priority.shape[1]))
+            self.top.merge(text, activations, neuron[row], best, piece[row], at)
 
     def _update_active(self, text: Text, activations: Tensor, keys: Tensor) -> None:
         """Tokens by falling key, as far as any neuron's reservoir is open to it."""
