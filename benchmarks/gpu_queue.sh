@@ -14,7 +14,7 @@ tests=(tests/test_coding_rate.py tests/test_mssa.py tests/test_ista.py tests/tes
 "$python" -m pytest -q -o addopts= "${tests[@]}" 2>&1 | tee "$out/tests.log"
 status=$?
 : >"$out/bench.log"
-for bench in core training; do
+for bench in core training interpret; do
   "$python" "benchmarks/bench_$bench.py" ${2:+"$2"} 2>&1 | tee -a "$out/bench.log" || status=1
 done
 exit $status
