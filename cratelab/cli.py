@@ -162,12 +162,10 @@ class Interpret:
         command = _read_command(self.model) if (self.model / "run.json").is_file() else Train()
         if self.corpus is None and folder == self.model:
             raise ValueError(f"{self.model} is no run, so nothing says what it has read: give --corpus")
-        corpus = prepare(
-            self.corpus or command.corpus,
-            self.tokenizer or (None if self.corpus else command.tokenizer),
-            command.characters,
-            model.config.context,
-        )
+        if self.corpus:
+            command.corpus, command.tokenizer = self.corpus, None
+        command.tokenizer = self.tokenizer or command.tokenizer
+        corpus = _prepare(command, command.recipe(command.preset, command.seed), model.config.context)
         text, world = corpus.validation, corpus.world
         concepts = tinyworld_concepts(world) if world else text_concepts(text, corpus.tokenizer)
         explainers = {"token": TokenExplainer(), "suffix": SuffixExplainer(), "concept": ConceptExplainer(concepts)}
@@ -240,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _use_one_thread(width: int) -> None:
-    """Small models are faster on one CPU thread: several wait for each other most of the time (measured: 11 times)."""
+    """Small models are faster on one CPU thread: several wait for each other most of the time."""
     if width <= 128 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
