@@ -169,24 +169,21 @@ def ask(
             yield from (answers[key] for key in keys)
 
 
+@dataclass
 class Asker:
     """Someone with questions for a language model, who says what they cost before asking them.
 
-    Args:
+    Attributes:
         endpoint: the language model.
         cache: file of answers already given; None keeps none.
         prices: of a million prompt tokens and of a million completion tokens.
         announce: is told the cost before anything is sent, and may raise to stop it.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        cache: str | Path | None = None,
-        prices: tuple[float, float] | None = None,
-        announce: Callable[[Cost], None] = print,
-    ):
-        self.endpoint, self.cache, self.prices, self.announce = endpoint, cache, prices, announce
+    endpoint: Endpoint
+    cache: str | Path | None = None
+    prices: tuple[float, float] | None = None
+    announce: Callable[[Cost], None] = print
 
     def estimate(self, requests: Iterable[Request]) -> Cost:
         """What requests will cost."""

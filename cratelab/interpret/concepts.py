@@ -34,8 +34,12 @@ class Concepts:
 
     def of(self, excerpts: Excerpts) -> Tensor:
         """(…, w, c) truth in excerpts (…, w) of that corpus; false where there is no text."""
+        return self.truth[self.places(excerpts)] & (excerpts.tokens != NO_TOKEN)[..., None]
+
+    def places(self, excerpts: Excerpts) -> Tensor:
+        """(…, w) rows of `truth` for the tokens of excerpts; any row where there is no text."""
         places = excerpts.starts[..., None] + torch.arange(excerpts.tokens.shape[-1])
-        return self.truth[places.clamp(0, len(self.truth) - 1)] & (excerpts.tokens != NO_TOKEN)[..., None]
+        return places.clamp(0, len(self.truth) - 1)
 
 
 def tinyworld_concepts(world: World) -> Concepts:

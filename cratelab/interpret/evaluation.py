@@ -8,7 +8,7 @@ import torch
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.explainers import Explainer, Explanations, shuffle
 from cratelab.interpret.records import Records, collect_records
-from cratelab.interpret.scores import NEEDS, PROTOCOLS, Protocol, Scores, score, split, summarise
+from cratelab.interpret.scores import PROTOCOLS, Protocol, Scores, needs, score, split, summarise
 from cratelab.language_model import LanguageModel
 
 
@@ -75,14 +75,11 @@ def collect_for_protocols(
     found: dict[Protocol, Records] = {}
     by_window: dict[int, Records] = {}
     for protocol in protocols:
-        needs = dict(NEEDS[protocol])
-        if protocol == "anthropic" and not strict:
-            needs |= dict(n_random=250, n_active=0)
-        if needs["window"] not in by_window:
-            by_window[needs["window"]] = collect_records(
-                model, corpus, **needs, seed=seed, strict=strict, n_tokens=n_tokens
-            )
-        found[protocol] = by_window[needs["window"]]
+        asked = needs(protocol, strict)
+        window = asked["window"]
+        if window not in by_window:
+            by_window[window] = collect_records(model, corpus, **asked, seed=seed, strict=strict, n_tokens=n_tokens)
+        found[protocol] = by_window[window]
     return found
 
 

@@ -210,8 +210,7 @@ class ConceptExplanations:
         simulated = []
         for layer, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
             part = Excerpts(*(getattr(excerpts, f)[layer] for f in vars(excerpts)))
-            places = part.starts[..., None] + torch.arange(part.tokens.shape[-1])
-            places = places.clamp(0, len(self.concepts.truth) - 1)
+            places = self.concepts.places(part)
             one = self.concepts.truth[places, first.clamp(min=0)[:, None, None]]
             two = self.concepts.truth[places, second.clamp(min=0)[:, None, None]] ^ self.negated[layer][:, None, None]
             true = one & (two | (second < 0)[:, None, None]) & (first >= 0)[:, None, None]
@@ -234,19 +233,9 @@ def shuffle(explanations: Explanations, excerpts: Excerpts, seed: int = 0) -> tu
     n_layers, h = excerpts.tokens.shape[:2]
     draw = np.random.default_rng(seed)
     order = torch.from_numpy(np.stack([_derangement(draw, h) for _ in range(n_layers)]))
-    index = order[..., None]
-    moved = Excerpts(
-        *(
-            getattr(excerpts, f).gather(1, index[..., None].expand_as(v) if v.ndim == 4 else index.expand_as(v))
-            for f, v in vars(excerpts).items()
-        )
-    )
-    simulated, coverage = explanations.simulate(moved)
-    back = order.argsort(dim=1)
-    return (
-        simulated.gather(1, back[..., None, None].expand_as(simulated)),
-        coverage.gather(1, back),
-    )
+    layer, back = torch.arange(n_layers)[:, None], order.argsort(dim=1)
+    simulated, coverage = explanations.simulate(Excerpts(*(value[layer, order] for value in vars(excerpts).values())))
+    return simulated[layer, back], coverage[layer, back]
 
 
 def _derangement(draw: np.random.Generator, n: int) -> np.ndarray:

@@ -10,7 +10,7 @@ Source: Bills et al. (2023); Bai & Ma (2024).
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Self
 
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.answers import Asker, Cost
-from cratelab.interpret.endpoints import Endpoint, Request
+from cratelab.interpret.endpoints import Request
 from cratelab.interpret.explainers import discretise
 from cratelab.interpret.prompts import as_question, explanation_prompt, simulation_prompt, token_writer
-from cratelab.interpret.records import NO_TOKEN, Excerpts
+from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.records import Excerpts
 from cratelab.language_model import read_config
 from cratelab.record import write_json
 
@@ -65,31 +66,19 @@ class TextExplanations:
             raise ValueError(f"{path} holds no explanations: {error!r}") from error
 
 
+@dataclass
 class LanguageModelExplainer(Asker):
-    """Explains neurons by asking a language model for one sentence about each.
+    """Explains neurons by asking a language model for one sentence about each; one that follows instructions.
 
-    Args:
-        endpoint: the language model; one that follows instructions.
-        cache: file of answers already given; None keeps none.
-        prices: of a million prompt tokens and of a million completion tokens.
-        announce: is told the cost before anything is sent, and may raise to stop it.
+    Attributes:
         max_tokens: length of an answer.
         temperature: of the sampled answer; the paper takes 1, by default the likeliest is taken.
         seed: of the sampling, where the endpoint has one.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        cache: str | Path | None = None,
-        prices: tuple[float, float] | None = None,
-        announce: Callable[[Cost], None] = print,
-        max_tokens: int = 60,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ):
-        super().__init__(endpoint, cache, prices, announce)
-        self.settings = dict(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    max_tokens: int = 60
+    temperature: float = 0.0
+    seed: int = 0
 
     def explain(self, excerpts: Excerpts, tokenizer: Tokenizer, neurons: Sequence[Neuron]) -> TextExplanations:
         """Put neurons into words.
@@ -129,46 +118,43 @@ class LanguageModelExplainer(Asker):
                     [(write(token), n) for token, n in zip(*text, strict=True) if token != NO_TOKEN]
                     for text in zip(tokens.tolist(), level.tolist(), strict=True)
                 ]
-                yield Request((explanation_prompt([text for text in texts if text]),), **self.settings)
+                prompt = explanation_prompt([text for text in texts if text])
+                yield Request((prompt,), self.max_tokens, temperature=self.temperature, seed=self.seed)
 
 
+@dataclass
 class LanguageModelSimulator(Asker):
     """Foretells activations from explanations: the expectation of the number that a language model would write.
 
     Over the numbers k among the likeliest next tokens, s = Σ k p(k) / Σ p(k); 0 where none is among them. The scale is
     0 to 9, since many tokenizers have two tokens for 10.
 
-    Args:
-        endpoint: the language model. If it is not `all_at_once`, each token of each excerpt is a request.
-        cache: file of answers already given; None keeps none.
-        prices: of a million prompt tokens and of a million completion tokens.
-        announce: is told the cost before anything is sent, and may raise to stop it.
-        top: how many likeliest next tokens to ask for; some servers allow no more than 5.
-        ten: extend the scale to 10, and where "1" may come ask once more how likely "0" is to follow.
+    If the endpoint is not `all_at_once`, each token of each excerpt is a request.
 
     Attributes:
+        top: how many likeliest next tokens to ask for; some servers allow no more than 5.
+        ten: extend the scale to 10, and where "1" may come ask once more how likely "0" is to follow.
         problems: after `simulate`, for each of the m neurons how many places are 0 or undefined for which reason.
 
     Raises:
         ValueError: `ten` with an endpoint that does not continue texts, or `top` below 1.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        cache: str | Path | None = None,
-        prices: tuple[float, float] | None = None,
-        announce: Callable[[Cost], None] = print,
-        top: int = 20,
-        ten: bool = False,
-    ):
-        super().__init__(endpoint, cache, prices, announce)
-        if top < 1 or (ten and not endpoint.continues):
+    top: int = 20
+    ten: bool = False
+    problems: list[Counter] = field(default_factory=list, init=False)
+
+    def __post_init__(self):
+        if self.top < 1 or (self.ten and not self.endpoint.continues):
             raise ValueError(
-                f"top must be at least 1, and ten needs an endpoint that continues texts (chat=False); got top={top}, "
-                f"ten={ten}"
+                "top must be at least 1, and ten needs an endpoint that continues texts (chat=False); "
+                f"got top={self.top}, ten={self.ten}"
             )
-        self.top, self.most, self.problems = top, 10 if ten else 9, []
+
+    @property
+    def most(self) -> int:
+        """The highest number of the scale."""
+        return 10 if self.ten else 9
 
     def simulate(self, explanations: TextExplanations, excerpts: Excerpts, tokenizer: Tokenizer) -> Tensor:
         """Activations on excerpts.
@@ -295,4 +281,4 @@ def select_neurons(excerpts: Excerpts, neurons: Sequence[Neuron]) -> Excerpts:
             f"got {k} excerpts of each and {', '.join(map(str, wrong[:5] or neurons[:5])) or 'no neuron'}"
         )
     layers, indices = map(list, zip(*neurons, strict=True))
-    return Excerpts(*(getattr(excerpts, field.name)[layers, indices][None] for field in fields(Excerpts)))
+    return Excerpts(*(getattr(excerpts, each.name)[layers, indices][None] for each in fields(Excerpts)))

@@ -8,7 +8,7 @@ model's device, the sample is a reservoir.
 Strictly, which is the default, windows of a neuron do not overlap, and none crosses the end of a document.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
@@ -54,6 +54,22 @@ class Excerpts:
         """These excerpts and others of the same neurons and window, one after another."""
         all_of_them = [self, *others]
         return Excerpts(*(torch.cat([getattr(e, f.name) for e in all_of_them], 2) for f in fields(Excerpts)))
+
+    def gather(self, index: Tensor) -> Self:
+        """Of each neuron its own excerpts `index`, (l, h, m)."""
+        wide = repeat(index, "l h m -> l h m w", w=self.tokens.shape[-1])
+        values = vars(self).values()
+        return type(self)(*(value.gather(2, wide if value.ndim == 4 else index) for value in values))
+
+    def without(self, places: Tensor) -> Self:
+        """The same without the text at `places`, bool that broadcasts to (l, h, k, w)."""
+        tokens, activations = self.tokens.masked_fill(places, NO_TOKEN), self.activations.masked_fill(places, 0)
+        return replace(self, tokens=tokens, activations=activations)
+
+    @property
+    def strength(self) -> Tensor:
+        """(l, h, k) activation of the token that each excerpt was taken for."""
+        return self.activations.gather(3, self.offsets[..., None])[..., 0]
 
 
 @dataclass
@@ -296,8 +312,5 @@ def _join(layers: list[_Layer], random: _RandomPlaces, total: int) -> Records:
 
 def _by_activation(excerpts: Excerpts) -> Excerpts:
     """The same excerpts, falling by the activation of the token they were taken for; missing ones last."""
-    strength = excerpts.activations.gather(3, excerpts.offsets[..., None])[..., 0]
-    order = strength.masked_fill(excerpts.starts < 0, -torch.inf).argsort(dim=2, descending=True, stable=True)
-    wide = repeat(order, "l h k -> l h k w", w=excerpts.tokens.shape[-1])
-    values = (getattr(excerpts, field.name) for field in fields(Excerpts))
-    return Excerpts(*(value.gather(2, wide if value.ndim == 4 else order) for value in values))
+    strength = excerpts.strength.masked_fill(excerpts.starts < 0, -torch.inf)
+    return excerpts.gather(strength.argsort(dim=2, descending=True, stable=True))

@@ -19,12 +19,20 @@ from cratelab.interpret.records import Excerpts, Records
 Protocol = Literal["top-and-random", "random-only", "anthropic"]
 PROTOCOLS: tuple[Protocol, ...] = ("top-and-random", "random-only", "anthropic")
 
-# What `collect_records` has to gather for each protocol.
+# Strictly; see `needs`.
 NEEDS = {
     "top-and-random": dict(window=64, n_top=10, n_random=5),
     "random-only": dict(window=64, n_top=10, n_random=5),
     "anthropic": dict(window=8, n_top=25, n_random=10, n_active=220),
 }
+
+
+def needs(protocol: Protocol, strict: bool = True) -> dict[str, int]:
+    """What `collect_records` has to gather for a protocol: its arguments.
+
+    Not strictly, the intervals of "anthropic" are cut from random excerpts, of which there must then be many.
+    """
+    return NEEDS[protocol] | (dict(n_random=250, n_active=0) if protocol == "anthropic" and not strict else {})
 
 
 def split(records: Records, protocol: Protocol, strict: bool = True) -> tuple[Excerpts, Excerpts]:
@@ -42,11 +50,10 @@ def split(records: Records, protocol: Protocol, strict: bool = True) -> tuple[Ex
     The intervals hold equally many of a neuron's positive activations.
 
     Args:
-        records: from `collect_records` with at least `NEEDS[protocol]`.
+        records: from `collect_records` with at least `needs(protocol, strict)`.
         protocol: which.
         strict: if False, as in the paper's code, excerpts may overlap, and the intervals of "anthropic" are cut from
-            all activations and not only the positive ones, the highest of twelve left out; the records then need
-            240 + 10 random excerpts.
+            all activations and not only the positive ones, the highest of twelve left out.
 
     Raises:
         ValueError: there is no such protocol, or the records hold too few excerpts for it.
@@ -55,10 +62,7 @@ def split(records: Records, protocol: Protocol, strict: bool = True) -> tuple[Ex
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
-    needs = dict(NEEDS[protocol])
-    if protocol == "anthropic" and not strict:
-        needs |= dict(n_random=250, n_active=0)
-    for name, least in needs.items():
+    for name, least in needs(protocol, strict).items():
         held = records.window if name == "window" else getattr(records, name.removeprefix("n_")).starts.shape[2]
         if held < least:
             raise ValueError(f"{protocol} needs records with {name}={least} or more; these have {held}: collect anew")
@@ -79,13 +83,7 @@ def split(records: Records, protocol: Protocol, strict: bool = True) -> tuple[Ex
 def crop(excerpts: Excerpts, width: int) -> Excerpts:
     """Only the `width` tokens around the one that each excerpt was taken for; the activations stay as in context."""
     places = torch.arange(excerpts.tokens.shape[-1]) - excerpts.offsets[..., None] + width // 2
-    outside = (places < 0) | (places >= width)
-    return Excerpts(
-        excerpts.tokens.masked_fill(outside, NO_TOKEN),
-        excerpts.activations.masked_fill(outside, 0),
-        excerpts.starts,
-        excerpts.offsets,
-    )
+    return excerpts.without((places < 0) | (places >= width))
 
 
 def correlation(actual: Tensor, simulated: Tensor, present: Tensor) -> Tensor:
@@ -220,13 +218,7 @@ def _without_overlap(excerpts: Excerpts, others: Excerpts) -> Excerpts:
     """Without the text of those whose window shares a place of the corpus with one of the others."""
     window = excerpts.tokens.shape[-1]
     near = (excerpts.starts[..., None] - others.starts[:, :, None]).abs() < window
-    overlaps = (near & (others.starts[:, :, None] >= 0)).any(3)[..., None]
-    return Excerpts(
-        excerpts.tokens.masked_fill(overlaps, NO_TOKEN),
-        excerpts.activations.masked_fill(overlaps, 0),
-        excerpts.starts,
-        excerpts.offsets,
-    )
+    return excerpts.without((near & (others.starts[:, :, None] >= 0)).any(3)[..., None])
 
 
 def _intervals(active: Excerpts, n: int = 11) -> tuple[Excerpts, Excerpts]:
@@ -234,25 +226,13 @@ def _intervals(active: Excerpts, n: int = 11) -> tuple[Excerpts, Excerpts]:
     held = (active.starts >= 0).sum(2, keepdim=True)  # (l, h, 1); they stand first, by falling activation
     parts = torch.arange(n)
     chosen = [((parts + place) / n * held).long() for place in (0.125, 0.625, 0.375, 0.875)]
-    return _gather(active, torch.cat(chosen[:2], 2)), _gather(active, torch.cat(chosen[2:], 2))
+    return active.gather(torch.cat(chosen[:2], 2)), active.gather(torch.cat(chosen[2:], 2))
 
 
 def _intervals_of_all(random: Excerpts, n: int = 12) -> tuple[Excerpts, Excerpts]:
     """The same from random excerpts ordered by activation, without the highest of n parts: the paper's code."""
-    strength = random.activations.gather(3, random.offsets[..., None])[..., 0]
-    order = strength.argsort(dim=2, descending=True, stable=True)
+    order = random.strength.argsort(dim=2, descending=True, stable=True)
     size = random.starts.shape[2] // n
     places = [torch.arange(size, n * size, size) + offset for offset in (0, 2, 1, 3)]
     first, second = (torch.cat(pair) for pair in (places[:2], places[2:]))
-    return _gather(random, order[:, :, first]), _gather(random, order[:, :, second])
-
-
-def _gather(excerpts: Excerpts, index: Tensor) -> Excerpts:
-    """Excerpt `index` (l, h, m) of each neuron."""
-    wide = index[..., None].expand(*index.shape, excerpts.tokens.shape[-1])
-    return Excerpts(
-        excerpts.tokens.gather(2, wide),
-        excerpts.activations.gather(2, wide),
-        excerpts.starts.gather(2, index),
-        excerpts.offsets.gather(2, index),
-    )
+    return random.gather(order[:, :, first]), random.gather(order[:, :, second])
