@@ -63,7 +63,9 @@ def test_compare_prints_a_table_with_intervals_and_goes_on(tmp_path, capsys):
 def test_interpret_scores_a_run_beside_an_untrained_model(tmp_path, capsys):
     main(["train", "--run-dir", str(tmp_path / "run"), *SHORT, "--steps", "30"])
     main(["interpret", str(tmp_path / "run"), "--n-tokens", "2000", "--protocols", "top-and-random"])
-    rows = json.loads((tmp_path / "run" / "interpret.json").read_text())["rows"]
+    held = json.loads((tmp_path / "run" / "interpret.json").read_text())
+    assert held["provenance"]["corpus"] == json.loads((tmp_path / "run" / "run.json").read_text())["validation"]
+    rows = held["rows"]
     assert [(row["model"], row["explainer"]) for row in rows] == [
         (model, explainer) for model in ("trained", "untrained") for explainer in ("token", "suffix", "concept")
     ]

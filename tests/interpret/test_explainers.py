@@ -126,6 +126,17 @@ def test_another_neurons_explanation_says_nothing():
     assert abs(float(control.nanmean()) - float(same_meaning)) < 0.15
 
 
+def test_each_control_is_simulated_by_exactly_one_other_neuron():
+    """Neuron j is active on token j, and all neurons read the same text: the control of j names another token."""
+    held = excerpts(k=12, w=16, neurons=(1, 19))
+    held.tokens = held.tokens[:, :1].expand(1, 19, 12, 16).clone()
+    held.activations = (held.tokens == torch.arange(19)[:, None, None]).float()
+    simulated, _ = shuffle(TokenExplainer().explain(held), held)
+    named = [held.tokens[0, j][simulated[0, j] > 0].unique().tolist() for j in range(19)]
+    assert all(len(tokens) == 1 and tokens != [j] for j, tokens in enumerate(named))
+    assert sorted(named) == [[j] for j in range(19)]
+
+
 def concepts(n=4000, c=12, seed=0) -> Concepts:
     draw = torch.Generator().manual_seed(seed)
     return Concepts([f"c{i}" for i in range(c)], torch.rand(n, c, generator=draw) < 0.3)

@@ -75,6 +75,7 @@ def test_cropping_keeps_the_token_and_its_neighbours():
     assert (cropped.tokens[1, 1, 1] != NO_TOKEN).nonzero().flatten().tolist() == [3, 4, 5]
     assert (cropped.tokens[0, 0, 0] != NO_TOKEN).nonzero().flatten().tolist() == [0, 1]
     assert cropped.activations[1, 1, 1, 3:6].equal(held.activations[1, 1, 1, 3:6])
+    assert (cropped.activations[cropped.tokens == NO_TOKEN] == 0).all()
 
 
 @pytest.fixture(scope="module")
