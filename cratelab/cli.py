@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from cratelab.budget import estimate
 from cratelab.comparison import compare, new_model, summarise
 from cratelab.corpora.prepare import PreparedCorpus, prepare, vocabulary_size
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
+from cratelab.interpret.crate_against_gpt2 import reproduce_chapter_9
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.scores import PROTOCOLS
@@ -190,23 +192,34 @@ class Interpret:
 
 @dataclass
 class Reproduce:
-    """Make again what the package carries."""
+    """Make again what the package carries. Start it again to go on."""
 
-    what: Annotated[Literal["reference"], tyro.conf.Positional]
-    """reference: CRATE and GPT-2, one to three layers of width 128, on Python's documentation."""
-    out: Path = Path("runs/reference")
-    """Where the runs are kept; start again to go on."""
+    what: Annotated[Literal["reference", "chapter-9"], tyro.conf.Positional]
+    """reference: CRATE and GPT-2, one to three layers of width 128, on Python's documentation, and toys on TinyWorld.
+    chapter-9: what their neurons mean, and those of models of width 64 on TinyWorld."""
+    out: Path | None = None
+    """Where runs and results go; runs/reference or runs/chapter-9 unless given."""
+    reference: Path = Path("runs/reference")
+    """For chapter-9: where the reference models are, or will be."""
     seeds: int = 3
-    """Seeds 0, 1, … up to this many; the weights of seed 0 are packed."""
+    """Seeds 0, 1, … up to this many; of the models on documentation the weights of seed 0 are packed."""
     text: tuple[str, ...] = ()
-    """Local text to read besides: files or folders."""
-    steps: int = 1500
-    """Fewer only to try it out."""
+    """For reference: local text to read besides, files or folders."""
+    steps: int | None = None
+    """Fewer than there should be, only to try it out."""
 
     def run(self) -> None:
         _use_one_thread(128)
-        table = make_reference_models(self.out, self.seeds, self.text, self.steps, lambda name: print(name), _report)
-        print_table(table, None)
+        on_run = partial(print, flush=True)
+        if self.what == "reference":
+            folder = self.out or self.reference
+            print_table(make_reference_models(folder, self.seeds, self.text, self.steps or 1500, on_run, _report), None)
+            print(f"{folder}/packed is what cratelab/reference holds")
+        else:
+            steps = (self.steps, self.steps) if self.steps else (2000, 1500)
+            folder = self.out or Path("runs/chapter-9")
+            table = reproduce_chapter_9(folder, self.reference, self.seeds, steps, on_run, _report)
+            print(f"{table} is what cratelab/reference holds")
 
 
 def print_table(table: list[dict], floor: float | None) -> None:

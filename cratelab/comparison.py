@@ -16,7 +16,9 @@ from cratelab.training import Recipe, train
 MODELS: dict[str, tuple[type[LanguageModel], type]] = {"crate": (Crate, CrateConfig), "gpt2": (Gpt2, Gpt2Config)}
 
 
-def new_model(model: str, preset: str, n_vocab: int, seed: int, context: int | None = None) -> LanguageModel:
+def new_model(
+    model: str, preset: str, n_vocab: int, seed: int, context: int | None = None, **settings
+) -> LanguageModel:
     """A model with fresh weights, its vocabulary padded to a multiple of 64 as GPT-2's is.
 
     Args:
@@ -25,14 +27,16 @@ def new_model(model: str, preset: str, n_vocab: int, seed: int, context: int | N
         n_vocab: tokens of what it will read.
         seed: of the weights.
         context: the preset's unless given.
+        settings: of the configuration, instead of the preset's.
 
     Raises:
+        TypeError: the configuration has no such setting.
         ValueError: there is no such model or preset.
     """
     if model not in MODELS:
         raise ValueError(f"no model {model!r}; there are {', '.join(MODELS)}")
     model_class, config_class = MODELS[model]
-    overrides = dict(vocab_size=-(-n_vocab // 64) * 64) | ({"context": context} if context else {})
+    overrides = dict(vocab_size=-(-n_vocab // 64) * 64, **settings) | ({"context": context} if context else {})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model_class(config_class.preset(preset, **overrides))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -27,17 +28,21 @@ class Gpt2Config(LanguageModelConfig):
         activation: "relu" (the paper), "gelu" or "gelu_new" (OpenAI's).
         bias: biases in the matrices and LayerNorms; the paper's has none, OpenAI's has.
         norm_eps: added to the variance in LayerNorm.
+        top_k: neurons of a token that may be active, the others are set to 0; GPT-2 has no such limit (chapter 9).
     """
 
     expansion: int = 4
     activation: str = "relu"
     bias: bool = False
     norm_eps: float = 1e-5
+    top_k: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
+        if self.top_k is not None and not 1 <= self.top_k <= self.expansion * self.width:
+            raise ValueError(f"top_k must be 1 to {self.expansion * self.width}, or None; got {self.top_k}")
 
 
 class Attention(nn.Module):
@@ -72,13 +77,17 @@ class Gpt2Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
         self.mlp_in = nn.Linear(config.width, hidden, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation, self.top_k = ACTIVATIONS[config.activation], config.top_k
         self.neurons = nn.Identity()
         self.mlp_out = nn.Linear(hidden, config.width, bias=config.bias)
 
     def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cache, position)
-        return x + self.mlp_out(self.neurons(self.activation(self.mlp_in(self.mlp_norm(x)))))
+        a = self.activation(self.mlp_in(self.mlp_norm(x)))
+        if self.top_k:
+            strongest, which = a.topk(self.top_k, -1)
+            a = torch.zeros_like(a).scatter(-1, which, strongest)
+        return x + self.mlp_out(self.neurons(a))
 
 
 class Gpt2(LanguageModel):

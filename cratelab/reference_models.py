@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cratelab.comparison import compare, summarise
 from cratelab.corpora import tokens
-from cratelab.corpora.prepare import prepare
+from cratelab.corpora.prepare import PreparedCorpus, prepare
 from cratelab.language_model import LanguageModel, load
 from cratelab.record import provenance, write_json
 from cratelab.training import Recipe
@@ -47,6 +47,37 @@ def load_reference_tokenizer() -> tokens.Tokenizer:
         return tokens.load(path)
 
 
+def train_on_documentation(
+    folder: str | Path,
+    seeds: int = 3,
+    text: tuple[str, ...] = (),
+    steps: int = 1500,
+    on_run: Callable[[str], None] | None = None,
+    on_step: Callable[[dict], None] | None = None,
+) -> tuple[PreparedCorpus, list[dict]]:
+    """CRATE and GPT-2 at one to three layers, on Python's documentation; arguments as for `make_reference_models`.
+
+    Returns:
+        The corpus, and the runs as `cratelab.comparison.compare` returns them, kept in `folder`/runs.
+    """
+    folder = Path(folder)
+    documentation = prepare("+".join(["pydocs", "packages", *text]), "bpe-4096", cache=folder / "tokens")
+    every = max(1, steps // 15)
+    recipe = Recipe(
+        steps=steps,
+        batch=8,
+        peak_rate=2e-3,
+        final_rate=2e-4,
+        warmup=every,
+        validate_every=every,
+        validation_windows=128,
+        checkpoint_every=every,
+    )
+    return documentation, compare(
+        documentation, recipe, folder / "runs", PRESETS, range(seeds), CONTEXT, on_run, on_step
+    )
+
+
 def make_reference_models(
     folder: str | Path,
     seeds: int = 3,
@@ -69,22 +100,9 @@ def make_reference_models(
         The table of `cratelab.comparison.summarise`.
     """
     folder = Path(folder)
-    name = "+".join(["pydocs", "packages", *text])
-    documentation = prepare(name, "bpe-4096", cache=folder / "tokens")
-    every = max(1, steps // 15)
-    recipe = Recipe(
-        steps=steps,
-        batch=8,
-        peak_rate=2e-3,
-        final_rate=2e-4,
-        warmup=every,
-        validate_every=every,
-        validation_windows=128,
-        checkpoint_every=every,
-    )
-    runs = compare(documentation, recipe, folder / "runs", PRESETS, range(seeds), CONTEXT, on_run, on_step)
+    documentation, runs = train_on_documentation(folder, seeds, text, steps, on_run, on_step)
     world = prepare("tinyworld", context=TINYWORLD_CONTEXT)
-    toy = Recipe.preset("toy", steps=steps, checkpoint_every=every)
+    toy = Recipe.preset("toy", steps=steps, checkpoint_every=max(1, steps // 15))
     runs += compare(world, toy, folder / "runs", ("toy",), range(seeds), TINYWORLD_CONTEXT, on_run, on_step)
     packed = folder / "packed"
     packed.mkdir(parents=True, exist_ok=True)
@@ -96,7 +114,7 @@ def make_reference_models(
         run["provenance"] = json.loads((folder / "runs" / label / "run.json").read_text())["provenance"]
     tokens.save(documentation.tokenizer, packed / "tokenizer.json")
     about = provenance(
-        documentation={"name": name} | documentation.training.facts(),
+        documentation={"name": "+".join(["pydocs", "packages", *text])} | documentation.training.facts(),
         tinyworld=world.training.facts() | {"floor": world.floor},
     )
     table = summarise(runs)

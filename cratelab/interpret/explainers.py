@@ -130,6 +130,8 @@ class SuffixExplanations:
         if length == 0:
             return torch.zeros(keys.shape, dtype=torch.float64), torch.ones_like(keys, dtype=torch.bool)
         known_keys, means = self.keys[length - 1], self.means[length - 1]
+        if not len(known_keys):  # no neuron has an excerpt
+            return torch.zeros(keys.shape, dtype=torch.float64), torch.zeros_like(keys, dtype=torch.bool)
         place = torch.searchsorted(known_keys, keys).clamp(max=len(known_keys) - 1)
         known = known_keys[place] == keys
         return torch.where(known, means[place], 0.0), known

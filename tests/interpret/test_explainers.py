@@ -191,3 +191,15 @@ def test_no_concept_is_forced_on_a_silent_neuron():
     assert explained.describe(0, 0) == "active where no concept says"
     simulated, coverage = explained.simulate(validate)
     assert (simulated == 0).all() and (coverage == 0).all()
+
+
+def test_a_model_whose_neurons_are_all_silent_is_explained_as_silent():
+    silent = excerpts()
+    silent = silent.without(torch.ones_like(silent.tokens, dtype=torch.bool))
+    for explainer in (
+        TokenExplainer(),
+        SuffixExplainer(),
+        ConceptExplainer(Concepts(["a"], torch.zeros(2000, 1).bool())),
+    ):
+        simulated, coverage = explainer.explain(silent).simulate(excerpts(seed=1))
+        assert not simulated.any() and not coverage[coverage < 1].any()
