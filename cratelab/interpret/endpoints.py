@@ -7,17 +7,23 @@ huggingface_hub anyway. The `openai` package is built on it too, and would take 
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import threading
 import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, Self
 
 from cratelab.corpora.documents import require
+from cratelab.interpret.prompts import simulation_prompt
 
 if TYPE_CHECKING:
     import httpx2
@@ -32,7 +38,8 @@ class Request:
     """One question to a language model.
 
     Attributes:
-        prompt: pieces of text, joined without a space; endpoints that are not `all_at_once` take one.
+        prompt: pieces of text, joined without a space; endpoints that are not `all_at_once` take one. Where there are
+            several, each ends with a tab.
         max_tokens: how long the answer may be.
         top: 0 asks for text; else for this many of the likeliest next tokens after each piece.
         temperature: of sampled text; 0 takes the likeliest token.
@@ -91,14 +98,14 @@ class OpenAIEndpoint:
         timeout: seconds to wait for a connection or for the next bytes of an answer.
         retries: how often a request is repeated at most.
         backoff: seconds before the first repetition, doubled with each.
+        echo: ask /completions to repeat a prompt with its log-probabilities, if a trial shows that the server does so
+            rightly; False does not try.
         extra: further fields of every request, such as {"max_completion_tokens": 60}; None takes a field out.
 
     Raises:
         ImportError: httpx2 is not installed.
         ValueError: `base_url` is no HTTP address, or a number is out of range.
     """
-
-    all_at_once = False
 
     def __init__(
         self,
@@ -110,6 +117,7 @@ class OpenAIEndpoint:
         timeout: float = 60.0,
         retries: int = 6,
         backoff: float = 1.0,
+        echo: bool = True,
         extra: dict | None = None,
     ):
         if not re.match("https?://[^/]", base_url):
@@ -122,6 +130,7 @@ class OpenAIEndpoint:
         self._http = require("httpx2", "interpret")
         self.url, self.model, self.chat, self.concurrency = base_url.rstrip("/"), model, chat, concurrency
         self.retries, self.backoff, self.extra, self.continues = retries, backoff, extra or {}, not chat
+        self.echo = echo and not chat
         self.name = json.dumps([model, chat, self.extra], sort_keys=True)
         is_openai = base_url.startswith("https://api.openai.com/")  # nobody else is sent what the variable holds
         key = (api_key or (os.environ.get("OPENAI_API_KEY", "") if is_openai else "")).strip()
@@ -132,6 +141,37 @@ class OpenAIEndpoint:
         )
         self._reached = threading.Event()
 
+    @cached_property
+    def all_at_once(self) -> bool:
+        """Whether a prompt's own log-probabilities can be read; tried out, once, with two requests.
+
+        The same place is read with `echo` and as what follows the prompt. Some servers refuse the one, ignore it, leave
+        the log-probabilities out or shift them by a token; all these are warned of.
+
+        Raises:
+            PermissionError, ConnectionError, ValueError: as `answer`.
+        """
+        if not self.echo:
+            return False
+        pieces = tuple(simulation_prompt("numbers", ["one", " two"]))
+        alone = self.answer(Request(pieces[:1], top=3))
+        try:
+            echoed = self._ask(Request(pieces, top=5), min(self.retries, 2))  # a refusal may look like a failure
+        except (ValueError, OSError) as error:
+            echoed = {"problem": str(error)}
+        problem = alone.get("problem") or echoed.get("problem")
+        if not problem:
+            found = dict(echoed["next"][0])
+            if not all(abs(found.get(token, -math.inf) - value) < 0.5 for token, value in alone["next"][0]):
+                problem = "they differ from those of the same place at the end of a prompt"
+        if problem:
+            warnings.warn(
+                f"{self.url} does not give the log-probabilities of prompts ({problem}), so every token is a request. "
+                "echo=False does not try",
+                stacklevel=2,
+            )
+        return not problem
+
     def answer(self, request: Request) -> Answer:
         """Ask, again if need be, and read what comes.
 
@@ -140,23 +180,7 @@ class OpenAIEndpoint:
             ConnectionError: there is no server, or it keeps failing.
             ValueError: it does not know the model or refuses the request.
         """
-        body = {"model": self.model, "max_tokens": request.max_tokens, "temperature": request.temperature}
-        body |= {"messages": [{"role": "user", "content": request.text}]} if self.chat else {"prompt": request.text}
-        if request.top:
-            body |= {"logprobs": True, "top_logprobs": request.top} if self.chat else {"logprobs": request.top}
-        body = {
-            name: value for name, value in ({"seed": request.seed} | body | self.extra).items() if value is not None
-        }
-        response = self._post("/chat/completions" if self.chat else "/completions", body)
-        try:
-            held = response.json()
-        except (ValueError, RecursionError):
-            return {"problem": "the answer is not JSON"}
-        try:
-            choice = held["choices"][0]
-            return _read_next(choice) if request.top else _read_text(choice)
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
-            return {"problem": "the answer has another shape"}
+        return self._ask(request, self.retries)
 
     def count_tokens(self, text: str) -> int:
         """An estimate that needs no tokenizer: a token for each 8 letters of a word, 3 digits, or other character."""
@@ -172,8 +196,32 @@ class OpenAIEndpoint:
     def __exit__(self, *error) -> None:
         self.close()
 
-    def _post(self, path: str, body: dict) -> "httpx2.Response":
-        for attempt in range(self.retries + 1):
+    def _ask(self, request: Request, retries: int) -> Answer:
+        several = len(request.prompt) > 1
+        body = {"model": self.model, "max_tokens": request.max_tokens, "temperature": request.temperature}
+        body |= {"messages": [{"role": "user", "content": request.text}]} if self.chat else {"prompt": request.text}
+        if request.top:
+            body |= {"logprobs": True, "top_logprobs": request.top} if self.chat else {"logprobs": request.top}
+        if several:
+            body["echo"] = True
+        body = {
+            name: value for name, value in ({"seed": request.seed} | body | self.extra).items() if value is not None
+        }
+        response = self._post("/chat/completions" if self.chat else "/completions", body, retries)
+        try:
+            held = response.json()
+        except (ValueError, RecursionError):
+            return {"problem": "the answer is not JSON"}
+        try:
+            choice = held["choices"][0]
+            if several:
+                return _read_echoed(choice, request.prompt)
+            return _read_next(choice) if request.top else _read_text(choice)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+            return {"problem": "the answer has another shape"}
+
+    def _post(self, path: str, body: dict, retries: int) -> "httpx2.Response":
+        for attempt in range(retries + 1):
             wait = self.backoff * 2**attempt * random.uniform(0.75, 1)  # so that threads do not return together
             try:
                 response = self._client.post(self.url + path, json=body)
@@ -193,7 +241,7 @@ class OpenAIEndpoint:
                 if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
                     raise self._refusal(response.status_code, failure)
                 wait = max(wait, _retry_after(response.headers.get("Retry-After")))
-            if attempt == self.retries or wait > LONGEST_WAIT:
+            if attempt == retries or wait > LONGEST_WAIT:
                 break
             time.sleep(wait)
         asked = f" It asks to wait for {wait:.0f} s." if wait > LONGEST_WAIT else ""
@@ -238,6 +286,26 @@ def _read_next(choice: dict) -> Answer:
     else:
         pairs = logprobs["top_logprobs"][0].items()
     return {"next": [[[str(token), float(value)] for token, value in pairs]]}
+
+
+def _read_echoed(choice: dict, pieces: Sequence[str]) -> Answer:
+    """The likeliest tokens after each piece, in a choice that repeats the prompt.
+
+    Places are found by counting tabs: the servers' `text_offset` counts special tokens and parts of characters, or
+    is -1. The prompt ends at the last tab, before the one token that is new.
+    """
+    logprobs = choice["logprobs"]
+    if logprobs is None:
+        return {"problem": "the answer has no log-probabilities"}
+    tabs = accumulate(token.count("\t") for token in logprobs["tokens"])
+    after = {n: i for i, (token, n) in enumerate(zip(logprobs["tokens"], tabs, strict=True), 1) if token.endswith("\t")}
+    places = [after.get(n) for n in accumulate(piece.count("\t") for piece in pieces)]
+    if None in places or places[-1] != len(logprobs["top_logprobs"]) - 1:
+        return {"problem": "the answer does not repeat the prompt with a token that ends at each place"}
+    found = [logprobs["top_logprobs"][place] for place in places]
+    if None in found:
+        return {"problem": "the answer has no log-probabilities"}
+    return {"next": [[[str(token), float(value)] for token, value in pairs.items()] for pairs in found]}
 
 
 def _message(response: "httpx2.Response") -> str:

@@ -129,7 +129,7 @@ class LanguageModelSimulator(Asker):
     Over the numbers k among the likeliest next tokens, s = Σ k p(k) / Σ p(k); 0 where none is among them. The scale is
     0 to 9, since many tokenizers have two tokens for 10.
 
-    If the endpoint is not `all_at_once`, each token of each excerpt is a request.
+    If the endpoint is `all_at_once`, each excerpt is a request; else each token of each excerpt is.
 
     Attributes:
         top: how many likeliest next tokens to ask for; some servers allow no more than 5.
@@ -191,7 +191,10 @@ class LanguageModelSimulator(Asker):
         return simulated[None]
 
     def estimate_cost(self, explanations: TextExplanations, excerpts: Excerpts, tokenizer: Tokenizer) -> Cost:
-        """What `simulate` would ask, without asking; with `ten`, without the second questions, at most as many."""
+        """What `simulate` would ask, without asking more than a trial of what the endpoint can do.
+
+        With `ten`, the second questions are not counted; there is at most one for each token.
+        """
         chosen = select_neurons(excerpts, explanations.neurons)
         return self.estimate(request for _, request in self._requests(explanations, chosen, tokenizer))
 
