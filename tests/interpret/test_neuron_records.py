@@ -1,12 +1,16 @@
+import asyncio
 import json
 
 import pytest
+import torch
 from test_training import corpus, new_model
 
 from cratelab.corpora.tokens import WordEncoding
+from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record
 from cratelab.interpret.reading import NO_TOKEN
-from cratelab.interpret.records import collect_records
+from cratelab.interpret.records import Excerpts, collect_records
+from cratelab.interpret.scores import correlation, explained_deviation, explained_power
 
 WORDS = WordEncoding([f"w{i}" for i in range(19)])
 
@@ -16,16 +20,97 @@ def records():
     return collect_records(new_model(), corpus(n=300), window=6, n_top=4, n_random=3)
 
 
-def test_written_records_have_openais_fields(records, tmp_path):
+def is_list_of(kind):
+    return lambda value: isinstance(value, list) and all(map(kind, value))
+
+
+def is_a(kind):
+    return lambda value: type(value) is kind
+
+
+def has(name, **fields):
+    """Exactly these fields, in this order, with the name first."""
+    return lambda value: (
+        value["dataclass_name"] == name
+        and list(value) == ["dataclass_name", *fields]
+        and all(test(value[field]) for field, test in fields.items())
+    )
+
+
+def is_none(value):
+    return value is None
+
+
+# Source: the dataclasses NeuronRecord, NeuronId and ActivationRecord in neuron_explainer/activations/activations.py of
+# https://github.com/openai/automated-interpretability (0f08c3d), the same in neuron-explainer 0.0.1 on PyPI.
+IS_ACTIVATION_RECORD = has("ActivationRecord", tokens=is_list_of(is_a(str)), activations=is_list_of(is_a(float)))
+IS_NEURON_RECORD = has(
+    "NeuronRecord",
+    neuron_id=has("NeuronId", layer_index=is_a(int), neuron_index=is_a(int)),
+    random_sample=is_list_of(IS_ACTIVATION_RECORD),
+    random_sample_by_quantile=is_none,
+    quantile_boundaries=is_none,
+    mean=is_a(float),
+    variance=is_a(float),
+    skewness=is_none,
+    kurtosis=is_none,
+    most_positive_activation_records=is_list_of(IS_ACTIVATION_RECORD),
+)
+
+
+def test_written_records_have_openais_fields_and_no_others(records, tmp_path):
     write_neuron_record(records, 0, 7, WORDS, tmp_path / "7.json")
     held = json.loads((tmp_path / "7.json").read_text())
-    assert held["neuron_id"] == {"dataclass_name": "NeuronId", "layer_index": 0, "neuron_index": 7}
-    assert set(held) >= {"random_sample", "random_sample_by_quantile", "quantile_boundaries", "mean", "variance"}
-    assert set(held) >= {"skewness", "kurtosis", "most_positive_activation_records"}
+    assert IS_NEURON_RECORD(held)
+    assert held["neuron_id"]["layer_index"] == 0 and held["neuron_id"]["neuron_index"] == 7
+    assert len(held["random_sample"]) == 3 and len(held["most_positive_activation_records"]) == 4
     first = held["most_positive_activation_records"][0]
-    assert first["dataclass_name"] == "ActivationRecord" and len(first["tokens"]) == len(first["activations"])
     tokens = records.top.tokens[0, 7, 0]
     assert first["tokens"] == [f"w{token}" for token in tokens[tokens != NO_TOKEN].tolist()]
+    assert len(first["tokens"]) == len(first["activations"])
+
+
+def test_openais_package_reads_and_scores_them(records, tmp_path, monkeypatch):
+    """Explained by tokens, on their split of the excerpts; they and we find the same scores."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")  # they want to see one when imported
+    reason = "neuron-explainer is not installed"
+    activations = pytest.importorskip("neuron_explainer.activations.activations", reason=reason)
+    explanations = pytest.importorskip("neuron_explainer.explanations.explanations")
+    simulator = pytest.importorskip("neuron_explainer.explanations.simulator")
+    scoring = pytest.importorskip("neuron_explainer.explanations.scoring")
+    dataclasses = pytest.importorskip("neuron_explainer.fast_dataclasses")
+
+    (tmp_path / "0").mkdir()
+    write_neuron_record(records, 0, 7, WORDS, tmp_path / "0" / "7.json")
+    record = activations.load_neuron(0, 7, tmp_path.as_uri())
+    assert record.neuron_id == activations.NeuronId(layer_index=0, neuron_index=7)
+    assert record.max_activation == pytest.approx(float(records.maximum[0, 7]))
+    assert record.mean == float(records.mean[0, 7]) and record.variance == float(records.variance[0, 7])
+
+    (tmp_path / "back.json").write_bytes(dataclasses.dumps(record))  # and what they write we read
+    top, random = read_neuron_record(tmp_path / "back.json", WORDS)
+    explained, validation = top[[0]], top[[2]].join(random[[1]])
+    found = TokenExplainer().explain(explained)
+
+    class Tokens(simulator.NeuronSimulator):
+        async def simulate(self, tokens):
+            shown = torch.tensor([[[[WORDS.encode_ordinary(word)[0] for word in tokens]]]], dtype=torch.int32)
+            zeros = torch.zeros(1, 1, 1, dtype=torch.long)
+            values = found.simulate(Excerpts(shown, torch.zeros(shown.shape), zeros, zeros))[0].flatten().tolist()
+            scale = explanations.ActivationScale.SIMULATED_NORMALIZED_ACTIVATIONS
+            return explanations.SequenceSimulation(list(tokens), values, scale, [], [])
+
+    parts = activations.ActivationRecordSliceParams(n_examples_per_split=1)
+    assert record.train_activation_records(parts) == record.most_positive_activation_records[:1]
+    theirs = asyncio.run(scoring.simulate_and_score(Tokens(), record.valid_activation_records(parts)))
+    simulated, present = found.simulate(validation)[0], validation.tokens != NO_TOKEN
+    for measure, their_score in (
+        (correlation, theirs.ev_correlation_score),
+        (explained_power, theirs.rsquared_score),
+        (explained_deviation, theirs.absolute_dev_explained_score),
+    ):
+        ours = measure(*(values.flatten(2) for values in (validation.activations, simulated, present)))
+        assert float(ours) == pytest.approx(their_score, rel=1e-6)
 
 
 def test_they_come_back(records, tmp_path):
