@@ -177,7 +177,7 @@ class Asker:
         endpoint: the language model.
         cache: file of answers already given; None keeps none.
         prices: of a million prompt tokens and of a million completion tokens.
-        announce: is told the cost before anything is sent, and may raise to stop it.
+        announce: is told the cost before any of the questions is sent, and may raise to stop it.
     """
 
     endpoint: Endpoint

@@ -149,7 +149,7 @@ class OpenAIEndpoint:
         the log-probabilities out or shift them by a token; all these are warned of.
 
         Raises:
-            PermissionError, ConnectionError, ValueError: as `answer`.
+            ConnectionError: there is no server; the rest as `answer`.
         """
         if not self.echo:
             return False

@@ -1,5 +1,7 @@
 """Exchange with OpenAI's automated-interpretability: records as their `NeuronRecord` JSON, which their tools read.
 
+Tested with the package on PyPI, neuron-explainer 0.0.1: it loads a record, splits its excerpts and scores a simulation.
+
 Source: Bills et al. (2023), https://github.com/openai/automated-interpretability.
 """
 
