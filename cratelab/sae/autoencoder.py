@@ -1,0 +1,170 @@
+"""The auto-encoder, and its files, which SAELens reads too.
+
+An auto-encoder learns m features of the neurons x of one layer, usually more than there are neurons: their code is
+f = σ((x − b_dec) W_enc + b_enc), the reconstruction x̂ = f W_dec + b_dec. A layer of CRATE computes with its own code;
+this one has to be spliced in, and x̂ ≠ x.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cratelab.language_model import load_foreign, read_config
+from cratelab.record import write_json
+
+KINDS = {"relu": "standard", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}  # and what SAELens calls them in use
+
+
+@dataclass
+class SaeConfig:
+    """What an auto-encoder is, and how its code is kept sparse.
+
+    Attributes:
+        d_in: neurons that it reads.
+        expansion: m / d_in, features per neuron; 16 in the paper.
+        kind: "relu", trained with an L1 penalty (the paper's); "batchtopk", trained to have k active features a token
+            on average, and used with a threshold; "jumprelu", a threshold for each feature, read from files only.
+        l1: λ, the weight of the penalty Σ|f|; for "relu".
+        k: active features a token; for "batchtopk".
+    """
+
+    d_in: int
+    expansion: float = 16
+    kind: str = "relu"
+    l1: float = 8e-5
+    k: int = 32
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
+        if self.d_in < 1 or self.n_features < 1 or not self.l1 >= 0:
+            raise ValueError(
+                "an auto-encoder needs d_in and features of at least 1, and l1 >= 0; got "
+                f"d_in={self.d_in}, {self.n_features} features, l1={self.l1}"
+            )
+        if self.kind == "batchtopk" and not 1 <= self.k <= self.n_features:
+            raise ValueError(f"k must be 1 to {self.n_features}, the number of features; got {self.k}")
+
+    @property
+    def n_features(self) -> int:
+        """m."""
+        return round(self.d_in * self.expansion)
+
+
+class Sae(nn.Module):
+    """A sparse auto-encoder; parameters are named as in SAELens.
+
+    | tensor | shape | starts as |
+    |---|---|---|
+    | W_dec | (m, d_in) | random unit rows |
+    | W_enc | (d_in, m) | their transpose |
+    | b_enc, b_dec | (m,), (d_in,) | 0 |
+    | threshold, a buffer | (m,) | 0: below it a feature is off; for "relu" it stays there |
+    """
+
+    def __init__(self, config: SaeConfig):
+        super().__init__()
+        self.config = config
+        rows = F.normalize(torch.randn(config.n_features, config.d_in), dim=1)
+        self.W_enc = nn.Parameter(rows.mT.clone())
+        self.b_enc = nn.Parameter(torch.zeros(config.n_features))
+        self.W_dec = nn.Parameter(rows)
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        self.register_buffer("threshold", torch.zeros(config.n_features))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Neurons (..., d_in) to the code (..., m), at least 0.
+
+        Raises:
+            ValueError: `x` has another width.
+        """
+        pre = self.pre_activations(x)
+        return F.relu(pre) if self.config.kind == "relu" else F.relu(pre) * (pre > self.threshold)
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """(x − b_dec) W_enc + b_enc, (..., d_in) to (..., m)."""
+        if x.shape[-1] != self.config.d_in:
+            raise ValueError(f"the auto-encoder reads {self.config.d_in} neurons; got a tensor {tuple(x.shape)}")
+        return F.linear(x - self.b_dec, self.W_enc.mT, self.b_enc)
+
+    def decode(self, code: Tensor) -> Tensor:
+        """The code (..., m) to neurons (..., d_in)."""
+        return code @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction of neurons (..., d_in)."""
+        return self.decode(self.encode(x))
+
+    def save(self, folder: str | Path, **metadata) -> None:
+        """Write sae_weights.safetensors and cfg.json into `folder`, each whole or not at all, as SAELens 6 reads them.
+
+        Args:
+            folder: made if need be.
+            metadata: what else to say of it, such as model_name and hook_name.
+        """
+        folder, config = Path(folder), self.config
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "sae_weights.safetensors.part"
+        names = _tensor_names(config.kind)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items() if name in names}, part)
+        os.replace(part, folder / "sae_weights.safetensors")
+        about = {"sae_lens_version": "6.0.0", "cratelab": asdict(config)} | metadata  # without a version it is dropped
+        facts = dict(architecture=KINDS[config.kind], d_in=config.d_in, d_sae=config.n_features)
+        write_json(folder / "cfg.json", facts | _PLAIN | {"apply_b_dec_to_input": True, "metadata": about})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """The auto-encoder in a folder that `save` or SAELens wrote, in float32 on the CPU.
+
+        Raises:
+            FileNotFoundError: `folder` lacks cfg.json or sae_weights.safetensors.
+            ValueError: a file is damaged, the two do not fit, or they describe what this auto-encoder does not do.
+        """
+        folder = Path(folder)
+        cfg, file = read_config(folder / "cfg.json"), folder / "sae_weights.safetensors"
+        sae = cls(_read_sae_config(folder / "cfg.json", cfg))
+        weights = load_foreign(file)
+        expected = {name: tuple(sae.state_dict()[name].shape) for name in _tensor_names(sae.config.kind)}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if found != expected:
+            raise ValueError(f"{file} holds {found}; by {folder / 'cfg.json'} it should hold {expected}")
+        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{file} is damaged: not all numbers in {', '.join(bad)} are finite")
+        sae.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
+        if not cfg.get("apply_b_dec_to_input", True):
+            sae.b_enc.data += sae.b_dec.data @ sae.W_enc.data  # what we subtract is added beforehand
+        return sae
+
+
+_PLAIN = dict(dtype="float32", device="cpu", normalize_activations="none", reshape_activations="none")
+
+
+def _tensor_names(kind: str) -> list[str]:
+    return ["W_enc", "b_enc", "W_dec", "b_dec"] + ["threshold"] * (kind != "relu")
+
+
+def _read_sae_config(file: Path, cfg: dict) -> SaeConfig:
+    kinds = {"standard": "relu", "jumprelu": "jumprelu"}
+    architecture, d_in, d_sae = (cfg.get(name) for name in ("architecture", "d_in", "d_sae"))
+    if architecture not in kinds:
+        raise ValueError(f"{file} has the architecture {architecture!r}; this reads {' and '.join(kinds)}")
+    plain = dict(normalize_activations="none", reshape_activations="none", activation_fn_str="relu")
+    if changed := [f"{name}={cfg[name]!r}" for name, usual in plain.items() if cfg.get(name, usual) != usual]:
+        raise ValueError(f"{file} asks for what this auto-encoder does not do: {', '.join(changed)}")
+    if not all(isinstance(size, int) and size > 0 for size in (d_in, d_sae)):
+        raise ValueError(f"{file} must give d_in and d_sae as positive integers; got {d_in!r} and {d_sae!r}")
+    metadata = cfg.get("metadata")
+    ours = metadata.get("cratelab") if isinstance(metadata, dict) else None
+    try:
+        config = SaeConfig(**ours) if ours else SaeConfig(d_in, d_sae / d_in, kinds[architecture])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} describes no auto-encoder: {error}") from error
+    if (config.d_in, config.n_features, KINDS[config.kind]) != (d_in, d_sae, architecture):
+        raise ValueError(f"{file} contradicts itself: {config} and {architecture}, d_in={d_in}, d_sae={d_sae}")
+    return config

@@ -1,0 +1,166 @@
+"""What an auto-encoder keeps of the neurons and of the model's predictions, and how sparse its code is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.interpret.reading import Text, _pieces
+from cratelab.language_model import LanguageModel
+from cratelab.sae.autoencoder import Sae
+from cratelab.sae.splicing import splice
+
+
+@dataclass
+class SaeScores:
+    """One auto-encoder on one text. No number of these says much without the others.
+
+    Attributes:
+        l0: active features a token.
+        explained_variance: 1 − Σ‖x − x̂‖²/Σ‖x − x̄‖²; 0 for one that always returns the mean x̄.
+        ce_clean: nats a token of the model as it is.
+        ce_spliced: with the reconstruction in the place of this layer's neurons, the others as they are.
+        ce_zero: with zeros in their place.
+        density: (m,) float64, the share of tokens on which each feature is active.
+        n_tokens: tokens read.
+    """
+
+    l0: float
+    explained_variance: float
+    ce_clean: float
+    ce_spliced: float
+    ce_zero: float
+    density: Tensor
+    n_tokens: int
+
+    @property
+    def recovered(self) -> float:
+        """Loss recovered, (CE_zero − CE_spliced)/(CE_zero − CE_clean); NaN where zeros cost nothing."""
+        cost = self.ce_zero - self.ce_clean
+        return (self.ce_zero - self.ce_spliced) / cost if cost else float("nan")
+
+    @property
+    def dead(self) -> float:
+        """Share of features that are active on none of the `n_tokens`."""
+        return float((self.density == 0).double().mean())
+
+    def histogram(self) -> tuple[np.ndarray, np.ndarray]:
+        """Live features by density: how many in each bin, and the bins' edges in log10, a quarter of a decade apart."""
+        lowest = np.floor(-np.log10(self.n_tokens))
+        return np.histogram(self.density[self.density > 0].log10().cpu(), np.arange(lowest, 0.125, 0.25))
+
+
+@torch.no_grad()
+def evaluate_sae(
+    model: LanguageModel, corpus: TokenizedCorpus, saes: dict[int, Sae], n_tokens: int | None = None, batch: int = 16
+) -> dict[int, SaeScores]:
+    """Score the auto-encoder of each layer, spliced in alone; for several at once see `cross_entropy`.
+
+    Args:
+        model: on the device of the auto-encoders.
+        corpus: text that neither has seen; read as `cratelab.interpret.reading.watch_neurons` reads it.
+        saes: by layer, counted from 0.
+        n_tokens: read this many tokens at most.
+        batch: pieces at a time; the largest tensor is (batch, context, m).
+
+    Raises:
+        ValueError: the corpus has tokens that the model does not know, or an auto-encoder does not fit its layer.
+    """
+    with splice(model, saes):
+        pass  # raises before any work
+    clean, count, tallies = 0.0, 0, {layer: _Tally(sae) for layer, sae in saes.items()}
+    for text in _texts(model, corpus, n_tokens, batch):
+        clean += _nats(model, text)
+        count += int(text.present[:, 1:].sum())
+        for layer, tally in tallies.items():
+            with splice(model, {layer: tally}):
+                tally.spliced += _nats(model, text)
+            tally.update(text.present)
+            with splice(model, {layer: _Zero(tally.config)}):
+                tally.zero += _nats(model, text)
+    return {layer: tally.scores(clean, count) for layer, tally in tallies.items()}
+
+
+@torch.no_grad()
+def cross_entropy(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None = None, batch: int = 16) -> float:
+    """Nats a token, given those before it in its piece of the document; `splice` around it prices any splice.
+
+    Args:
+        model: on any device.
+        corpus: read as `evaluate_sae` reads it.
+        n_tokens: read this many tokens at most.
+        batch: pieces at a time.
+
+    Raises:
+        ValueError: the corpus has tokens that the model does not know.
+    """
+    texts = ((_nats(model, text), int(text.present[:, 1:].sum())) for text in _texts(model, corpus, n_tokens, batch))
+    nats, counts = zip(*texts, strict=True)
+    return sum(nats) / sum(counts)
+
+
+def _texts(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None, batch: int) -> Iterator[Text]:
+    """All pieces, the longest first, which leaves less padding."""
+    if corpus.n_vocab > model.config.vocab_size:
+        raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
+    total = min(n_tokens or len(corpus), len(corpus))
+    pieces = sorted(_pieces(corpus, model.config.context, True, total), key=lambda piece: piece[0] - piece[1])
+    for first in range(0, len(pieces), batch):
+        yield Text(corpus, pieces[first : first + batch], 1, model.token_embedding.weight.device)
+
+
+def _nats(model: LanguageModel, text: Text) -> float:
+    """Of all tokens of the text but the first of each piece, together."""
+    logits = model(text.tokens.clamp(min=0))[:, :-1]
+    nats = F.cross_entropy(logits.mT.float(), text.tokens[:, 1:], ignore_index=-1, reduction="none")
+    return float(nats.sum(dtype=torch.float64))
+
+
+class _Tally:
+    """Stands for an auto-encoder, and sums up what it does in double precision."""
+
+    def __init__(self, sae: Sae):
+        self.sae, self.config, self.decode = sae, sae.config, sae.decode
+        self.spliced = self.zero = 0.0
+        self.n, zeros = 0, sae.b_dec.new_zeros(sae.config.d_in, dtype=torch.float64)
+        self.sum, self.squares, self.errors = zeros, zeros.clone(), zeros.clone()
+        self.active = zeros.new_zeros(sae.config.n_features)
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.x, self.code = x, self.sae.encode(x)
+        return self.code
+
+    def update(self, present: Tensor) -> None:
+        """Take in what was encoded last, where there is text."""
+        x, code = self.x[present], self.code[present]
+        self.n += len(x)
+        self.sum += x.double().sum(0)
+        self.squares += x.double().square().sum(0)
+        self.errors += (x - self.decode(code)).double().square().sum(0)
+        self.active += (code > 0).sum(0)
+
+    def scores(self, clean: float, count: int) -> SaeScores:
+        variance = float((self.squares - self.sum.square() / self.n).sum())
+        return SaeScores(
+            l0=float(self.active.sum()) / self.n,
+            explained_variance=1 - float(self.errors.sum()) / variance if variance else float("nan"),
+            ce_clean=clean / count,
+            ce_spliced=self.spliced / count,
+            ce_zero=self.zero / count,
+            density=self.active / self.n,
+            n_tokens=self.n,
+        )
+
+
+class _Zero:
+    """Stands for an auto-encoder that returns zeros."""
+
+    def __init__(self, config):
+        self.config = config
+
+    encode = staticmethod(torch.Tensor.clone)
+    decode = staticmethod(torch.zeros_like)

@@ -1,0 +1,56 @@
+"""Putting an auto-encoder into a model, in the place of a layer's neurons."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from cratelab.language_model import LanguageModel
+from cratelab.sae.autoencoder import Sae
+
+
+@contextmanager
+def splice(model: LanguageModel, saes: dict[int, Sae], error_term: bool = False) -> Iterator[None]:
+    """Inside, reconstructions stand in place of neurons, and `block.neurons` sees the auto-encoder's code (b, n, m).
+
+    Whatever reads or edits `model.blocks[layer].neurons` then reads or edits features: `collect_records` (which needs
+    equally many in all layers), `match_concepts`, hooks. Hooks set before see the neurons, as before.
+
+    Args:
+        model: any model whose blocks have a `neurons` site; `generate` works inside as outside.
+        saes: of each layer, counted from 0, to be spliced, its auto-encoder, on the device of `model`.
+        error_term: add what the reconstruction lacks: x' = Dec(f') + (x − Dec(f)), f' the code after any edit, so that
+            to edit nothing changes nothing, to rounding.
+
+    Raises:
+        ValueError: there is no such layer, or its neurons are not as many as the auto-encoder reads.
+    """
+    width = model.config.expansion * model.config.width
+    for layer, sae in saes.items():
+        if not 0 <= layer < len(model.blocks):
+            raise ValueError(f"the model has the layers 0 to {len(model.blocks) - 1}; got {layer}")
+        if sae.config.d_in != width:
+            raise ValueError(f"layer {layer} has {width} neurons, its auto-encoder reads {sae.config.d_in}")
+    sites = {layer: model.blocks[layer].neurons for layer in saes}
+    try:
+        for layer, sae in saes.items():
+            model.blocks[layer].neurons = _Spliced(sae, sites[layer], error_term)
+        yield
+    finally:
+        for layer, site in sites.items():
+            model.blocks[layer].neurons = site
+
+
+class _Spliced(nn.Identity):
+    """An identity on the code, so that hooks see that, within a call that takes and returns neurons."""
+
+    def __init__(self, sae: Sae, site: nn.Module, error_term: bool):
+        super().__init__()
+        self.site, self.error_term = site, error_term
+        self.encode, self.decode = sae.encode, sae.decode  # not `sae` itself: its weights are none of the model's
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.site(x)
+        code = self.encode(x)
+        error = x - self.decode(code) if self.error_term else 0
+        return self.decode(super().__call__(code)) + error

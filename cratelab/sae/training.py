@@ -1,0 +1,375 @@
+"""Training auto-encoders, one for each layer side by side, in one stream of the model's activations.
+
+Nothing random has a state: which text is read, and in which order its tokens are served, is drawn anew from
+`[seed, number of the block]`. So a training that was killed goes on to the same weights, bit for bit on one CPU.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.interpret.reading import _pieces, watch_neurons
+from cratelab.language_model import LanguageModel, load_foreign, read_config
+from cratelab.record import provenance, write_json
+from cratelab.sae.autoencoder import Sae, SaeConfig
+from cratelab.sae.evaluation import SaeScores, evaluate_sae
+from cratelab.training import Diverged
+
+
+@dataclass
+class SaeRecipe:
+    """How to train auto-encoders.
+
+    Attributes:
+        max_tokens: where training ends at the latest.
+        batch: tokens a step.
+        learning_rate: Adam's, constant.
+        buffer: tokens whose activations are held; half of it is read at a time.
+        resample_at: when dead features are born again, as shares of `max_tokens`.
+        evaluations: how many, evenly over `max_tokens`; after each there is a checkpoint.
+        validation_tokens: read in each.
+        least_gain: training ends when over its last quarter no layer's recovered loss has gained this much, nor has its
+            training loss fallen by this share. The first alone would end it too early: recovered loss of small models
+            nears 1 long before the code is sparse.
+        seed: of the weights, the text and its order.
+    """
+
+    max_tokens: int = 1_000_000
+    batch: int = 1024
+    learning_rate: float = 4e-4
+    buffer: int = 65_536
+    resample_at: tuple[float, ...] = (0.1, 0.2, 0.5, 0.75)
+    evaluations: int = 16
+    validation_tokens: int = 8192
+    least_gain: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self):
+        self.resample_at = tuple(self.resample_at)
+        for name in "max_tokens", "batch", "buffer", "evaluations", "validation_tokens":
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"the learning rate must be positive; got {self.learning_rate}")
+
+
+@dataclass
+class SaeTraining:
+    """What `train_saes` returns.
+
+    Attributes:
+        saes: by layer.
+        curve: one dict for each evaluation and layer: tokens, layer, loss (mean since the last), l0,
+            explained_variance, recovered, dead and threshold, on the validation text.
+        stopped: why training ended.
+    """
+
+    saes: dict[int, Sae]
+    curve: list[dict]
+    stopped: str
+
+
+def train_saes(
+    model: LanguageModel,
+    training: TokenizedCorpus,
+    validation: TokenizedCorpus,
+    config: SaeConfig,
+    layers: Sequence[int] | None = None,
+    recipe: SaeRecipe | None = None,
+    run_dir: str | Path | None = None,
+) -> SaeTraining:
+    """Train one auto-encoder on the neurons of each layer. With a `run_dir` a killed call goes on where it stopped.
+
+    For "relu" the loss is that of the paper, the mean over tokens of ‖x̂ − x‖²/‖x‖² + λ Σ|f|; for "batchtopk" its first
+    term alone, with the k·n largest of the n tokens' codes kept. ‖x‖² counts as no less than a hundredth of its mean,
+    so that silent tokens do not rule. Rows of W_dec keep unit length: the part of the gradient along them is removed.
+
+    Args:
+        model: any, on any device; its weights stay as they are.
+        training: pieces of its documents are drawn at random, with replacement.
+        validation: text for the curve and the decision to stop.
+        config: of every layer's auto-encoder.
+        layers: counted from 0; all unless given.
+        recipe: how.
+        run_dir: folder for `run.json`, the latest `checkpoint.safetensors` and, in the end, `layer-0`, …, to be read by
+            `Sae.load` or SAELens. Without one, nothing is written.
+
+    Raises:
+        ValueError: model, corpora and configuration do not fit one another, or `run_dir` holds another run.
+        Diverged: the loss is no finite number; the latest checkpoint is from before.
+    """
+    recipe = recipe or SaeRecipe()
+    layers = list(range(len(model.blocks)) if layers is None else layers)
+    _check(model, training, validation, config, layers)
+    pieces = np.array(list(_pieces(training, model.config.context, True, len(training))))
+    learners = _new_learners(model, config, layers, recipe)
+    run = _Run(Path(run_dir), model, training, validation, config, layers, recipe) if run_dir else None
+    state = run.resume(learners) if run else None
+    state = state or {"block": 0, "tokens": 0, "curve": [], "stopped": ""}
+
+    def read(block: int) -> Tensor:
+        return _read_block(model, training, pieces, layers, recipe, block)
+
+    if not state["stopped"]:
+        old = read(state["block"])
+        if state["block"] == 0:
+            for learner, x in zip(learners, old, strict=True):
+                learner.sae.b_dec.data = x.mean(0)
+    losses: list[Tensor] = []
+    with tqdm(total=recipe.max_tokens, initial=state["tokens"], unit="token", unit_scale=True, disable=None) as bar:
+        while not state["stopped"]:
+            new, before = read(state["block"] + 1), state["tokens"]
+            late, early = old[:, old.shape[1] // 2 :], new[:, : new.shape[1] // 2]
+            steps = max(1, (late.shape[1] + early.shape[1]) // recipe.batch)
+            for halves in zip(late.tensor_split(steps, 1), early.tensor_split(steps, 1), strict=True):
+                batch = torch.cat(halves, 1)
+                losses.append(torch.stack([learner.step(x) for learner, x in zip(learners, batch, strict=True)]))
+                state["tokens"] += batch.shape[1]
+                bar.update(batch.shape[1])
+            state["block"] += 1
+            mean_loss = torch.stack(losses).mean(0)
+            if not mean_loss.isfinite().all():
+                raise Diverged(
+                    f"after {state['tokens']} tokens the losses of layers {layers} are {mean_loss.tolist()}: "
+                    "a lower learning rate often helps"
+                    + (f"; {run.file} is from before" if run and run.file.is_file() else "")
+                )
+            old = new
+
+            evaluations = [(i + 1) / recipe.evaluations for i in range(recipe.evaluations)]
+            due, reborn = (
+                any(before < share * recipe.max_tokens <= state["tokens"] for share in shares)
+                for shares in (evaluations, recipe.resample_at)
+            )
+            if due:
+                saes = {layer: learner.sae for layer, learner in zip(layers, learners, strict=True)}
+                scores = evaluate_sae(model, validation, saes, recipe.validation_tokens)
+                for layer, loss in zip(layers, mean_loss.tolist(), strict=True):
+                    state["curve"].append(_row(state["tokens"], layer, loss, scores[layer], saes[layer]))
+                losses.clear()
+                state["stopped"] = _reason_to_stop(state["curve"], recipe)
+            if reborn and not state["stopped"]:
+                draw = np.random.default_rng([recipe.seed, 1, state["block"]])
+                for learner, x in zip(learners, old, strict=True):
+                    learner.resample(x, recipe.max_tokens // 20, draw)
+            if due and run:
+                run.checkpoint(learners, state)
+    saes = {layer: learner.sae.eval() for layer, learner in zip(layers, learners, strict=True)}
+    if run:
+        run.finish(saes, model)
+    return SaeTraining(saes, state["curve"], state["stopped"])
+
+
+class _Learner:
+    """An auto-encoder, its optimizer, and for how many tokens each feature has been silent."""
+
+    def __init__(self, sae: Sae, learning_rate: float):
+        self.sae, self.idle = sae, torch.zeros_like(sae.threshold)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=learning_rate, fused=True)
+
+    def step(self, x: Tensor) -> Tensor:
+        """One update on the tokens (n, d_in); the loss before it."""
+        sae = self.sae
+        loss, code = self.loss(x)
+        self.optimizer.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            along = (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True)
+            sae.W_dec.grad -= along * sae.W_dec
+            self.optimizer.step()
+            F.normalize(sae.W_dec, dim=1, out=sae.W_dec)
+            self.idle += len(x)
+            self.idle[(code > 0).any(0)] = 0
+        return loss.detach()
+
+    def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `train_saes` minimises, and the code (n, m)."""
+        code = F.relu(self.sae.pre_activations(x))
+        if self.sae.config.kind == "batchtopk":
+            code = self.keep_largest(code)
+        size = x.square().sum(1)
+        errors = (self.sae.decode(code) - x).square().sum(1)
+        loss = (errors / size.clamp(min=float(size.mean()) / 100)).mean()
+        if self.sae.config.kind == "relu":
+            loss = loss + self.sae.config.l1 * code.sum() / len(x)
+        return loss, code
+
+    def keep_largest(self, code: Tensor) -> Tensor:
+        """All but the k·n largest entries set to 0. The value they exceed, averaged, is the threshold in use."""
+        n_kept = min(self.sae.config.k * len(code), code.numel() - 1)
+        floor = code.detach().flatten().topk(n_kept + 1, sorted=False).values.min()
+        threshold = self.sae.threshold
+        threshold.lerp_(floor, 0.01) if threshold[0] > 0 else threshold.fill_(floor)
+        return F.threshold(code, float(floor), 0.0)
+
+    @torch.no_grad()
+    def resample(self, x: Tensor, patience: int, draw: np.random.Generator) -> None:
+        """Let features silent for `patience` tokens point at inputs that are badly reconstructed."""
+        dead = (self.idle >= patience).nonzero()[:, 0]
+        errors = (self.sae(x) - x).square().sum(1).double()
+        share = errors.square() / errors.square().sum()
+        if not len(dead) or not share.isfinite().all():
+            return
+        chosen = torch.from_numpy(draw.choice(len(x), len(dead), p=share.cpu().numpy())).to(x.device)
+        rows = F.normalize(x[chosen] - self.sae.b_dec, dim=1)
+        live = self.sae.W_enc.norm(dim=0)[self.idle < patience]
+        self.sae.W_dec[dead] = rows
+        self.sae.W_enc[:, dead] = 0.2 * (live.mean() if len(live) else 1.0) * rows.mT
+        self.sae.b_enc[dead] = 0
+        self.idle[dead] = 0
+        for parameter, state in self.optimizer.state.items():
+            for moment in state["exp_avg"], state["exp_avg_sq"]:
+                if parameter is not self.sae.b_dec:
+                    moment[(slice(None), dead) if parameter is self.sae.W_enc else dead] = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the state: the auto-encoder, Adam's moments, and the silence."""
+        held = self.sae.state_dict() | {"idle": self.idle}
+        moments = self.optimizer.state_dict()["state"]
+        return held | {f"adam.{i}.{name}": value for i in moments for name, value in moments[i].items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `tensors` gave."""
+        self.sae.load_state_dict({name: tensors[name] for name in self.sae.state_dict()})
+        self.idle.copy_(tensors["idle"])
+        names = "step", "exp_avg", "exp_avg_sq"
+        state = {i: {name: tensors[f"adam.{i}.{name}"] for name in names} for i in range(4)}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+
+def _new_learners(model: LanguageModel, config: SaeConfig, layers: Iterable[int], recipe: SaeRecipe) -> list[_Learner]:
+    device = model.token_embedding.weight.device
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return [_Learner(Sae(config).to(device), recipe.learning_rate) for _ in layers]
+
+
+def _read_block(
+    model: LanguageModel, corpus: TokenizedCorpus, pieces: np.ndarray, layers: list[int], recipe: SaeRecipe, block: int
+) -> Tensor:
+    """Activations (l, n, d_in) of half a buffer of random pieces of text, in random order."""
+    draw = np.random.default_rng([recipe.seed, 0, block])
+    drawn = pieces[draw.integers(len(pieces), size=max(1, recipe.buffer // 2 // model.config.context))]
+    tokens = np.concatenate([corpus[start:stop] for start, stop in drawn])
+    document = np.repeat(np.arange(len(drawn)), drawn[:, 1] - drawn[:, 0])
+    text_drawn = TokenizedCorpus.from_arrays(tokens, document, ["drawn"] * len(drawn), corpus.n_vocab)
+    device = model.token_embedding.weight.device
+    order = torch.from_numpy(draw.permutation(len(tokens))).to(device)
+    held = torch.empty(len(layers), len(tokens), model.config.expansion * model.config.width, device=device)
+    at = 0
+    for text, neurons in watch_neurons(model, text_drawn, batch=16, ahead=len(drawn)):
+        places = order[at : at + int(text.present.sum())]
+        for each, layer in zip(held, layers, strict=True):
+            each[places] = neurons[layer][text.present].float()
+        at += len(places)
+    return held
+
+
+def _row(tokens: int, layer: int, loss: float, scores: SaeScores, sae: Sae) -> dict:
+    names = "l0", "explained_variance", "recovered", "dead"
+    measured = {name: getattr(scores, name) for name in names}
+    return {"tokens": tokens, "layer": layer, "loss": loss} | measured | {"threshold": float(sae.threshold[0])}
+
+
+def _reason_to_stop(curve: list[dict], recipe: SaeRecipe) -> str:
+    """Empty while there is none."""
+    tokens = curve[-1]["tokens"]
+    if tokens >= recipe.max_tokens:
+        return f"all {tokens} tokens were read"
+    then = {row["layer"]: row for row in curve if row["tokens"] <= 0.75 * tokens}
+    if tokens < recipe.max_tokens / 4 or not then:
+        return ""
+    now = {row["layer"]: row for row in curve}
+    gains = [now[i]["recovered"] - then[i]["recovered"] for i in now]
+    falls = [1 - now[i]["loss"] / then[i]["loss"] for i in now]
+    if max(gains + falls) >= recipe.least_gain:
+        return ""
+    return (
+        f"in the last quarter of {tokens} tokens recovered loss gained {max(gains):.2%} at most, "
+        f"and the training loss fell by {max(falls):.2%} at most"
+    )
+
+
+def _check(model: LanguageModel, training, validation, config: SaeConfig, layers: list[int]) -> None:
+    width = model.config.expansion * model.config.width
+    if config.kind == "jumprelu":
+        raise ValueError('"jumprelu" is read from files, not trained: choose "relu" or "batchtopk"')
+    if config.d_in != width:
+        raise ValueError(f"the model has {width} neurons a layer, the auto-encoder reads {config.d_in}")
+    if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < len(model.blocks) for layer in layers):
+        raise ValueError(f"layers must be some of 0 to {len(model.blocks) - 1}, each once; got {layers}")
+    for name, corpus in ("training", training), ("validation", validation):
+        if corpus.n_vocab > model.config.vocab_size:
+            raise ValueError(
+                f"the {name} corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}"
+            )
+
+
+class _Run:
+    """The folder of one training."""
+
+    def __init__(self, path: Path, model: LanguageModel, training, validation, config, layers, recipe):
+        self.path, self.file = path, path / "checkpoint.safetensors"
+        weights = hashlib.sha256()
+        for name, tensor in sorted(model.state_dict().items()):
+            weights.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        facts = {
+            "model": {"model": model.kind, **asdict(model.config), "sha256": weights.hexdigest()},
+            "training": training.facts(),
+            "validation": validation.facts(),
+            "sae": asdict(config) | {"layers": layers},
+            "recipe": asdict(recipe) | {"resample_at": list(recipe.resample_at)},
+        }
+        if (path / "run.json").is_file():
+            begun = read_config(path / "run.json")
+            for part, ours in facts.items():
+                theirs = begun.get(part) or {}
+                if differing := [f"{k} was {theirs.get(k)}, now {ours[k]}" for k in ours if theirs.get(k) != ours[k]]:
+                    raise ValueError(
+                        f"{path} holds a run with another {part} ({', '.join(differing)}): choose another folder"
+                    )
+        elif path.is_dir() and any(path.iterdir()):
+            raise ValueError(f"{path} is not empty and holds no run: choose another folder")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "run.json", facts | {"provenance": provenance()})
+
+    def resume(self, learners: list[_Learner]) -> dict | None:
+        """Load the latest checkpoint, if any; where in the stream it is."""
+        if not self.file.is_file():
+            return None
+        tensors = load_foreign(self.file)
+        try:
+            with safe_open(self.file, "pt") as opened:
+                state = json.loads(opened.metadata()["state"])
+            for i, learner in enumerate(learners):
+                mine = {name.removeprefix(f"{i}/"): held for name, held in tensors.items() if name.startswith(f"{i}/")}
+                learner.load(mine)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.file} is no checkpoint of this run: {error}; remove it to begin anew") from error
+        return state
+
+    def checkpoint(self, learners: list[_Learner], state: dict) -> None:
+        part = self.path / "checkpoint.safetensors.part"
+        tensors = {
+            f"{i}/{name}": held.contiguous() for i, each in enumerate(learners) for name, held in each.tensors().items()
+        }
+        save_file(tensors, part, {"state": json.dumps(state)})
+        os.replace(part, self.file)
+
+    def finish(self, saes: dict[int, Sae], model: LanguageModel) -> None:
+        for layer, sae in saes.items():
+            sae.save(self.path / f"layer-{layer}", model_name=model.kind, hook_name=f"blocks.{layer}.neurons")
