@@ -20,7 +20,7 @@ from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.reading import watch_neurons
 from cratelab.language_model import LanguageModel
 
-CHUNK = 2**22  # logits at a time: what a cache holds
+CHUNK = 2**20  # logits at a time: what a cache holds
 
 
 @dataclass(eq=False)

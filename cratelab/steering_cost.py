@@ -1,0 +1,306 @@
+"""What steering costs: how far a neuron lifts the tokens it stands for, and how much it changes everything else.
+
+An arm is a model and what is spliced into it: CRATE; GPT-2; GPT-2 with an auto-encoder; the same with the error term.
+Each of its neurons is set, at every position, to growing multiples of its own maximum, as in the paper: unlike an
+addition this leaves no trace of the text in the neuron. With T a set of tokens fixed beforehand, p the model
+with nothing spliced in and nothing steered, which is the reference of all arms, and p′ the arm, steered:
+
+- the lift is the mean of log p′(T) − log p(T),
+- the off-target divergence is the mean of KL(p(·|∉T) ‖ p′(·|∉T)),
+
+both in nats, over all positions of the contexts. An arm that changes the model before anything is steered, as an
+auto-encoder without error term does, pays for that in both.
+
+    maxima = neuron_maxima(model, corpus)[layer]                       # inside the splice, if there is one, as all
+    neurons = draw_live(maxima, 100)                                   # that is asked of the arm's own neurons
+    targets = most_raised(direct_effect(model, layer, neurons), 10, corpus.n_vocab)
+    controls = control_tokens(targets, token_counts(corpus, v))
+    frontier(model, contexts, layer, neurons, maxima[neurons], targets, controls, within=lambda: splice(model, …))
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.interpret.concepts import Concepts
+from cratelab.interpret.explainers import SuffixExplanations
+from cratelab.language_model import LanguageModel
+from cratelab.steering import logits_when_set
+
+STRENGTHS = 0.5, 1.0, 2.0, 4.0, 8.0
+
+
+@dataclass
+class Frontier:
+    """What is reached and what it costs, for m neurons of an arm at s strengths. Float64, in nats, on the CPU.
+
+    Attributes:
+        lift: (1 + s, m) of the target tokens; the first row, as below, is the arm with nothing steered.
+        control_lift: (1 + s, m) of the control tokens.
+        off_target: (1 + s, m) divergence on the tokens that are no targets.
+        loss_penalty: cross-entropy of the arm with nothing steered, less that of the clean model.
+        kl_penalty: KL from the clean model to the arm with nothing steered.
+    """
+
+    lift: Tensor
+    control_lift: Tensor
+    off_target: Tensor
+    loss_penalty: float
+    kl_penalty: float
+
+    def cost_at(self, lift: float) -> Tensor:
+        """(m,) off-target divergence where each neuron first reaches a lift, linear between strengths.
+
+        It is infinite for a neuron that does not reach it, so that a median over neurons takes all of them into
+        account; the share of infinite costs is to be reported beside it.
+        """
+        reached = self.lift >= lift
+        after = reached.int().argmax(0, keepdim=True)
+        before = (after - 1).clamp(min=0)
+        low, high = (self.lift.gather(0, row)[0] for row in (before, after))
+        share = torch.where(after[0] > 0, (lift - low) / (high - low), 1.0)
+        cost = torch.lerp(*(self.off_target.gather(0, row)[0] for row in (before, after)), share)
+        return cost.masked_fill(~reached.any(0), torch.inf)
+
+    def mean_cost(self, lift: float, n: int = 50) -> Tensor:
+        """(m,) area under the frontier from no lift to `lift`, divided by `lift`; infinite as in `cost_at`."""
+        costs = torch.stack([self.cost_at(i * lift / n) for i in range(n + 1)])
+        return (costs[1:] + costs[:-1]).mean(0) / 2
+
+
+@torch.no_grad()
+def frontier(
+    model: LanguageModel,
+    contexts: Tensor,
+    layer: int,
+    neurons: Tensor,
+    maxima: Tensor,
+    targets: Tensor,
+    controls: Tensor,
+    strengths: Sequence[float] = STRENGTHS,
+    within: Callable[[], AbstractContextManager] = nullcontext,
+    batch: int = 4,
+) -> Frontier:
+    """Set each of m neurons to multiples of its maximum, at every position, and measure.
+
+    Args:
+        model: with nothing spliced in.
+        contexts: (c, n) tokens to steer on.
+        layer: of the neurons.
+        neurons: (m,) integers.
+        maxima: (m,) their maxima.
+        targets: (m, v) bool, tokens to be lifted, fixed beforehand.
+        controls: (m, v) bool, other tokens, such as equally frequent ones.
+        strengths: rising multiples of the maximum.
+        within: makes a context inside which the model is the arm, such as `lambda: splice(model, {layer: sae})`.
+        batch: contexts at a time.
+
+    Raises:
+        ValueError: targets or controls are not (m, v) bool with some and not all tokens for each neuron.
+    """
+    shape = len(neurons), model.config.vocab_size
+    for name, tokens in ("targets", targets), ("controls", controls):
+        if tokens.shape != shape or tokens.dtype != torch.bool:
+            raise ValueError(f"{name} must be {shape} bool; got {tuple(tokens.shape)} {tokens.dtype}")
+        if (useless := ~tokens.any(1) | tokens.all(1)).any():
+            rows = useless.nonzero()[:, 0].tolist()
+            raise ValueError(f"{name} must name some and not all tokens for each neuron; leave out rows {rows}")
+    targets, controls = targets.to(contexts.device), controls.to(contexts.device)
+    values = torch.outer(torch.tensor(strengths, device=maxima.device), maxima)
+    sums = torch.zeros(3, 1 + len(values), len(neurons), dtype=torch.float64, device=contexts.device)
+    loss_penalty, kl_penalty = 0.0, 0.0
+    for tokens in contexts.split(batch):
+        clean = model(tokens).log_softmax(-1)
+        with within():
+            plain = model(tokens).log_softmax(-1)
+            unsteered = repeat(torch.stack([clean, plain]), "r b n v -> r m b n v", m=len(neurons))
+            for some, logits in logits_when_set(model, tokens, layer, neurons, values):
+                logits = torch.cat([unsteered[:, some], logits])
+                sums[:, :, some] += _measure(logits, targets[some], controls[some]).sum((3, 4), dtype=torch.float64)
+        kl_penalty += float((clean.exp() * (clean - plain)).sum(dtype=torch.float64))
+        loss_penalty += float((clean - plain)[:, :-1].gather(2, tokens[:, 1:, None]).sum(dtype=torch.float64))
+    n_contexts, n = contexts.shape
+    means = (sums / contexts.numel()).cpu()
+    return Frontier(*means, loss_penalty / (n_contexts * (n - 1)), kl_penalty / contexts.numel())
+
+
+def _measure(logits: Tensor, targets: Tensor, controls: Tensor) -> Tensor:
+    """Lift, control lift and off-target divergence from the clean model's logits, the first of (1 + s, m, b, n, v).
+
+    The result is (3, s, m, b, n). The targets' logits are overwritten, which spares passes over the largest tensor.
+    """
+    targets, are_targets = _lists(targets)
+    controls, are_controls = _lists(controls)
+
+    def log_mass(tokens: Tensor, valid: Tensor) -> Tensor:
+        return logits.gather(-1, tokens.expand(*logits.shape[:-1], -1)).masked_fill(~valid, -torch.inf).logsumexp(-1)
+
+    lifted, control = log_mass(targets, are_targets), log_mass(controls, are_controls)
+    logits.scatter_(-1, targets.expand(*logits.shape[:-1], -1), -1e9)  # no target left: 0 after exp, and 0 times finite
+    conditional = logits.softmax(-1)
+    others = logits.amax(-1) - conditional.amax(-1).log()  # logsumexp, for less than half the time of torch's
+    entropy = others - torch.linalg.vecdot(conditional[:1], logits)  # cross-entropy with the clean model's p(·|∉T)
+    everything = torch.logaddexp(lifted, others)
+    measured = torch.stack([lifted - everything, control - everything, entropy])
+    return measured[:, 1:] - measured[:, :1]
+
+
+def _lists(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (m, v) bool as numbers (m, 1, 1, k), filled up with the first, and which are no filling."""
+    valid, numbers = tokens.int().topk(int(tokens.sum(1).max()), 1)
+    numbers = torch.where(valid > 0, numbers, numbers[:, :1])
+    return rearrange(numbers, "m k -> m 1 1 k"), rearrange(valid > 0, "m k -> m 1 1 k")
+
+
+def draw_live(maxima: Tensor, n: int, seed: int = 0) -> Tensor:
+    """At most n of the neurons (h,) whose maximum is positive, drawn at random, ascending."""
+    live = (maxima > 0).nonzero()[:, 0].cpu().numpy()
+    drawn = np.random.default_rng(seed).permutation(live)[:n]
+    return torch.from_numpy(np.sort(drawn)).to(maxima.device)
+
+
+def most_raised(effects: Tensor, n: int, n_vocab: int) -> Tensor:
+    """The n tokens below `n_vocab` with the largest effect for each neuron, (m, v) to (m, v) bool.
+
+    Rows of the unembedding from `n_vocab` on only fill it up: no text holds their tokens.
+    """
+    return torch.zeros_like(effects, dtype=torch.bool).scatter_(1, effects[:, :n_vocab].topk(n, 1).indices, True)
+
+
+def named_tokens(explanations: SuffixExplanations, layer: int, neurons: Tensor, n: int, v: int) -> Tensor:
+    """The n tokens that each neuron's explanation by `TokenExplainer` names first, or fewer: (m, v) bool."""
+    own, tokens = explanations.keys[0] // explanations.base, explanations.keys[0] % explanations.base
+    row = torch.full(explanations.shape, -1)
+    row[layer, neurons.cpu()] = torch.arange(len(neurons))
+    row = row.flatten()
+    mine = row[own] >= 0
+    means = torch.zeros(len(neurons), v, dtype=torch.float64)
+    means[row[own[mine]], tokens[mine]] = explanations.means[0][mine]
+    top = means.topk(n, 1)
+    return torch.zeros_like(means, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
+
+
+def concept_tokens(concepts: Concepts, corpus: TokenizedCorpus, which: Tensor, v: int) -> Tensor:
+    """The tokens that have a concept more often than not in a corpus, (m, v) bool for the concepts `which` (m,).
+
+    Concepts of context, such as "inside a quotation", may have none.
+    """
+    stream = torch.from_numpy(corpus[:].astype(np.int64))
+    counts = torch.zeros(v, len(which)).index_add_(0, stream, concepts.truth[:, which.cpu()].float())
+    return counts.mT > token_counts(corpus, v) / 2
+
+
+def token_counts(corpus: TokenizedCorpus, v: int) -> Tensor:
+    """(v,) how often each token stands in a corpus that fits into memory."""
+    return torch.from_numpy(np.bincount(corpus[:], minlength=v))
+
+
+def control_tokens(targets: Tensor, counts: Tensor, n_bins: int = 20, seed: int = 0) -> Tensor:
+    """Random tokens that are no targets, as many and as frequent as the targets of each neuron, (m, v) bool.
+
+    The vocabulary is ordered by frequency and cut into equal bins. From each bin as many tokens are drawn as it has
+    targets, or all that are left.
+
+    Args:
+        targets: (m, v) bool.
+        counts: (v,) frequencies.
+        n_bins: how many bins.
+        seed: of the draw.
+    """
+    keys = torch.from_numpy(np.random.default_rng(seed).random(targets.shape, dtype=np.float32)).to(targets.device)
+    keys = keys.masked_fill(targets, 2)  # drawn last
+    controls = torch.zeros_like(targets)
+    for tokens in counts.argsort(stable=True).to(targets.device).tensor_split(n_bins):
+        taken = targets[:, tokens].sum(1, keepdim=True)
+        rank = keys[:, tokens].argsort(1).argsort(1)
+        controls[:, tokens] = (rank < taken) & ~targets[:, tokens]
+    return controls
+
+
+def bootstrap(
+    statistic: Callable[..., float], *arms: Sequence[Tensor], n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """A statistic of arms with its 95 % interval over seeds and neurons.
+
+    Seeds are drawn with replacement, the same for all arms, since arms may share a model; then neurons of each.
+
+    Args:
+        statistic: of one array of values for each arm, all seeds together, such as `np.median` for one arm.
+        arms: of each arm the neurons' values, (m,), for every seed; infinite values are allowed.
+        n_resamples: how many.
+        seed: of the draws.
+
+    Returns:
+        The statistic, and the ends of the interval, which are resamples' own values.
+
+    Raises:
+        ValueError: the arms have different numbers of seeds, or no neuron under one of them.
+    """
+    if not arms or len({len(arm) for arm in arms}) != 1 or not all(len(values) for arm in arms for values in arm):
+        raise ValueError("bootstrap needs arms with equally many seeds, and at least one neuron under each seed")
+    held = [[np.asarray(values.cpu(), np.float64) for values in arm] for arm in arms]
+    draw = np.random.default_rng(seed)
+    resampled = []
+    for _ in range(n_resamples):
+        seeds = draw.integers(len(held[0]), size=len(held[0]))
+        resampled.append(
+            statistic(*(np.concatenate([draw.choice(arm[i], len(arm[i])) for i in seeds]) for arm in held))
+        )
+    low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
+    return float(statistic(*map(np.concatenate, held))), float(low), float(high)
+
+
+@torch.no_grad()
+def generate_when_set(
+    model: LanguageModel, prompts: Tensor, layer: int, neurons: Tensor, values: Tensor, n_new: int, **options
+) -> Tensor:
+    """Continue every prompt under each of m neurons set, at every position, to its value.
+
+    Args:
+        model: as for `cratelab.steering.steer`.
+        prompts: (p, n) tokens.
+        layer: of the neurons.
+        neurons: (m,) integers.
+        values: (m,).
+        n_new: tokens to add.
+        options: as `generate` takes them; with the same `seed` all values meet the same chances.
+
+    Returns:
+        The new tokens, (m, p, n_new).
+    """
+    p, device = len(prompts), prompts.device
+    rows = torch.arange(len(neurons) * p, device=device)
+    neurons, values = (repeat(each.to(device), "m -> (m p)", p=p) for each in (neurons, values))
+
+    def set_own(module, inputs, code: Tensor) -> Tensor:
+        code = code.clone()
+        code[rows, :, neurons] = values.to(code.dtype)[:, None]
+        return code
+
+    hook = model.blocks[layer].neurons.register_forward_hook(set_own)
+    try:
+        tokens = model.generate(repeat(prompts, "p n -> (m p) n", m=len(rows) // p), n_new, **options)
+    finally:
+        hook.remove()
+    return rearrange(tokens[:, prompts.shape[1] :], "(m p) n -> m p n", p=p)
+
+
+def repetition(tokens: Tensor, length: int = 3) -> Tensor:
+    """Share of the runs of `length` tokens that have stood before in their text, (..., n) to (...).
+
+    Raises:
+        ValueError: the texts are shorter than `length`.
+
+    Source: Welleck et al. (2020), who call it seq-rep-n.
+    """
+    if tokens.shape[-1] < length:
+        raise ValueError(f"runs of {length} tokens need texts as long; got {tokens.shape[-1]}")
+    runs = tokens.unfold(-1, length, 1)
+    numbers = runs.reshape(-1, length).unique(dim=0, return_inverse=True)[1].reshape(runs.shape[:-1]).sort(-1).values
+    return (numbers[..., 1:] == numbers[..., :-1]).float().sum(-1) / numbers.shape[-1]
