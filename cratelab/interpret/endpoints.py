@@ -168,7 +168,7 @@ class OpenAIEndpoint:
             warnings.warn(
                 f"{self.url} does not give the log-probabilities of prompts ({problem}), so every token is a request. "
                 "echo=False does not try",
-                stacklevel=2,
+                stacklevel=3,  # past cached_property
             )
         return not problem
 
