@@ -124,3 +124,25 @@ def test_unfit_folders_are_refused_by_key(theirs, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="neither"):
         cl.Gpt2.from_huggingface(tmp_path)
+
+
+def test_a_limit_keeps_the_strongest_neurons_of_each_token(tmp_path):
+    torch.manual_seed(0)
+    free = cl.Gpt2(cl.Gpt2Config.preset("toy", vocab_size=64, context=8))
+    limited = cl.Gpt2(cl.Gpt2Config.preset("toy", vocab_size=64, context=8, top_k=5))
+    limited.load_state_dict(free.state_dict())
+    limited.save(tmp_path)
+    seen = []
+    for model in free, cl.load(tmp_path):
+        model.blocks[0].neurons.register_forward_hook(lambda module, inputs, a: seen.append(a.detach()))
+        model(torch.arange(16).reshape(2, 8))
+    for plain, kept in zip(*(a.flatten(0, 1) for a in seen), strict=True):
+        order = sorted(range(256), key=lambda j: -plain[j])
+        assert float(plain[order[5]]) > 0, "the limit would do nothing"
+        assert kept[order[:5]].equal(plain[order[:5]]) and not kept[order[5:]].any()
+
+
+@pytest.mark.parametrize("top_k", [0, 257])
+def test_an_impossible_limit_is_refused(top_k):
+    with pytest.raises(ValueError, match="top_k must be 1 to 256, or None"):
+        cl.Gpt2Config.preset("toy", top_k=top_k)

@@ -1,8 +1,7 @@
 """CRATE against GPT-2, neuron by neuron: the runs and the measurements of chapter 9.
 
 On TinyWorld, where it is known what every token means, models of width 64 are trained anew: both at one to three
-layers, each for a quarter, half and all of the steps, so that they can be compared at equal loss too; CRATE with larger
-λ; and GPT-2 with a limit to its active neurons. On Python's documentation the reference models are measured.
+layers, each for half and all of the steps, so that they can be compared at equal loss too; CRATE with larger λ; and GPT-2 with a limit to its active neurons. On Python's documentation the reference models are measured.
 """
 
 import json
@@ -24,7 +23,7 @@ from cratelab.interpret.records import Records
 from cratelab.interpret.scores import Protocol
 from cratelab.language_model import LanguageModel, load
 from cratelab.record import provenance, write_json
-from cratelab.reference_models import PRESETS, train_on_documentation
+from cratelab.reference_models import train_on_documentation
 from cratelab.training import Recipe, document_log_probs, train
 
 DEPTHS = 1, 2, 3
@@ -65,12 +64,7 @@ class Setting:
 
 def settings(steps: int) -> list[Setting]:
     """What is compared: the main ladder first, then less training, λ, and the limit to active neurons."""
-    ladder = [
-        Setting(model, n_layers, each)
-        for each in (steps, steps // 2, steps // 4)
-        for n_layers in DEPTHS
-        for model in MODELS
-    ]
+    ladder = [Setting(model, n, each) for each in (steps, steps // 2) for n in DEPTHS for model in MODELS]
     sparser = [Setting("crate", 2, steps, lam=lam) for lam in LAMBDAS]
     return ladder + sparser + [Setting("gpt2", 2, steps, top_k=k) for k in TOP_KS]
 
@@ -164,8 +158,8 @@ def compare_on_documentation(
                 "trained": measure(model, text, concepts, seed, n_tokens=n_tokens),
                 "untrained": measure(untrained(model, seed), text, concepts, seed, n_tokens=n_tokens),
             }
-            n_layers = {"n_layers": 1 + PRESETS.index(run["preset"])}
-            write_json(run_dir / "findings.json", facts | n_layers | measured)
+            facts["n_layers"] = model.config.n_layers
+            write_json(run_dir / "findings.json", facts | measured)
         found.append(json.loads((run_dir / "findings.json").read_text()))
     return found
 
