@@ -63,6 +63,7 @@ def test_written_records_have_openais_fields_and_no_others(records, tmp_path):
     held = json.loads((tmp_path / "7.json").read_text())
     assert IS_NEURON_RECORD(held)
     assert held["neuron_id"]["layer_index"] == 0 and held["neuron_id"]["neuron_index"] == 7
+    assert held["mean"] == float(records.mean[0, 7]) and held["variance"] == float(records.variance[0, 7])
     assert len(held["random_sample"]) == 3 and len(held["most_positive_activation_records"]) == 4
     first = held["most_positive_activation_records"][0]
     tokens = records.top.tokens[0, 7, 0]
