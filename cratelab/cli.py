@@ -20,9 +20,10 @@ from cratelab.interpret.crate_against_gpt2 import reproduce_chapter_9
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.scores import PROTOCOLS
-from cratelab.language_model import LanguageModelConfig, best_device, load
+from cratelab.language_model import LanguageModel, LanguageModelConfig, best_device, load
 from cratelab.record import provenance, write_json
 from cratelab.reference_models import make_reference_models
+from cratelab.steering import direct_effect, full_effect, neuron_maxima, steer
 from cratelab.training import Diverged, Recipe, train
 
 Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]
@@ -137,15 +138,31 @@ class Compare(CorpusOptions, RecipeOptions):
 
 
 @dataclass
-class Interpret:
-    """Explain and score every neuron of a trained model, by rule and without a language model."""
-
+class TrainedModel:
     model: Annotated[Path, tyro.conf.Positional]
     """Folder of a run or of a model."""
     corpus: str | None = None
     """What it reads, as for train; a run's own validation text unless given."""
     tokenizer: str | None = None
     """As for train; a run's own unless given."""
+
+    def load(self) -> tuple[LanguageModel, PreparedCorpus]:
+        folder = self.model / "model" if (self.model / "model").is_dir() else self.model
+        model = load(folder).to(best_device())
+        _use_one_thread(model.config.width)
+        command = _read_command(self.model) if (self.model / "run.json").is_file() else Train()
+        if self.corpus is None and folder == self.model:
+            raise ValueError(f"{self.model} is no run, so nothing says what it has read: give --corpus")
+        if self.corpus:
+            command.corpus, command.tokenizer = self.corpus, None
+        command.tokenizer = self.tokenizer or command.tokenizer
+        return model, _prepare(command, command.recipe(command.preset, command.seed), model.config.context)
+
+
+@dataclass
+class Interpret(TrainedModel):
+    """Explain and score every neuron of a trained model, by rule and without a language model."""
+
     n_tokens: int = 200_000
     """Tokens to read at most."""
     protocols: tuple[Literal["top-and-random", "random-only", "anthropic"], ...] = PROTOCOLS
@@ -158,16 +175,7 @@ class Interpret:
     """Where the scores go; interpret.json in the model's folder unless given."""
 
     def run(self) -> None:
-        folder = self.model / "model" if (self.model / "model").is_dir() else self.model
-        model = load(folder).to(best_device())
-        _use_one_thread(model.config.width)
-        command = _read_command(self.model) if (self.model / "run.json").is_file() else Train()
-        if self.corpus is None and folder == self.model:
-            raise ValueError(f"{self.model} is no run, so nothing says what it has read: give --corpus")
-        if self.corpus:
-            command.corpus, command.tokenizer = self.corpus, None
-        command.tokenizer = self.tokenizer or command.tokenizer
-        corpus = _prepare(command, command.recipe(command.preset, command.seed), model.config.context)
+        model, corpus = self.load()
         text, world = corpus.validation, corpus.world
         concepts = tinyworld_concepts(world) if world else text_concepts(text, corpus.tokenizer)
         explainers = {"token": TokenExplainer(), "suffix": SuffixExplainer(), "concept": ConceptExplainer(concepts)}
@@ -188,6 +196,78 @@ class Interpret:
         out = self.out or self.model / "interpret.json"
         write_json(out, {"provenance": provenance(corpus=text.facts(), options=_plain(asdict(self))), "rows": rows})
         print(f"{out} has them layer by layer")
+
+
+@dataclass
+class Steer(TrainedModel):
+    """Edit one neuron of a trained model: which tokens this raises and lowers, and a text with and without it."""
+
+    layer: int | None = None
+    """Counted from 0; the last unless given."""
+    neuron: int | None = None
+    """Unless given, the one that by its atom, at its maximum, raises ten tokens most."""
+    by: Literal["set", "add", "scale"] = "set"
+    """What is done with the value, at every position and every new token."""
+    value: float | None = None
+    """Unless given, twice the neuron's maximum, or 2 to scale by."""
+    prompt: str | None = None
+    """What to continue; the beginning of the validation text unless given."""
+    n_new: int = 30
+    """Tokens to add to it."""
+    temperature: float = 0.8
+    """Of sampling; 0 takes the most likely token."""
+    n_tokens: int = 4096
+    """Validation tokens over which maxima and effects are taken."""
+    seed: int = 0
+    """Of sampling."""
+
+    def run(self) -> None:
+        model, corpus = self.load()
+        text, tokenizer, device = corpus.validation, corpus.tokenizer, best_device()
+        prompt = text[:12].tolist() if self.prompt is None else tokenizer.encode_ordinary(self.prompt)
+        if not prompt:
+            raise ValueError("--prompt has no token: leave it out to begin as the validation text does")
+        layer = len(model.blocks) - 1 if self.layer is None else self.layer
+        if not 0 <= layer < len(model.blocks):
+            raise ValueError(f"--layer must be 0 to {len(model.blocks) - 1}; got {layer}")
+        maxima = neuron_maxima(model, text, self.n_tokens)[layer]
+        neuron = self.neuron
+        if neuron is None:
+            raised = direct_effect(model, layer, torch.arange(len(maxima)))[:, : text.n_vocab].topk(10).values
+            neuron = int((raised.mean(1) * maxima).argmax())
+        direct = direct_effect(model, layer, torch.tensor([neuron]))[0, : text.n_vocab]
+        maximum, value = float(maxima[neuron]), self.value
+        if value is None:
+            if not maximum > 0:
+                raise ValueError(
+                    f"neuron {neuron} of layer {layer} is not active in {self.n_tokens} tokens: give --value"
+                )
+            value = 2.0 if self.by == "scale" else 2 * maximum
+        edit = dict(layer=layer, neuron=neuron, by=self.by, value=value)
+        length = min(model.config.context, len(text))
+        windows = torch.from_numpy(text.validation_windows(length, max(1, min(self.n_tokens, len(text)) // length)))
+        full = full_effect(model, windows.to(device), layer, torch.tensor([neuron]), torch.tensor([value]), self.by)[
+            0, : text.n_vocab
+        ]
+        done = {"set": "set to", "add": "plus", "scale": "times"}[self.by]
+        print(f"layer {layer}, neuron {neuron}, at most {maximum:.2f} in {self.n_tokens} tokens, {done} {value:.2f}\n")
+        print(
+            "".join(
+                f"{head:28}"
+                for head in ("raised by its atom", "raised in full", "lowered by its atom", "lowered in full")
+            )
+        )
+        columns = [effect.topk(10, largest=largest) for largest in (True, False) for effect in (direct, full)]
+        for rank in range(10):
+            cells = [f"{tokenizer.decode([int(c.indices[rank])])!r} {c.values[rank]:+.2f}" for c in columns]
+            print("".join(f"{cell:28}" for cell in cells).rstrip())
+        print("by its atom: logits for a unit of it, before the last norm's division; in full: mean change of log p\n")
+        for name, edits in ("without", {}), ("with", edit):
+            with steer(model, **edits):
+                tokens = model.generate(
+                    torch.tensor([prompt], device=device), self.n_new, temperature=self.temperature, seed=self.seed
+                )
+            print(f"{name}: {tokenizer.decode(tokens[0].tolist())}")
 
 
 @dataclass
@@ -234,12 +314,12 @@ def print_table(table: list[dict], floor: float | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`cratelab train | compare | interpret | reproduce`."""
-    commands = {"train": Train, "compare": Compare, "interpret": Interpret, "reproduce": Reproduce}
+    """`cratelab train | compare | interpret | steer | reproduce`."""
+    commands = {"train": Train, "compare": Compare, "interpret": Interpret, "steer": Steer, "reproduce": Reproduce}
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="cratelab",
-        description="Train CRATE, compare it with GPT-2, and ask what its neurons mean.",
+        description="Train CRATE, compare it with GPT-2, ask what its neurons mean, and steer them.",
         args=arguments,
     )
     try:

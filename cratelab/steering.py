@@ -195,10 +195,10 @@ def direct_effect(model: LanguageModel, layer: int, neurons: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def logits_when_set(
-    model: LanguageModel, tokens: Tensor, layer: int, neurons: Tensor, values: Tensor
+def steered_logits(
+    model: LanguageModel, tokens: Tensor, layer: int, neurons: Tensor, values: Tensor, by: str = "set"
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Logits when each neuron, it alone, is set to a value at every position.
+    """Logits when each neuron, it alone, is edited at every position.
 
     The same as under `steer`, for many neurons at once: the model runs once, then only the layers above, some neurons
     at a time, so that memory does not grow with m.
@@ -209,6 +209,7 @@ def logits_when_set(
         layer: of the neurons.
         neurons: (m,) integers.
         values: (s, m), s values for each neuron.
+        by: "set", "add" or "scale".
 
     Yields:
         Which of the neurons, and logits (s, m', b, n, v).
@@ -231,7 +232,8 @@ def logits_when_set(
     size = max(1, CHUNK // (len(values) * tokens.numel() * n_vocab))
     for first in range(0, len(neurons), size):
         some = slice(first, first + size)
-        change = rearrange(values[:, some], "s m -> s m 1 1") - before[some]
+        value, old = rearrange(values[:, some], "s m -> s m 1 1"), before[some]
+        change = {"set": value - old, "add": value + 0 * old, "scale": (value - 1) * old}[by]
         x = seen["output"] + einsum(change, directions[some], "s m b n, m d -> s m b n d")
         x = rearrange(x, "s m b n d -> (s m b) n d")
         for above in model.blocks[layer + 1 :]:
@@ -242,16 +244,23 @@ def logits_when_set(
 
 @torch.no_grad()
 def full_effect(
-    model: LanguageModel, contexts: Tensor, layer: int, neurons: Tensor, values: Tensor, batch: int = 8
+    model: LanguageModel,
+    contexts: Tensor,
+    layer: int,
+    neurons: Tensor,
+    values: Tensor,
+    by: str = "set",
+    batch: int = 8,
 ) -> Tensor:
-    """Mean change of the log-probability of every token when each of m neurons is set at every position.
+    """Mean change of the log-probability of every token when each of m neurons, it alone, is edited at every position.
 
     Args:
-        model: as for `logits_when_set`.
+        model: as for `steered_logits`.
         contexts: (c, n) tokens; the mean is over all c·n positions.
         layer: of the neurons.
         neurons: (m,) integers.
-        values: (m,), what each is set to.
+        values: (m,).
+        by: "set", "add" or "scale".
         batch: contexts at a time.
 
     Returns:
@@ -263,6 +272,6 @@ def full_effect(
     change = torch.zeros(len(neurons), model.config.vocab_size, dtype=torch.float64, device=contexts.device)
     for tokens in contexts.split(batch):
         before = model(tokens).log_softmax(-1)
-        for some, logits in logits_when_set(model, tokens, layer, neurons, values[None]):
+        for some, logits in steered_logits(model, tokens, layer, neurons, values[None], by):
             change[some] += (logits[0].log_softmax(-1) - before).sum((1, 2), dtype=torch.float64)
     return change / contexts.numel()

@@ -31,7 +31,7 @@ from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.explainers import SuffixExplanations
 from cratelab.language_model import LanguageModel
-from cratelab.steering import logits_when_set
+from cratelab.steering import steered_logits
 
 STRENGTHS = 0.5, 1.0, 2.0, 4.0, 8.0
 
@@ -120,7 +120,7 @@ def frontier(
         with within():
             plain = model(tokens).log_softmax(-1)
             unsteered = repeat(torch.stack([clean, plain]), "r b n v -> r m b n v", m=len(neurons))
-            for some, logits in logits_when_set(model, tokens, layer, neurons, values):
+            for some, logits in steered_logits(model, tokens, layer, neurons, values):
                 logits = torch.cat([unsteered[:, some], logits])
                 sums[:, :, some] += _measure(logits, targets[some], controls[some]).sum((3, 4), dtype=torch.float64)
         kl_penalty += float((clean.exp() * (clean - plain)).sum(dtype=torch.float64))

@@ -1,13 +1,17 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import cratelab as cl
 from cratelab.cli import main
+from cratelab.corpora.prepare import prepare
 from cratelab.run_directory import read_metrics
+from cratelab.steering import neuron_maxima
 
 SHORT = ["--steps", "4", "--batch", "4", "--characters", "100000", "--context", "96", "--validate-every", "2"]
 
@@ -73,6 +77,54 @@ def test_interpret_scores_a_run_beside_an_untrained_model(tmp_path, capsys):
     assert "untrained top-and-random  concept" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="is no run, so nothing says what it has read: give --corpus"):
         main(["interpret", str(tmp_path / "run" / "model")])
+
+
+def test_steer_shows_what_a_neuron_raises_and_a_text_with_and_without_it(tmp_path, capsys):
+    main(["train", "--run-dir", str(tmp_path), *SHORT, "--steps", "30"])
+    model, text = cl.load(tmp_path / "model"), prepare("tinyworld", characters=500_000, context=96)
+    capsys.readouterr()
+    main(["steer", str(tmp_path), "--n-new", "6", "--temperature", "0"])
+    printed = capsys.readouterr().out.splitlines()
+    layer, neuron, maximum, value = re.fullmatch(
+        r"layer (\d+), neuron (\d+), at most ([\d.]+) in 4096 tokens, set to ([\d.]+)", printed[0]
+    ).groups()
+    layer, neuron = int(layer), int(neuron)
+    raised = (model.blocks[1].ista.D.mT - model.blocks[1].ista.D.mean(0)[:, None]) * model.norm.weight
+    raised = (raised @ model.token_embedding.weight.mT)[:, : text.validation.n_vocab].topk(10)
+    reach = raised.values.mean(1) * neuron_maxima(model, text.validation, 4096)[1]
+    assert layer == 1 and neuron == int(reach.argmax()) and float(value) == pytest.approx(2 * float(maximum), abs=0.02)
+    rows = [re.findall(r"'(\S+)' ([+-][\d.]+)", line) for line in printed[3:13]]
+    assert [row[0][0] for row in rows] == [text.tokenizer.decode([i]) for i in raised.indices[neuron].tolist()]
+    assert all(float(row[0][1]) > 0 > float(row[2][1]) and float(row[1][1]) > float(row[3][1]) for row in rows)
+    prompt = torch.from_numpy(text.validation[:12].astype("int64"))[None]
+    (without,) = model.generate(prompt, 6, temperature=0).tolist()
+    assert printed[15] == f"without: {text.tokenizer.decode(without)}" and printed[16].startswith("with: <begin>")
+    main(
+        [
+            "steer",
+            str(tmp_path),
+            "--neuron",
+            "3",
+            "--by",
+            "scale",
+            "--value",
+            "1",
+            "--prompt",
+            "the dog",
+            "--n-new",
+            "4",
+        ]
+    )
+    *_, without, steered = capsys.readouterr().out.splitlines()
+    assert without.removeprefix("without: ") == steered.removeprefix("with: ") and "the dog" in steered
+    for wrong, message in [
+        (["--layer", "2"], "--layer must be 0 to 1; got 2"),
+        (["--neuron", "256"], "layer 1 has neurons 0 to 255"),
+        (["--prompt", "xylophone"], "1 words are not among"),
+        (["--prompt", ""], "--prompt has no token"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            main(["steer", str(tmp_path), *wrong])
 
 
 @pytest.mark.parametrize(

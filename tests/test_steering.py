@@ -12,9 +12,10 @@ import cratelab as cl
 from cratelab import steering
 from cratelab.interpret.reading import watch_neurons
 from cratelab.sae import Sae, SaeConfig, splice
-from cratelab.steering import Edit, atoms, direct_effect, full_effect, logits_when_set, neuron_maxima, steer
+from cratelab.steering import Edit, atoms, direct_effect, full_effect, neuron_maxima, steer, steered_logits
 
 H = 64  # neurons of a layer of `new_model`
+BY = "set", "add", "scale"
 
 
 def shaken(kind, **overrides):
@@ -76,7 +77,7 @@ def steered(model, tokens, *edits, **edit):
 def test_an_edit_is_what_a_loop_makes_of_it(data):
     model = shaken(data.draw(st.sampled_from([cl.Crate, cl.Gpt2])))
     b, n = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
-    layer, by = data.draw(st.integers(0, 1)), data.draw(st.sampled_from(["set", "add", "scale"]))
+    layer, by = data.draw(st.integers(0, 1)), data.draw(st.sampled_from(BY))
     neurons = data.draw(st.lists(st.integers(0, H - 1), min_size=1, max_size=5, unique=True))
     values = data.draw(st.lists(st.floats(-3, 3, width=32), min_size=len(neurons), max_size=len(neurons)))
     mask = torch.rand(b, n) < 0.5
@@ -268,23 +269,24 @@ def test_many_neurons_at_once_are_each_as_under_steer(data):
     layer, s, m = data.draw(st.integers(0, 1)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
     tokens = some_tokens(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 7)))
     kind = data.draw(st.sampled_from(["own", "spliced", "error term"]))
-    neurons, values = torch.randperm(H)[:m], 3 * torch.rand(s, m)
+    neurons, values, by = torch.randperm(H)[:m], 3 * torch.rand(s, m), data.draw(st.sampled_from(BY))
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(steering, "CHUNK", data.draw(st.sampled_from([1, 2000, 10**6])))
         with splice(model, {layer: a_sae(model)} if kind != "own" else {}, kind == "error term"):
-            found = torch.cat([part for _, part in logits_when_set(model, tokens, layer, neurons, values)], 1)
+            found = torch.cat([part for _, part in steered_logits(model, tokens, layer, neurons, values, by)], 1)
             assert found.shape == (s, m, *tokens.shape, VOCAB)
             for i in range(s):
                 for j in range(m):
-                    expected = steered(model, tokens, layer=layer, neuron=neurons[j], value=values[i, j])
+                    expected = steered(model, tokens, layer=layer, neuron=neurons[j], value=values[i, j], by=by)
                     torch.testing.assert_close(found[i, j], expected, atol=2e-4, rtol=2e-4)
 
 
-def test_full_effect_is_the_mean_change_of_log_probabilities(model):
+@pytest.mark.parametrize("by", BY)
+def test_full_effect_is_the_mean_change_of_log_probabilities(model, by):
     contexts, neurons, values = some_tokens(5, 6), torch.tensor([7, 40]), torch.tensor([2.0, 0.5])
-    found = full_effect(model, contexts, 0, neurons, values, batch=2)
+    found = full_effect(model, contexts, 0, neurons, values, by, batch=2)
     with torch.no_grad():
         clean = F.log_softmax(model(contexts).double(), -1)
         for row, neuron, value in zip(found, neurons, values, strict=True):
-            changed = F.log_softmax(by_hand(model, contexts, 0, [int(neuron)], [float(value)]).double(), -1)
+            changed = F.log_softmax(by_hand(model, contexts, 0, [int(neuron)], [float(value)], by).double(), -1)
             torch.testing.assert_close(row, (changed - clean).mean((0, 1)), atol=1e-5, rtol=1e-4)
