@@ -72,7 +72,7 @@ class Sae(nn.Module):
         super().__init__()
         self.config = config
         rows = F.normalize(torch.randn(config.n_features, config.d_in), dim=1)
-        self.W_enc = nn.Parameter(rows.mT.clone())
+        self.W_enc = nn.Parameter(rows.mT.contiguous())
         self.b_enc = nn.Parameter(torch.zeros(config.n_features))
         self.W_dec = nn.Parameter(rows)
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
@@ -152,7 +152,7 @@ def _tensor_names(kind: str) -> list[str]:
 def _read_sae_config(file: Path, cfg: dict) -> SaeConfig:
     kinds = {"standard": "relu", "jumprelu": "jumprelu"}
     architecture, d_in, d_sae = (cfg.get(name) for name in ("architecture", "d_in", "d_sae"))
-    if architecture not in kinds:
+    if str(architecture) not in kinds:
         raise ValueError(f"{file} has the architecture {architecture!r}; this reads {' and '.join(kinds)}")
     plain = dict(normalize_activations="none", reshape_activations="none", activation_fn_str="relu")
     if changed := [f"{name}={cfg[name]!r}" for name, usual in plain.items() if cfg.get(name, usual) != usual]:

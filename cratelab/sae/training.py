@@ -48,8 +48,8 @@ class SaeRecipe:
     """
 
     max_tokens: int = 1_000_000
-    batch: int = 1024
-    learning_rate: float = 4e-4
+    batch: int = 256
+    learning_rate: float = 3e-3
     buffer: int = 65_536
     resample_at: tuple[float, ...] = (0.1, 0.2, 0.5, 0.75)
     evaluations: int = 16
