@@ -62,8 +62,11 @@ class SaeRecipe:
         for name in "max_tokens", "batch", "buffer", "evaluations", "validation_tokens":
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"the learning rate must be positive; got {self.learning_rate}")
+        if not (0 < self.learning_rate < math.inf and math.isfinite(self.least_gain)):
+            raise ValueError(
+                f"the learning rate must be positive and the least gain finite; got {self.learning_rate} and "
+                f"{self.least_gain}"
+            )
 
 
 @dataclass

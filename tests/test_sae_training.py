@@ -1,0 +1,426 @@
+import gc
+import json
+import os
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_sae import WIDTH, talkative
+from test_training import corpus
+
+import cratelab as cl
+from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.sae import Sae, SaeConfig, SaeRecipe, evaluate_sae, train_saes
+from cratelab.sae import training as module
+from cratelab.training import Diverged
+
+KINDS = dict(relu=dict(l1=0.02), batchtopk=dict(k=3))
+
+
+def config(kind: str = "relu", d_in: int = WIDTH, expansion: float = 2) -> SaeConfig:
+    return SaeConfig(d_in, expansion, kind, **KINDS[kind])
+
+
+def recipe(**overrides) -> SaeRecipe:
+    usual = dict(max_tokens=3000, batch=64, buffer=400, evaluations=5, validation_tokens=150, least_gain=-1e9)
+    return SaeRecipe(**usual | overrides)
+
+
+def learner(kind: str = "relu", d_in: int = 16, expansion: float = 2, rate: float = 1e-2) -> module._Learner:
+    return module._Learner(Sae(config(kind, d_in, expansion)), rate)
+
+
+def tensors(sae: Sae) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
+
+
+# One step
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_loss_is_that_of_a_loop_over_tokens(kind):
+    each, x = learner(kind), torch.relu(torch.randn(20, 16))
+    x[3] = 0
+    x[4] = x[4] / 1000
+    p = {name: tensor.double().cpu().numpy() for name, tensor in tensors(each.sae).items()}
+    inputs = x.double().cpu().numpy()
+    codes = np.maximum(0, (inputs - p["b_dec"]) @ p["W_enc"] + p["b_enc"])
+    if kind == "batchtopk":
+        order = sorted((-codes[i, j], i, j) for i in range(20) for j in range(32))
+        for _, i, j in order[60:]:
+            codes[i, j] = 0
+    sizes = [float((row**2).sum()) for row in inputs]
+    expected = 0.0
+    for row, code, size in zip(inputs, codes, sizes, strict=True):
+        back = code @ p["W_dec"] + p["b_dec"]
+        expected += ((back - row) ** 2).sum() / max(size, np.mean(sizes) / 100) / 20
+        expected += 0.02 * np.abs(code).sum() / 20 * (kind == "relu")
+    loss, code = each.loss(x)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(code.detach().cpu().numpy(), codes, atol=1e-5)
+    assert kind == "relu" or int((code > 0).sum()) == 60
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_step_goes_down_the_gradient_of_normalised_rows(kind):
+    """Along unit rows the gradient in w / ‖w‖ is the gradient in w without its part along w, and so is a free check."""
+    each, x = learner(kind), torch.relu(torch.randn(30, 16))
+    before = tensors(each.sae)
+    free = torch.nn.Parameter(before["W_dec"].clone())
+    code = each.loss(x)[1].detach()
+    errors = (code @ F.normalize(free, dim=1) + before["b_dec"] - x).square().sum(1) / x.square().sum(1)
+    errors.mean().backward()
+    optimizer = torch.optim.Adam([free], lr=1e-2)
+    optimizer.step()
+    each.step(x)
+    moved = F.normalize(free.detach(), dim=1)
+    still = free.grad.abs().amax(1) < 1e-6  # Adam turns rounding into a full step
+    torch.testing.assert_close(each.sae.W_dec.detach()[~still], moved[~still], atol=2e-4, rtol=0)
+    assert (moved - before["W_dec"]).abs().max() > 5e-3
+    torch.testing.assert_close(each.sae.W_dec.detach().norm(dim=1), torch.ones(32))
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    each, x = learner("relu", 5, 1.6), torch.relu(torch.randn(6, 5, dtype=torch.float64))
+    each.sae.double()
+    loss = each.loss(x)[0]
+    loss.backward()
+    for name, parameter in each.sae.named_parameters():
+        flat, found = parameter.data.view(-1), parameter.grad.view(-1)
+        for i in range(0, len(flat), 3):
+            values = []
+            for step in 1e-6, -2e-6:
+                flat[i] += step
+                values.append(each.loss(x)[0].item())
+            flat[i] += 1e-6
+            assert found[i].item() == pytest.approx((values[0] - values[1]) / 2e-6, abs=1e-6), name
+
+
+def test_silence_is_counted_in_tokens_and_ends_with_activity():
+    each = learner()
+    with torch.no_grad():
+        each.sae.b_enc[5] = -1e9
+        each.sae.b_enc[6] = 1e3
+    for n in 10, 7:
+        each.step(torch.rand(n, 16))
+    assert each.idle[5] == 17 and each.idle[6] == 0
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_dead_features_are_born_again_where_reconstruction_is_worst(kind):
+    each, draw = learner(kind), np.random.default_rng(0)
+    x = torch.randn(40, 16)
+    each.step(x)
+    before = tensors(each.sae)
+    each.idle[:] = 0
+    each.idle[[3, 7]] = 100
+    x[11] = 50 * F.normalize(torch.randn(16), dim=0)
+    live = [i for i in range(32) if i not in (3, 7)]
+    each.resample(x, 100, draw)
+    after = tensors(each.sae)
+    row = F.normalize(x[11] - before["b_dec"], dim=0)
+    for dead in 3, 7:
+        torch.testing.assert_close(after["W_dec"][dead], row)
+        scale = 0.2 * before["W_enc"][:, live].norm(dim=0).mean()
+        torch.testing.assert_close(after["W_enc"][:, dead], scale * row)
+        assert after["b_enc"][dead] == 0 and each.idle[dead] == 0
+    for name, kept in (("W_dec", (live,)), ("W_enc", (slice(None), live)), ("b_enc", (live,))):
+        assert after[name][kept].equal(before[name][kept]), name
+    state = {name: each.optimizer.state[parameter] for name, parameter in each.sae.named_parameters()}
+    for moment in "exp_avg", "exp_avg_sq":
+        for name, gone in (("W_dec", ([3, 7],)), ("W_enc", (slice(None), [3, 7])), ("b_enc", ([3, 7],))):
+            assert (state[name][moment][gone] == 0).all() and (state[name][moment] != 0).any(), name
+        assert (state["b_dec"][moment] != 0).all()
+    each.resample(x, 101, draw)
+    assert all(after[name].equal(tensor) for name, tensor in tensors(each.sae).items())
+
+
+def planted(n: int, d: int = 24, atoms: int = 36, active: float = 2.0):
+    """Tokens that are sparse non-negative mixtures of known unit atoms."""
+    draw = torch.Generator().manual_seed(5)
+    dictionary = F.normalize(torch.randn(atoms, d, generator=draw), dim=1)
+    on = torch.rand(n, atoms, generator=draw) < active / atoms
+    amounts = on * (0.5 + torch.rand(n, atoms, generator=draw))
+    return amounts @ dictionary, dictionary
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_planted_dictionary_is_found(kind):
+    device = torch.get_default_device()
+    x, dictionary = (values.to(device) for values in planted(30_000))
+    x = x[x.norm(dim=1) > 0]
+    settings = SaeConfig(24, 2, kind, l1=0.2, k=2)
+    each = module._Learner(Sae(settings), 3e-3)
+    start = (dictionary @ each.sae.W_dec.mT).amax(1).mean()
+    for epoch in range(12):
+        for batch in x.split(256):
+            each.step(batch)
+        if epoch in (2, 5):
+            each.resample(x, 1000, np.random.default_rng(epoch))
+    found = (dictionary @ each.sae.W_dec.mT).amax(1)
+    assert start < 0.7 and float((found > 0.9).float().mean()) > 0.8
+    with torch.no_grad():
+        l0 = float((each.sae.encode(x) > 0).sum(1).float().mean())
+        back = each.sae(x)
+    assert l0 < 5 and (back - x).square().sum() < 0.15 * (x - x.mean(0)).square().sum()
+    if kind == "batchtopk":
+        assert l0 == pytest.approx(2, rel=0.15)  # the threshold lets through what the largest k·n did
+
+
+# The stream
+
+
+def test_a_block_is_the_activations_of_whole_pieces_in_random_order():
+    model, text, r = talkative(cl.Crate), corpus(500), recipe()
+    pieces = np.array([(s, min(s + 12, stop)) for start, stop in spans(text) for s in range(start, stop, 12)])
+    blocks = [module._read_block(model, text, pieces, [1], r, block) for block in (0, 0, 1)]
+    assert blocks[0].equal(blocks[1]) and not blocks[0][0, :30].equal(blocks[2][0, :30])
+    seen = []
+    model.blocks[1].neurons.register_forward_hook(lambda m, i, x: seen.append(x[0].detach()))
+    size = {}
+    for start, stop in pieces:
+        model(torch.as_tensor(text[start:stop].astype(np.int64))[None])
+        size[start] = stop - start
+    every = torch.cat(seen)
+    which = torch.cdist(blocks[0][0], every).min(1)
+    assert which.values.max() < 1e-3
+    assert not which.indices.equal(which.indices.sort().values)
+    n_pieces = recipe().buffer // 2 // 12
+    assert min(size.values()) * n_pieces <= blocks[0].shape[1] <= 12 * n_pieces
+
+
+def spans(text):
+    return [text.document_span(i) for i in range(text.n_documents)]
+
+
+def test_every_piece_and_every_token_of_it_is_equally_likely():
+    class Positions(torch.nn.Module):
+        """Neurons that say which token of the corpus this is."""
+
+        def __init__(self):
+            super().__init__()
+            self.config = cl.Gpt2Config(n_layers=1, n_heads=1, width=1, vocab_size=500, context=12, expansion=1)
+            self.token_embedding = torch.nn.Embedding(1, 1)
+            self.blocks = torch.nn.ModuleList([torch.nn.Module()])
+            self.blocks[0].neurons = torch.nn.Identity()
+
+        def forward(self, tokens):
+            return self.blocks[0].neurons(tokens[..., None].float())
+
+    document = corpus(500)
+    text = TokenizedCorpus.from_arrays(
+        np.arange(500), np.repeat(np.arange(document.n_documents), [b - a for a, b in spans(document)]),
+        ["a"] * document.n_documents, 500,
+    )  # fmt: skip
+    pieces = np.array([(s, min(s + 12, stop)) for start, stop in spans(text) for s in range(start, stop, 12)])
+    counts = torch.zeros(500)
+    for block in range(40):
+        found = module._read_block(Positions(), text, pieces, [0], recipe(buffer=2400), block)[0, :, 0]
+        counts += torch.bincount(found.long().cpu(), minlength=500).cpu()
+    expected = counts.sum() / 500
+    assert expected > 40 and (counts - expected).abs().max() < 6 * expected**0.5
+
+
+def test_memory_does_not_grow_with_the_text(monkeypatch):
+    peaks, calls = [], count()
+    step = module._Learner.step
+
+    def measured(self, x):
+        if next(calls) % 20:
+            return step(self, x)
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in all_tensors()}
+        peaks[-1] = max(peaks[-1], sum(held.values()))
+        return step(self, x)
+
+    def all_tensors():
+        return (held for held in gc.get_objects() if type(held) in (torch.Tensor, torch.nn.Parameter))
+
+    monkeypatch.setattr(module._Learner, "step", measured)
+    for length in 1200, 4800:
+        text = TokenizedCorpus.from_arrays(np.arange(length) % 19, np.arange(length) // 12, ["a"] * (length // 12), 19)
+        gc.collect()
+        peaks.append(0)
+        train_saes(talkative(), text, corpus(200), config(), recipe=recipe(max_tokens=length))
+    assert peaks[1] < 1.02 * peaks[0]
+
+
+# Whole trainings
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_training_reconstructs_better_and_says_how_it_went(kind):
+    model, weights = talkative(), {}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    validation = corpus(150, seed=1)
+    found = train_saes(model, corpus(3000), validation, config(kind), recipe=recipe(max_tokens=12_000))
+    assert list(found.saes) == [0, 1] and len(found.curve) == 10
+    first, last = found.curve[:2], found.curve[-2:]
+    assert [row["layer"] for row in last] == [0, 1] and last[0]["tokens"] >= 12_000 > found.curve[-3]["tokens"]
+    assert found.stopped == f"all {last[0]['tokens']} tokens were read"
+    for before, after, (layer, scores) in zip(
+        first, last, evaluate_sae(model, validation, found.saes, 150).items(), strict=True
+    ):
+        assert after["loss"] < before["loss"] and after["explained_variance"] > before["explained_variance"]
+        assert after["explained_variance"] == pytest.approx(scores.explained_variance)
+        assert (after["l0"], after["recovered"], after["dead"]) == (scores.l0, scores.recovered, scores.dead)
+        assert after["layer"] == layer
+        if kind == "batchtopk":
+            assert scores.l0 == pytest.approx(3, rel=0.3) and after["threshold"] > 0
+    assert all(model.state_dict()[name].equal(tensor) for name, tensor in weights.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    json.dumps(found.curve)
+
+
+def test_one_layer_alone_is_the_same_as_among_others():
+    both = train_saes(talkative(), corpus(), corpus(200), config(), recipe=recipe())
+    alone = train_saes(talkative(), corpus(), corpus(200), config(), [0], recipe())
+    torch.testing.assert_close(tensors(alone.saes[0]), tensors(both.saes[0]))
+    assert list(alone.saes) == [0]
+
+
+def test_training_ends_when_nothing_is_gained():
+    stopped = train_saes(talkative(), corpus(), corpus(200), config(), recipe=recipe(least_gain=1e9, evaluations=30))
+    tokens = stopped.curve[-1]["tokens"]
+    assert 750 <= tokens < 1500 and stopped.stopped.startswith(f"in the last quarter of {tokens} tokens recovered")
+
+
+@pytest.mark.parametrize("gain, fall, stops", [(0.0, 0.0, True), (0.02, 0.0, False), (0.0, 0.02, False)])
+def test_either_gain_keeps_training_going(gain, fall, stops):
+    rows = [
+        {"tokens": tokens, "layer": layer, "recovered": 0.9 + gain * layer * i, "loss": 1 - fall * layer * i}
+        for i, tokens in enumerate((600, 800))
+        for layer in (0, 1)
+    ]
+    assert bool(module._reason_to_stop(rows, SaeRecipe(max_tokens=1000))) == stops
+    assert not module._reason_to_stop(rows, SaeRecipe(max_tokens=4000))
+    assert not module._reason_to_stop(rows[2:], SaeRecipe(max_tokens=1000))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    for kind in KINDS:
+        arguments = dict(config=config(kind), recipe=recipe(resample_at=(0.3, 0.7)))
+        whole = train_saes(talkative(), corpus(), corpus(200), **arguments)
+        for kill_at in 3, 23, 38:
+            folder, calls = tmp_path / f"{kind}-{kill_at}", []
+            step = module._Learner.step
+
+            def dying(self, x, calls=calls, step=step, kill_at=kill_at):
+                calls.append(1)
+                if len(calls) == 2 * kill_at:
+                    raise Killed
+                return step(self, x)
+
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(module._Learner, "step", dying)
+                train_saes(talkative(), corpus(), corpus(200), **arguments, run_dir=folder)
+            resumed = train_saes(talkative(), corpus(), corpus(200), **arguments, run_dir=folder)
+            assert resumed.curve == whole.curve and resumed.stopped == whole.stopped
+            for layer, sae in whole.saes.items():
+                assert all(tensors(sae)[name].equal(tensor) for name, tensor in tensors(resumed.saes[layer]).items())
+                loaded = Sae.load(folder / f"layer-{layer}")
+                assert loaded.W_enc.equal(sae.W_enc.cpu()) and loaded.config == sae.config
+
+
+def test_a_finished_run_is_returned_as_it_is(tmp_path, monkeypatch):
+    arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path
+    done = train_saes(*arguments)
+    monkeypatch.setattr(module._Learner, "step", lambda self, x: pytest.fail("trained again"))
+    again = train_saes(*arguments)
+    assert again.curve == done.curve and again.saes[1].W_dec.equal(done.saes[1].W_dec)
+
+
+def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path
+    whole = train_saes(*arguments[:-1])
+    replace, written = os.replace, []
+
+    def dying(part, target):
+        written.append(target)
+        if sum(str(name).endswith("checkpoint.safetensors") for name in written) == 3:
+            raise Killed
+        replace(part, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module.os, "replace", dying)
+        train_saes(*arguments)
+    assert (tmp_path / "checkpoint.safetensors.part").exists()
+    assert train_saes(*arguments).saes[1].W_dec.equal(whole.saes[1].W_dec)
+
+
+def test_another_run_or_other_files_are_not_touched(tmp_path):
+    train_saes(talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path / "run")
+    other = talkative()
+    with torch.no_grad():
+        other.norm.weight[0] += 1
+    for changes, complaint in (
+        (dict(recipe=recipe(batch=32)), "another recipe .*batch was 64, now 32"),
+        (dict(config=config("batchtopk")), "another sae .*kind was relu, now batchtopk"),
+        (dict(layers=[0]), r"another sae .*layers was \[1\], now \[0\]"),
+        (dict(model=other), "another model .*sha256"),
+        (dict(training=corpus(seed=4)), "another training .*sha256"),
+    ):
+        usual = dict(model=talkative(), training=corpus(), validation=corpus(200), config=config(), layers=[1])
+        with pytest.raises(ValueError, match=complaint):
+            train_saes(**usual | dict(recipe=recipe(), run_dir=tmp_path / "run") | changes)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").write_text("dear")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        train_saes(talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path / "mine")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "stateless", "lacking"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path
+    train_saes(*arguments)
+    file = tmp_path / "checkpoint.safetensors"
+    content = file.read_bytes()
+    held = {name: tensor for name, tensor in module.load_foreign(file).items() if name != "0/idle"}
+    if damage == "truncated":
+        file.write_bytes(content[:-100])
+    else:
+        module.save_file(held, file, {"state": "{}"} if damage == "lacking" else None)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
+        train_saes(*arguments)
+
+
+def test_a_lost_loss_ends_training_with_a_clear_error(tmp_path):
+    with pytest.raises(
+        Diverged, match=r"after \d+ tokens the losses of layers \[0, 1\] are .*(nan|inf).*lower learning"
+    ):
+        train_saes(talkative(), corpus(), corpus(200), config(), None, recipe(learning_rate=1e25), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        (dict(config=SaeConfig(32)), "the model has 64 neurons a layer, the auto-encoder reads 32"),
+        (dict(config=SaeConfig(64, kind="jumprelu")), '"jumprelu" is read from files'),
+        (dict(layers=[2]), r"layers must be some of 0 to 1, each once; got \[2\]"),
+        (dict(layers=[0, 0]), "each once"),
+        (dict(layers=[]), "each once"),
+        (
+            dict(training=TokenizedCorpus.from_arrays(np.arange(30), np.zeros(30, int), ["a"], 30)),
+            "the training corpus has 30 tokens, the model knows 19",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_work_starts(tmp_path, changes, complaint):
+    usual = dict(model=talkative(), training=corpus(), validation=corpus(200), config=config(), layers=[0])
+    with pytest.raises(ValueError, match=complaint):
+        train_saes(**usual | dict(recipe=recipe(), run_dir=tmp_path / "run") | changes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(max_tokens=0), dict(batch=0), dict(learning_rate=0), dict(evaluations=0), dict(least_gain=0 * 1e999)],
+)
+def test_impossible_recipes_are_refused(changes):
+    with pytest.raises(ValueError, match=r"must be at least 1; got 0|must be positive.*(got 0|nan)"):
+        SaeRecipe(**changes)
