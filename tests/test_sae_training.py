@@ -14,6 +14,7 @@ import cratelab as cl
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.sae import Sae, SaeConfig, SaeRecipe, evaluate_sae, train_saes
 from cratelab.sae import training as module
+from cratelab.sae.learner import Learner
 from cratelab.training import Diverged
 
 KINDS = dict(relu=dict(l1=0.02), batchtopk=dict(k=3))
@@ -28,8 +29,8 @@ def recipe(**overrides) -> SaeRecipe:
     return SaeRecipe(**usual | overrides)
 
 
-def learner(kind: str = "relu", d_in: int = 16, expansion: float = 2, rate: float = 1e-2) -> module._Learner:
-    return module._Learner(Sae(config(kind, d_in, expansion)), rate)
+def learner(kind: str = "relu", d_in: int = 16, expansion: float = 2, rate: float = 1e-2) -> Learner:
+    return Learner(Sae(config(kind, d_in, expansion)), rate)
 
 
 def tensors(sae: Sae) -> dict[str, torch.Tensor]:
@@ -152,7 +153,7 @@ def test_a_planted_dictionary_is_found(kind):
     x, dictionary = (values.to(device) for values in planted(30_000))
     x = x[x.norm(dim=1) > 0]
     settings = SaeConfig(24, 2, kind, l1=0.2, k=2)
-    each = module._Learner(Sae(settings), 3e-3)
+    each = Learner(Sae(settings), 3e-3)
     start = (dictionary @ each.sae.W_dec.mT).amax(1).mean()
     for epoch in range(12):
         for batch in x.split(256):
@@ -225,7 +226,7 @@ def test_every_piece_and_every_token_of_it_is_equally_likely():
 
 def test_memory_does_not_grow_with_the_text(monkeypatch):
     peaks, calls = [], count()
-    step = module._Learner.step
+    step = Learner.step
 
     def measured(self, x):
         if next(calls) % 20:
@@ -237,7 +238,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
     def all_tensors():
         return (held for held in gc.get_objects() if type(held) in (torch.Tensor, torch.nn.Parameter))
 
-    monkeypatch.setattr(module._Learner, "step", measured)
+    monkeypatch.setattr(Learner, "step", measured)
     for length in 1200, 4800:
         text = TokenizedCorpus.from_arrays(np.arange(length) % 19, np.arange(length) // 12, ["a"] * (length // 12), 19)
         gc.collect()
@@ -308,7 +309,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         whole = train_saes(talkative(), corpus(), corpus(200), **arguments)
         for kill_at in 3, 23, 38:
             folder, calls = tmp_path / f"{kind}-{kill_at}", []
-            step = module._Learner.step
+            step = Learner.step
 
             def dying(self, x, calls=calls, step=step, kill_at=kill_at):
                 calls.append(1)
@@ -317,7 +318,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
                 return step(self, x)
 
             with monkeypatch.context() as patch, pytest.raises(Killed):
-                patch.setattr(module._Learner, "step", dying)
+                patch.setattr(Learner, "step", dying)
                 train_saes(talkative(), corpus(), corpus(200), **arguments, run_dir=folder)
             resumed = train_saes(talkative(), corpus(), corpus(200), **arguments, run_dir=folder)
             assert resumed.curve == whole.curve and resumed.stopped == whole.stopped
@@ -330,7 +331,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 def test_a_finished_run_is_returned_as_it_is(tmp_path, monkeypatch):
     arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path
     done = train_saes(*arguments)
-    monkeypatch.setattr(module._Learner, "step", lambda self, x: pytest.fail("trained again"))
+    monkeypatch.setattr(Learner, "step", lambda self, x: pytest.fail("trained again"))
     again = train_saes(*arguments)
     assert again.curve == done.curve and again.saes[1].W_dec.equal(done.saes[1].W_dec)
 

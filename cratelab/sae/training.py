@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,12 +25,16 @@ from cratelab.language_model import LanguageModel, load_foreign, read_config
 from cratelab.record import provenance, write_json
 from cratelab.sae.autoencoder import Sae, SaeConfig
 from cratelab.sae.evaluation import SaeScores, evaluate_sae
+from cratelab.sae.learner import Learner
 from cratelab.training import Diverged
 
 
 @dataclass
 class SaeRecipe:
     """How to train auto-encoders.
+
+    The defaults suit models of a few million parameters at most. The paper trains at a rate of 4e-4, which takes ten
+    times the tokens: with it and batches of 1,024 a toy's code has hardly begun to be sparse after 100,000.
 
     Attributes:
         max_tokens: where training ends at the latest.
@@ -47,7 +50,7 @@ class SaeRecipe:
         seed: of the weights, the text and its order.
     """
 
-    max_tokens: int = 1_000_000
+    max_tokens: int = 500_000
     batch: int = 256
     learning_rate: float = 3e-3
     buffer: int = 65_536
@@ -131,19 +134,19 @@ def train_saes(
         if state["block"] == 0:
             for learner, x in zip(learners, old, strict=True):
                 learner.sae.b_dec.data = x.mean(0)
-    losses: list[Tensor] = []
+    total, steps = 0.0, 0
     with tqdm(total=recipe.max_tokens, initial=state["tokens"], unit="token", unit_scale=True, disable=None) as bar:
         while not state["stopped"]:
             new, before = read(state["block"] + 1), state["tokens"]
             late, early = old[:, old.shape[1] // 2 :], new[:, : new.shape[1] // 2]
-            steps = max(1, (late.shape[1] + early.shape[1]) // recipe.batch)
-            for halves in zip(late.tensor_split(steps, 1), early.tensor_split(steps, 1), strict=True):
+            n_batches = max(1, (late.shape[1] + early.shape[1]) // recipe.batch)
+            for halves in zip(late.tensor_split(n_batches, 1), early.tensor_split(n_batches, 1), strict=True):
                 batch = torch.cat(halves, 1)
-                losses.append(torch.stack([learner.step(x) for learner, x in zip(learners, batch, strict=True)]))
+                total += torch.stack([learner.step(x) for learner, x in zip(learners, batch, strict=True)])
                 state["tokens"] += batch.shape[1]
                 bar.update(batch.shape[1])
-            state["block"] += 1
-            mean_loss = torch.stack(losses).mean(0)
+            state["block"], steps = state["block"] + 1, steps + n_batches
+            mean_loss = total / steps
             if not mean_loss.isfinite().all():
                 raise Diverged(
                     f"after {state['tokens']} tokens the losses of layers {layers} are {mean_loss.tolist()}: "
@@ -162,7 +165,7 @@ def train_saes(
                 scores = evaluate_sae(model, validation, saes, recipe.validation_tokens)
                 for layer, loss in zip(layers, mean_loss.tolist(), strict=True):
                     state["curve"].append(_row(state["tokens"], layer, loss, scores[layer], saes[layer]))
-                losses.clear()
+                total, steps = 0.0, 0
                 state["stopped"] = _reason_to_stop(state["curve"], recipe)
             if reborn and not state["stopped"]:
                 draw = np.random.default_rng([recipe.seed, 1, state["block"]])
@@ -176,88 +179,11 @@ def train_saes(
     return SaeTraining(saes, state["curve"], state["stopped"])
 
 
-class _Learner:
-    """An auto-encoder, its optimizer, and for how many tokens each feature has been silent."""
-
-    def __init__(self, sae: Sae, learning_rate: float):
-        self.sae, self.idle = sae, torch.zeros_like(sae.threshold)
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=learning_rate, fused=True)
-
-    def step(self, x: Tensor) -> Tensor:
-        """One update on the tokens (n, d_in); the loss before it."""
-        sae = self.sae
-        loss, code = self.loss(x)
-        self.optimizer.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            along = (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True)
-            sae.W_dec.grad -= along * sae.W_dec
-            self.optimizer.step()
-            F.normalize(sae.W_dec, dim=1, out=sae.W_dec)
-            self.idle += len(x)
-            self.idle[(code > 0).any(0)] = 0
-        return loss.detach()
-
-    def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What `train_saes` minimises, and the code (n, m)."""
-        code = F.relu(self.sae.pre_activations(x))
-        if self.sae.config.kind == "batchtopk":
-            code = self.keep_largest(code)
-        size = x.square().sum(1)
-        errors = (self.sae.decode(code) - x).square().sum(1)
-        loss = (errors / size.clamp(min=float(size.mean()) / 100)).mean()
-        if self.sae.config.kind == "relu":
-            loss = loss + self.sae.config.l1 * code.sum() / len(x)
-        return loss, code
-
-    def keep_largest(self, code: Tensor) -> Tensor:
-        """All but the k·n largest entries set to 0. The value they exceed, averaged, is the threshold in use."""
-        n_kept = min(self.sae.config.k * len(code), code.numel() - 1)
-        floor = code.detach().flatten().topk(n_kept + 1, sorted=False).values.min()
-        threshold = self.sae.threshold
-        threshold.lerp_(floor, 0.01) if threshold[0] > 0 else threshold.fill_(floor)
-        return F.threshold(code, float(floor), 0.0)
-
-    @torch.no_grad()
-    def resample(self, x: Tensor, patience: int, draw: np.random.Generator) -> None:
-        """Let features silent for `patience` tokens point at inputs that are badly reconstructed."""
-        dead = (self.idle >= patience).nonzero()[:, 0]
-        errors = (self.sae(x) - x).square().sum(1).double()
-        share = errors.square() / errors.square().sum()
-        if not len(dead) or not share.isfinite().all():
-            return
-        chosen = torch.from_numpy(draw.choice(len(x), len(dead), p=share.cpu().numpy())).to(x.device)
-        rows = F.normalize(x[chosen] - self.sae.b_dec, dim=1)
-        live = self.sae.W_enc.norm(dim=0)[self.idle < patience]
-        self.sae.W_dec[dead] = rows
-        self.sae.W_enc[:, dead] = 0.2 * (live.mean() if len(live) else 1.0) * rows.mT
-        self.sae.b_enc[dead] = 0
-        self.idle[dead] = 0
-        for parameter, state in self.optimizer.state.items():
-            for moment in state["exp_avg"], state["exp_avg_sq"]:
-                if parameter is not self.sae.b_dec:
-                    moment[(slice(None), dead) if parameter is self.sae.W_enc else dead] = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of the state: the auto-encoder, Adam's moments, and the silence."""
-        held = self.sae.state_dict() | {"idle": self.idle}
-        moments = self.optimizer.state_dict()["state"]
-        return held | {f"adam.{i}.{name}": value for i in moments for name, value in moments[i].items()}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `tensors` gave."""
-        self.sae.load_state_dict({name: tensors[name] for name in self.sae.state_dict()})
-        self.idle.copy_(tensors["idle"])
-        names = "step", "exp_avg", "exp_avg_sq"
-        state = {i: {name: tensors[f"adam.{i}.{name}"] for name in names} for i in range(4)}
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-
-
-def _new_learners(model: LanguageModel, config: SaeConfig, layers: Iterable[int], recipe: SaeRecipe) -> list[_Learner]:
+def _new_learners(model: LanguageModel, config: SaeConfig, layers: Iterable[int], recipe: SaeRecipe) -> list[Learner]:
     device = model.token_embedding.weight.device
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return [_Learner(Sae(config).to(device), recipe.learning_rate) for _ in layers]
+        return [Learner(Sae(config).to(device), recipe.learning_rate) for _ in layers]
 
 
 def _read_block(
@@ -297,7 +223,7 @@ def _reason_to_stop(curve: list[dict], recipe: SaeRecipe) -> str:
         return ""
     now = {row["layer"]: row for row in curve}
     gains = [now[i]["recovered"] - then[i]["recovered"] for i in now]
-    falls = [1 - now[i]["loss"] / then[i]["loss"] for i in now]
+    falls = [1 - now[i]["loss"] / max(then[i]["loss"], 1e-12) for i in now]
     if max(gains + falls) >= recipe.least_gain:
         return ""
     return (
@@ -350,7 +276,7 @@ class _Run:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / "run.json", facts | {"provenance": provenance()})
 
-    def resume(self, learners: list[_Learner]) -> dict | None:
+    def resume(self, learners: list[Learner]) -> dict | None:
         """Load the latest checkpoint, if any; where in the stream it is."""
         if not self.file.is_file():
             return None
@@ -365,7 +291,7 @@ class _Run:
             raise ValueError(f"{self.file} is no checkpoint of this run: {error}; remove it to begin anew") from error
         return state
 
-    def checkpoint(self, learners: list[_Learner], state: dict) -> None:
+    def checkpoint(self, learners: list[Learner], state: dict) -> None:
         part = self.path / "checkpoint.safetensors.part"
         tensors = {
             f"{i}/{name}": held.contiguous() for i, each in enumerate(learners) for name, held in each.tensors().items()

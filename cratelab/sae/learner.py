@@ -1,0 +1,85 @@
+"""One step of training an auto-encoder, and the rebirth of its dead features."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cratelab.sae.autoencoder import Sae
+
+
+class Learner:
+    """An auto-encoder, its optimizer, and for how many tokens each feature has been silent."""
+
+    def __init__(self, sae: Sae, learning_rate: float):
+        self.sae, self.idle = sae, torch.zeros_like(sae.threshold)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=learning_rate, fused=True)
+
+    def step(self, x: Tensor) -> Tensor:
+        """One update on the tokens (n, d_in); the loss before it."""
+        sae = self.sae
+        loss, code = self.loss(x)
+        self.optimizer.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            along = (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True)
+            sae.W_dec.grad -= along * sae.W_dec
+            self.optimizer.step()
+            F.normalize(sae.W_dec, dim=1, out=sae.W_dec)
+            self.idle += len(x)
+            self.idle[(code > 0).any(0)] = 0
+        return loss.detach()
+
+    def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `train_saes` minimises, and the code (n, m)."""
+        code = F.relu(self.sae.pre_activations(x))
+        if self.sae.config.kind == "batchtopk":
+            code = self.keep_largest(code)
+        size = x.square().sum(1)
+        errors = (self.sae.decode(code) - x).square().sum(1)
+        loss = (errors / size.clamp(min=float(size.mean()) / 100)).mean()
+        if self.sae.config.kind == "relu":
+            loss = loss + self.sae.config.l1 * code.sum() / len(x)
+        return loss, code
+
+    def keep_largest(self, code: Tensor) -> Tensor:
+        """All but the k·n largest entries set to 0. The value they exceed, averaged, is the threshold in use."""
+        n_kept = min(self.sae.config.k * len(code), code.numel() - 1)
+        floor = code.detach().flatten().topk(n_kept + 1, sorted=False).values.min()
+        threshold = self.sae.threshold
+        threshold.lerp_(floor, 0.01) if threshold[0] > 0 else threshold.fill_(floor)
+        return F.threshold(code, float(floor), 0.0)
+
+    @torch.no_grad()
+    def resample(self, x: Tensor, patience: int, draw: np.random.Generator) -> None:
+        """Let features silent for `patience` tokens point at inputs that are badly reconstructed."""
+        dead = (self.idle >= patience).nonzero()[:, 0]
+        errors = (self.sae(x) - x).square().sum(1).double()
+        share = errors.square() / errors.square().sum()
+        if not len(dead) or not share.isfinite().all():
+            return
+        chosen = torch.from_numpy(draw.choice(len(x), len(dead), p=share.cpu().numpy())).to(x.device)
+        rows = F.normalize(x[chosen] - self.sae.b_dec, dim=1)
+        live = self.sae.W_enc.norm(dim=0)[self.idle < patience]
+        self.sae.W_dec[dead] = rows
+        self.sae.W_enc[:, dead] = 0.2 * (live.mean() if len(live) else 1.0) * rows.mT
+        self.sae.b_enc[dead] = 0
+        self.idle[dead] = 0
+        for parameter, state in self.optimizer.state.items():
+            for moment in state["exp_avg"], state["exp_avg_sq"]:
+                if parameter is not self.sae.b_dec:
+                    moment[(slice(None), dead) if parameter is self.sae.W_enc else dead] = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the state: the auto-encoder, Adam's moments, and the silence."""
+        held = self.sae.state_dict() | {"idle": self.idle}
+        moments = self.optimizer.state_dict()["state"]
+        return held | {f"adam.{i}.{name}": value for i in moments for name, value in moments[i].items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `tensors` gave."""
+        self.sae.load_state_dict({name: tensors[name] for name in self.sae.state_dict()})
+        self.idle.copy_(tensors["idle"])
+        names = "step", "exp_avg", "exp_avg_sq"
+        state = {i: {name: tensors[f"adam.{i}.{name}"] for name in names} for i in range(4)}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
