@@ -1,7 +1,8 @@
 """CRATE against GPT-2, neuron by neuron: the runs and the measurements of chapter 9.
 
 On TinyWorld, where it is known what every token means, models of width 64 are trained anew: both at one to three
-layers, each for half and all of the steps, so that they can be compared at equal loss too; CRATE with larger λ; and GPT-2 with a limit to its active neurons. On Python's documentation the reference models are measured.
+layers, for half and for all of the steps, so that they can be compared at equal loss too; CRATE with larger λ; and
+GPT-2 with a limit to its active neurons. On Python's documentation the reference models are measured.
 """
 
 import json

@@ -55,7 +55,7 @@ def test_gaps_lie_above_the_floor_and_fall_with_training(small, brief, tmp_path)
 
 def test_what_is_measured_is_there():
     """Density, dead neurons and named neurons, counted again on the activations themselves."""
-    world = tinyworld.generate(3000, context=64)
+    world = tinyworld.generate(3000, context=65)
     text, concepts = world.corpus(), tinyworld_concepts(world)
     torch.manual_seed(0)
     model = cl.Gpt2(cl.Gpt2Config.preset("toy", n_layers=1, vocab_size=512, context=64, top_k=6)).eval()
