@@ -322,10 +322,13 @@ def test_cross_entropy_prices_a_splice_of_several_layers(model):
     assert evaluate_sae(model, text, saes, n_tokens=100)[0].n_tokens == 100
 
 
-def test_a_corpus_with_other_tokens_is_refused(model):
+def test_a_corpus_with_other_tokens_or_none_to_predict_is_refused(model):
     other = TokenizedCorpus.from_arrays(np.arange(30), np.zeros(30, int), ["a"], 30)
     for measure in (lambda: cross_entropy(model, other), lambda: evaluate_sae(model, other, {0: random_sae()})):
         with pytest.raises(ValueError, match="30 tokens, the model knows 19"):
+            measure()
+    for measure in (lambda: cross_entropy(model, corpus(), 1), lambda: evaluate_sae(model, corpus(), {}, 1)):
+        with pytest.raises(ValueError, match="first 1 tokens of the corpus hold none that follows another"):
             measure()
 
 

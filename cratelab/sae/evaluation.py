@@ -68,7 +68,8 @@ def evaluate_sae(
         batch: pieces at a time; the largest tensor is (batch, context, m).
 
     Raises:
-        ValueError: the corpus has tokens that the model does not know, or an auto-encoder does not fit its layer.
+        ValueError: the corpus has tokens that the model does not know, or none to predict; an auto-encoder does not
+            fit its layer.
     """
     with splice(model, saes):
         pass  # raises before any work
@@ -96,7 +97,7 @@ def cross_entropy(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int |
         batch: pieces at a time.
 
     Raises:
-        ValueError: the corpus has tokens that the model does not know.
+        ValueError: the corpus has tokens that the model does not know, or none to predict.
     """
     texts = ((_nats(model, text), int(text.present[:, 1:].sum())) for text in _texts(model, corpus, n_tokens, batch))
     nats, counts = zip(*texts, strict=True)
@@ -109,6 +110,8 @@ def _texts(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None, 
         raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
     total = min(n_tokens or len(corpus), len(corpus))
     pieces = sorted(_pieces(corpus, model.config.context, True, total), key=lambda piece: piece[0] - piece[1])
+    if not pieces or pieces[0][1] - pieces[0][0] < 2:
+        raise ValueError(f"the first {total} tokens of the corpus hold none that follows another: read more of them")
     for first in range(0, len(pieces), batch):
         yield Text(corpus, pieces[first : first + batch], 1, model.token_embedding.weight.device)
 
