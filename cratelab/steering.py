@@ -33,9 +33,9 @@ class Edit:
         value: what the neuron is set to, or what is added to it, or what it is multiplied by; one for all neurons, or
             one for each.
         by: "set", "add" or "scale".
-        where: "all" positions; "last", the last position of each forward pass, which is every new token when text is
-            generated with the cache, and the prompt's last; or a (b, n) mask, true where the edit acts, for forward
-            passes on (b, n) tokens and no others.
+        where: "all" positions; "last", the last position of each forward pass, which is the prompt's last and every new
+            token when text is generated with the cache, and only the newest past the context, where all is encoded
+            anew; or a (b, n) mask, true where the edit acts, for forward passes on (b, n) tokens and no others.
 
     Raises:
         ValueError: a value is not finite, the numbers of values and neurons differ, a neuron stands twice, `by` or

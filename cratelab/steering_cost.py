@@ -5,11 +5,11 @@ Each of its neurons is set, at every position, to growing multiples of its own m
 addition this leaves no trace of the text in the neuron. With T a set of tokens fixed beforehand, p the model
 with nothing spliced in and nothing steered, which is the reference of all arms, and p′ the arm, steered:
 
-- the lift is the mean of log p′(T) − log p(T),
-- the off-target divergence is the mean of KL(p(·|∉T) ‖ p′(·|∉T)),
+- the lift is the mean of ``log p′(T) − log p(T)``,
+- the off-target divergence is the mean of ``KL(p(·|∉T) ‖ p′(·|∉T))``,
 
 both in nats, over all positions of the contexts. An arm that changes the model before anything is steered, as an
-auto-encoder without error term does, pays for that in both.
+auto-encoder without error term does, pays for that in both. In short::
 
     maxima = neuron_maxima(model, corpus)[layer]                       # inside the splice, if there is one, as all
     neurons = draw_live(maxima, 100)                                   # that is asked of the arm's own neurons

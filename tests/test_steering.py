@@ -97,6 +97,15 @@ def test_one_value_serves_all_neurons_and_an_integer_is_one_neuron(model):
     torch.testing.assert_close(one, by_hand(model, tokens, 1, [3], [2.0], "add"))
 
 
+def test_activations_are_edited_in_a_copy_through_which_gradients_flow():
+    code = torch.rand(2, 3, 8, requires_grad=True)
+    before = code.detach().clone()
+    edited = Edit(layer=0, neuron=[1, 4], by="scale", value=3.0)(code)
+    edited.sum().backward()
+    assert code.detach().equal(before) and not edited.equal(before)
+    assert code.grad[..., [1, 4]].eq(3).all() and code.grad[..., [0, 2, 3, 5, 6, 7]].eq(1).all()
+
+
 def test_several_edits_and_nested_blocks_act_in_their_order(model):
     tokens = some_tokens()
     first, second = Edit(layer=1, neuron=5, value=1.0), Edit(layer=1, neuron=5, value=3.0, by="scale")

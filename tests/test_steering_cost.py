@@ -77,13 +77,13 @@ def test_lift_and_divergence_are_those_of_a_loop_over_positions(model, arm, laye
 
     found = frontier(model, contexts, layer, neurons, maxima, targets, controls, strengths, within, batch=2)
     with torch.no_grad():
-        clean = model(contexts).numpy()
+        clean = model(contexts).cpu().numpy()
     for j in range(3):
         for row, strength in enumerate((None, *strengths)):
             edits = {} if strength is None else dict(layer=layer, neuron=neurons[j], value=strength * maxima[j])
             with within():
-                changed = steered(model, contexts, **edits).numpy()
-            expected = by_loop(clean, changed, targets[j].numpy(), controls[j].numpy())
+                changed = steered(model, contexts, **edits).cpu().numpy()
+            expected = by_loop(clean, changed, targets[j].cpu().numpy(), controls[j].cpu().numpy())
             measured = [found.lift[row, j], found.control_lift[row, j], found.off_target[row, j]]
             np.testing.assert_allclose(measured, expected, atol=1e-9)
 
@@ -98,9 +98,9 @@ def test_what_leaves_the_model_as_it_is_costs_nothing_and_a_reconstruction_costs
     assert abs(with_error.loss_penalty) < 1e-5 and abs(with_error.kl_penalty) < 1e-5
     spliced = frontier(model, *given, lambda: splice(model, {1: sae}))
     with torch.no_grad():
-        clean = model(contexts).double().numpy()
+        clean = model(contexts).double().cpu().numpy()
         with splice(model, {1: sae}):
-            changed = model(contexts).double().numpy()
+            changed = model(contexts).double().cpu().numpy()
     losses, divergences = [], []
     for b in range(4):
         for n in range(6):
@@ -251,6 +251,8 @@ def test_the_interval_knows_seeds_pairs_of_arms_and_infinite_costs():
     costs[60:] = torch.inf
     median, low, high = bootstrap(np.median, [costs])
     assert median == 49.5 and 30 < low < 45 and high >= 58
+    costs[52:] = torch.inf
+    assert bootstrap(np.median, [costs])[2] == torch.inf
     with pytest.raises(ValueError, match="at least one neuron"):
         bootstrap(np.mean, [costs, costs[:0]])
     with pytest.raises(ValueError, match="equally many seeds"):
@@ -259,11 +261,11 @@ def test_the_interval_knows_seeds_pairs_of_arms_and_infinite_costs():
 
 def test_every_neuron_writes_its_own_text(model):
     prompts, neurons, values = some_tokens(2, 3), torch.tensor([7, 20, 41]), torch.tensor([9.0, 6.0, 12.0])
-    for arm in {}, {1: a_sae(model)}:
+    for arm in {}, {0: a_sae(model)}:
         with splice(model, arm):
-            found = generate_when_set(model, prompts, 1, neurons, values, 5, temperature=0)
+            found = generate_when_set(model, prompts, 0, neurons, values, 5, temperature=0)
             for row, neuron, value in zip(found, neurons, values, strict=True):
-                with steer(model, layer=1, neuron=neuron, value=value):
+                with steer(model, layer=0, neuron=neuron, value=value):
                     assert row.equal(model.generate(prompts, 5, temperature=0)[:, 3:])
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -293,6 +295,6 @@ def test_neurons_lift_what_their_atoms_raise_more_than_controls(model):
     neurons = draw_live(maxima, 20)
     targets = most_raised(direct_effect(model, 1, neurons), 3, VOCAB)
     controls = control_tokens(targets, token_counts(text, VOCAB), n_bins=3)
-    contexts = torch.from_numpy(text.validation_windows(8, 6).astype(np.int64))
+    contexts = torch.as_tensor(text.validation_windows(8, 6))
     found = frontier(model, contexts, 1, neurons, maxima[neurons], targets, controls)
     assert (found.lift[-1] > found.control_lift[-1]).double().mean() > 0.9 and found.lift[-1].mean() > 0.5
