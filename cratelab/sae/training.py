@@ -33,8 +33,8 @@ from cratelab.training import Diverged
 class SaeRecipe:
     """How to train auto-encoders.
 
-    The defaults suit models of a few million parameters at most. The paper trains at a rate of 4e-4, which takes ten
-    times the tokens: with it and batches of 1,024 a toy's code has hardly begun to be sparse after 100,000.
+    The defaults suit small models. In 100,000 tokens of a toy's neurons, with λ = 0.01 and four features a neuron, they
+    come to 70 to 100 active features a token; the paper's rate of 4e-4, with batches of 1,024, to 300.
 
     Attributes:
         max_tokens: where training ends at the latest.
