@@ -7,9 +7,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from chapters import BOOK, ROOT, differences, read, slugs
+import exercises
+import nbformat
+from chapters import differences, read, slugs
+from nbformat.notebooknode import NotebookNode
+from notebooks import BOOK, ROOT
 
-MAX_CELLS = 40
+MAX_CELLS = 41
 # A misspelt tag would silently do nothing, so only these may be used. nbval-skip is not among them: every cell is run.
 TAGS = {
     *("hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell"),
@@ -31,18 +35,21 @@ def check_pair(slug: str, book: Path = BOOK) -> Iterator[str]:
 def check_executed(slug: str, book: Path = BOOK) -> Iterator[str]:
     """Every code cell was executed, in order, without an error, a warning or a machine's path in its outputs."""
     notebook = read(slug, book)
-    if notebook is None:
-        return  # check_pair says so
+    if notebook is not None:  # else check_pair says so
+        yield from executed(notebook, f"book/{slug}.ipynb", f"book/src/{slug}.md")
+
+
+def executed(notebook: NotebookNode, name: str, text: str) -> Iterator[str]:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
         counts = [cell.execution_count for cell in code]
-        yield f"book/{slug}.ipynb: execution counts are {counts}, not 1 to {len(code)}. Run `make sync`."
+        yield f"{name}: execution counts are {counts}, not 1 to {len(code)}. Run `make sync`."
     for number, cell in enumerate(code, start=1):
-        where = f"book/{slug}.ipynb, code cell {number}"
+        where = f"{name}, code cell {number}"
         expects_error = "raises-exception" in cell.metadata.get("tags", [])
         kinds = [output.output_type for output in cell.outputs]
         if "error" in kinds and not expects_error:
-            yield f"{where}: its stored output is an error. Mend book/src/{slug}.md and run `make sync`."
+            yield f"{where}: its stored output is an error. Mend {text} and run `make sync`."
         if expects_error and "error" not in kinds:
             yield f"{where}: tagged raises-exception, but nothing was raised. Remove the tag, or raise."
         if any(output.get("name") == "stderr" for output in cell.outputs):
@@ -64,12 +71,12 @@ def texts(outputs: list) -> Iterator[str]:
 
 
 def check_cells(slug: str, book: Path = BOOK) -> Iterator[str]:
-    """At most 40 cells, known tags only, and an assertion for every output that nbval is told to ignore."""
+    """At most 41 cells, known tags only, and an assertion for every output that nbval is told to ignore."""
     notebook = read(slug, book)
     if notebook is None:
         return
     if len(notebook.cells) > MAX_CELLS:
-        yield f"book/src/{slug}.md: {len(notebook.cells)} cells with the set-up cell; at most {MAX_CELLS}. Split it."
+        yield f"book/src/{slug}.md: {len(notebook.cells)} cells with the generated ones; at most {MAX_CELLS}. Split it."
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for number, cell in enumerate(code):
         tags = set(cell.metadata.get("tags", []))
@@ -115,7 +122,22 @@ def check_equations(book: Path = BOOK, library: Path = ROOT / "cratelab") -> Ite
                 yield f"{path.relative_to(library.parent)} cites {label}, which is no equation of the book"
 
 
-CHAPTER_CHECKS = (check_pair, check_executed, check_cells)
+def check_exercises(slug: str, book: Path = BOOK) -> Iterator[str]:
+    """Both notebooks are what solutions/NN_slug.py gives; solutions are executed, exercises are not."""
+    if not exercises.source(slug, book).exists():
+        return
+    if "\n## Exercises\n" not in source(slug, book):
+        yield f"book/src/{slug}.md: its last section should be '## Exercises', where the links to them are put"
+    for difference in exercises.differences(slug, book):
+        yield f"out of sync with solutions/{slug}.py: {difference}. Run `make sync`."
+    to_do, done = exercises.paths(slug, book)
+    if done.exists():
+        yield from executed(nbformat.read(done, as_version=4), f"solutions/{slug}.ipynb", f"solutions/{slug}.py")
+    if to_do.exists() and any(cell.get("outputs") for cell in nbformat.read(to_do, as_version=4).cells):
+        yield f"exercises/{slug}.ipynb has outputs, which are the reader's to make. Run `make sync`."
+
+
+CHAPTER_CHECKS = (check_pair, check_executed, check_cells, check_exercises)
 
 
 def check_all(only: list[str] | None = None, book: Path = BOOK) -> list[str]:
@@ -124,4 +146,11 @@ def check_all(only: list[str] | None = None, book: Path = BOOK) -> list[str]:
     for path in sorted(book.glob("[0-9][0-9]_*.ipynb")):
         if path.stem not in slugs(book):
             messages.append(f"book/{path.name} has no text book/src/{path.stem}.md. Write it, or delete the notebook.")
+    for folder in ("exercises", "solutions"):
+        for path in sorted((book.parent / folder).glob("*.ipynb")):
+            if path.stem not in exercises.slugs(book):
+                messages.append(f"{folder}/{path.name} has no source solutions/{path.stem}.py. Write it, or delete.")
+    for slug in exercises.slugs(book):
+        if slug not in slugs(book):
+            messages.append(f"solutions/{slug}.py belongs to no chapter book/src/{slug}.md")
     return messages + list(check_equations(book))

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from chapters import BOOK, ROOT, generate, slugs
+from chapters import generate, slugs
+from notebooks import BOOK, ROOT
 
 from cratelab.record import provenance, write_json
 

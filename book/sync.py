@@ -1,11 +1,11 @@
-"""Generate and execute the notebooks of the book from their text.
+"""Generate and execute the notebooks of the book, and those of its exercises and solutions, from their text.
 
-    python book/sync.py               every chapter whose text differs from its notebook
-    python book/sync.py 03_mssa       that chapter, if it differs
-    python book/sync.py --all         every chapter, whether it differs or not
+    python book/sync.py               every chapter and its exercises where text and notebook differ
+    python book/sync.py 03_mssa       that chapter and its exercises, if they differ
+    python book/sync.py --all         every chapter and its exercises, whether they differ or not
     python book/sync.py --check       change nothing; say what is out of sync or broken, and fail
 
-Only book/src/*.md is edited by hand. Two runs on one machine give the same notebooks, byte for byte.
+Only book/src/*.md and solutions/*.py are edited by hand. Two runs on one machine give the same bytes.
 """
 
 import argparse
@@ -19,12 +19,14 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import exercises
 import nbformat
-from chapters import BOOK, differences, generate, slugs
+from chapters import differences, generate, slugs
 from check_chapters import check_all
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.notebooknode import NotebookNode
+from notebooks import BOOK
 
 CELL_TIMEOUT = 600  # seconds; a chapter is meant to take less than 60 in all
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -47,16 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no such chapter: {', '.join(unknown)}; book/src has {', '.join(slugs())}")
 
     if not options.check:
-        for slug in chosen:
-            if options.all or differences(slug):
-                try:
-                    seconds = update(slug)
-                except ChapterError as error:
-                    print(f"{error}\nbook/{slug}.ipynb was left as it was.", file=sys.stderr)
-                    return 1
-                print(f"book/{slug}.ipynb: executed in {seconds:.1f} s")
-            else:
-                print(f"book/{slug}.ipynb: unchanged")
+        try:
+            for slug in chosen:
+                if options.all or differences(slug):
+                    print(f"book/{slug}.ipynb: executed in {update(slug):.1f} s")
+                else:
+                    print(f"book/{slug}.ipynb: unchanged")
+                if slug in exercises.slugs() and (options.all or exercises.differences(slug)):
+                    print(f"exercises/ and solutions/{slug}.ipynb: executed in {update_exercises(slug):.1f} s")
+        except (ChapterError, exercises.ExerciseError) as error:
+            print(f"{error}\nIts notebooks were left as they were.", file=sys.stderr)
+            return 1
 
     messages = check_all(chosen)
     print(*messages, sep="\n", file=sys.stderr, end="\n" if messages else "")
@@ -68,22 +71,31 @@ def main(arguments: list[str] | None = None) -> int:
 def update(slug: str, book: Path = BOOK) -> float:
     """Generate and execute a chapter, write its notebook and its entry in execution.json; the seconds it took."""
     notebook = generate(slug, book)
-    start = time.perf_counter()
-    execute(notebook, slug, book)
-    seconds = time.perf_counter() - start
+    seconds = execute(notebook, f"book/src/{slug}.md", book)
     write(book / f"{slug}.ipynb", nbformat.writes(notebook) + "\n")
     record(slug, seconds, book)
     return seconds
 
 
-def execute(notebook: NotebookNode, slug: str, book: Path = BOOK) -> None:
-    """Fill in the outputs, in a fresh kernel of this Python that runs in book/."""
+def update_exercises(slug: str, book: Path = BOOK) -> float:
+    """Generate the notebooks of exercises and solutions, execute and write them; the seconds it took."""
+    to_do, done = exercises.generate(slug, book)
+    seconds = execute(done, f"solutions/{slug}.py", book.parent / "solutions")
+    for path, notebook in zip(exercises.paths(slug, book), (to_do, done), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        write(path, nbformat.writes(notebook) + "\n")
+    return seconds
+
+
+def execute(notebook: NotebookNode, text: str, folder: Path) -> float:
+    """Fill in the outputs, in a fresh kernel of this Python that runs in `folder`; the seconds it took."""
+    start = time.perf_counter()
     client = NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT,
         record_timing=False,
         coalesce_streams=True,  # else the number of stored pieces depends on how fast they came
-        resources={"metadata": {"path": str(book)}},
+        resources={"metadata": {"path": str(folder)}},
         extra_arguments=[PLAIN_PNG, "--log-level=ERROR"],
     )
     with tempfile.TemporaryDirectory() as own:  # the settings of the reader's own IPython stay out
@@ -92,12 +104,13 @@ def execute(notebook: NotebookNode, slug: str, book: Path = BOOK) -> None:
         except CellExecutionError as error:
             code = [cell for cell in notebook.cells if cell.cell_type == "code"]
             number = next(i for i, cell in enumerate(code, 1) if any(o.output_type == "error" for o in cell.outputs))
-            raise ChapterError(f"book/src/{slug}.md, code cell {number} failed:\n{error}") from error
+            raise ChapterError(f"{text}, code cell {number} failed:\n{error}") from error
     notebook.metadata.pop("language_info", None)  # names the Python in use
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if output.output_type == "error":  # only in cells tagged raises-exception; the traceback has paths in it
                 output.traceback = [f"{output.ename}: {output.evalue}"]
+    return time.perf_counter() - start
 
 
 def record(slug: str, seconds: float, book: Path = BOOK) -> None:

@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from chapters import BOOK
+from notebooks import BOOK
 
 
 @pytest.fixture(scope="module")

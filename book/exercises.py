@@ -1,0 +1,230 @@
+"""From solutions/NN_slug.py (jupytext's py:percent) to exercises/NN_slug.ipynb and solutions/NN_slug.ipynb, unexecuted.
+
+The source opens with a title and a cell of imports. Each exercise is then a Markdown cell that starts
+
+    ## Exercise 3.1: Its title
+    - **Goal:** what one can do afterwards.
+    - **Difficulty:** 2 of 5
+    - **Time:** 15 minutes
+
+and ends before the next, with cells in any order: code with a region `# BEGIN SOLUTION` … `# END SOLUTION` inside a
+function, code tagged `check`, Markdown tagged `hint` (two at least), Markdown tagged `solution`, and whatever both
+notebooks show.
+"""
+
+import ast
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbformat.notebooknode import NotebookNode
+from notebooks import BOOK, assemble, colab_url, compare, github_url
+
+HEADING = re.compile(r"## Exercise (\d+\.\d+): (.+)")
+GOAL = re.compile(r"^- \*\*Goal:\*\* (.+)$", re.MULTILINE)
+DIFFICULTY = re.compile(r"^- \*\*Difficulty:\*\* ([1-5]) of 5$", re.MULTILINE)
+TIME = re.compile(r"^- \*\*Time:\*\* (\d+) minutes$", re.MULTILINE)
+REGION = re.compile(r"^([ \t]+)# BEGIN SOLUTION\n.*?^\1# END SOLUTION$", re.MULTILINE | re.DOTALL)
+# What Sphinx understands and Colab shows as it stands.
+DIRECTIVE = re.compile(r"^:{3,}|^`{3,}\{|\{[a-z:]+\}`", re.MULTILINE)
+TAGS = {"check", "hint", "solution", "nbval-ignore-output", "hide-input"}
+
+
+class ExerciseError(ValueError):
+    """A source that would give an incomplete exercise."""
+
+
+@dataclass
+class Exercise:
+    """One exercise, as its source has it.
+
+    Attributes:
+        number: such as "3.1".
+        title: without the number.
+        goal: one sentence.
+        difficulty: 1 to 5.
+        minutes: the expected time.
+        cells: all its cells, with the solution.
+    """
+
+    number: str
+    title: str
+    goal: str
+    difficulty: int
+    minutes: int
+    cells: list[NotebookNode]
+
+    @property
+    def functions(self) -> list[str]:
+        """The names of the functions that the reader writes."""
+        code = [cell.source for cell in self.cells if REGION.search(cell.source)]
+        return [holder(text, match.start()) for text in code for match in REGION.finditer(text)]
+
+
+def source(slug: str, book: Path = BOOK) -> Path:
+    return book.parent / "solutions" / f"{slug}.py"
+
+
+def slugs(book: Path = BOOK) -> list[str]:
+    """The chapters that have exercises, in order."""
+    return sorted(path.stem for path in source("x", book).parent.glob("[0-9][0-9]_*.py"))
+
+
+def paths(slug: str, book: Path = BOOK) -> tuple[Path, Path]:
+    """The notebook of exercises and that of solutions."""
+    return book.parent / "exercises" / f"{slug}.ipynb", book.parent / "solutions" / f"{slug}.ipynb"
+
+
+def read(slug: str, book: Path = BOOK) -> tuple[list[NotebookNode], list[Exercise]]:
+    """What stands before the first exercise, and the exercises.
+
+    Raises:
+        ExerciseError: an exercise lacks something, or holds what Colab could not show.
+    """
+    cells = jupytext.read(source(slug, book), fmt="py:percent").cells
+    starts = [i for i, cell in enumerate(cells) if cell.cell_type == "markdown" and cell.source.startswith("## ")]
+    where = f"solutions/{slug}.py"
+    opening = cells[: starts[0]] if starts else cells
+    if [cell.cell_type for cell in opening] != ["markdown", "code"] or not opening[0].source.startswith("# "):
+        raise ExerciseError(f"{where}: it starts with a Markdown cell, '# …', and one cell of imports")
+    exercises = []
+    for position, (start, end) in enumerate(zip(starts, [*starts[1:], len(cells)], strict=True), start=1):
+        number = f"{int(slug[:2])}.{position}"
+        exercises.append(parse(number, cells[start:end], f"{where}, Exercise {number}"))
+    for easier, harder in pairwise(exercises):
+        if easier.difficulty > harder.difficulty:
+            raise ExerciseError(
+                f"{where}: Exercise {easier.number} is harder than {harder.number}; order by difficulty"
+            )
+    return opening, exercises
+
+
+def parse(number: str, cells: list[NotebookNode], where: str) -> Exercise:
+    heading = HEADING.match(cells[0].source)
+    if not heading or heading[1] != number:
+        raise ExerciseError(f"{where} is missing: '## Exercise {number}: …' expected, got {cells[0].source[:40]!r}")
+    found = {name: pattern.search(cells[0].source) for name, pattern in PARTS.items()}
+    missing = [name for name, match in found.items() if not match]
+    missing += [f"a cell tagged {tag}" for tag in ("check", "solution") if not any(is_a(tag, cell) for cell in cells)]
+    if sum(is_a("hint", cell) for cell in cells) < 2:
+        missing.append("two hints")
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    regions = [(text, match.start()) for text in code for match in REGION.finditer(text)]
+    if not regions:
+        missing.append("a region '# BEGIN SOLUTION' … '# END SOLUTION' inside a function")
+    if missing:
+        raise ExerciseError(f"{where} lacks {', '.join(missing)}")
+    for text, position in regions:
+        if holder(text, position) is None:
+            raise ExerciseError(f"{where}: a solution stands inside a function, so that its check can call the stub")
+    for text in code:
+        if "SOLUTION" in REGION.sub("", text):
+            raise ExerciseError(f"{where}: '# BEGIN SOLUTION' and '# END SOLUTION' come in pairs, equally indented")
+    for cell in cells:
+        if unknown := set(cell.metadata.get("tags", [])) - TAGS:
+            raise ExerciseError(f"{where}: unknown tag {sorted(unknown)[0]!r}; known: {', '.join(sorted(TAGS))}")
+        if cell.cell_type == "markdown" and (directive := DIRECTIVE.search(cell.source)):
+            raise ExerciseError(f"{where}: {directive[0]!r} does not render in Colab; write plain Markdown")
+    return Exercise(
+        number, heading[2], found["a goal"][1], int(found["a difficulty"][1]), int(found["a time"][1]), cells
+    )
+
+
+PARTS = {"a goal": GOAL, "a difficulty": DIFFICULTY, "a time": TIME}
+
+
+def is_a(tag: str, cell: NotebookNode) -> bool:
+    return tag in cell.metadata.get("tags", []) and cell.cell_type == ("code" if tag == "check" else "markdown")
+
+
+def holder(code: str, position: int) -> str | None:
+    """The outermost function in which a position of the code stands."""
+    line = code[:position].count("\n") + 1
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.FunctionDef) and node.lineno < line <= node.end_lineno:
+            return node.name
+    return None
+
+
+def generate(slug: str, book: Path = BOOK) -> tuple[NotebookNode, NotebookNode]:
+    """The notebook of exercises and that of solutions, neither executed."""
+    (title, imports), exercises = read(slug, book)
+    opening = [(introduction(slug, title, book), title), (imports.source, imports)]
+    to_do = [plain(cell, text) for text, cell in opening]
+    done = [plain(cell, text) for text, cell in opening]
+    for exercise in exercises:
+        to_do += for_reader(exercise)
+        done += [plain(cell, without_markers(cell.source)) for cell in exercise.cells if not is_a("hint", cell)]
+    return assemble(to_do, book), assemble(done, book)
+
+
+def introduction(slug: str, cell: NotebookNode, book: Path) -> str:
+    """The title and text of the source, with links to the other notebooks."""
+    chapter, exercise, solution = (f"{folder}/{slug}.ipynb" for folder in ("book", "exercises", "solutions"))
+    links = (
+        f"[chapter]({github_url(chapter, book)}) · "
+        f"exercises [here]({github_url(exercise, book)}) or [in Colab]({colab_url(exercise, book)}) · "
+        f"solutions [here]({github_url(solution, book)}) or [in Colab]({colab_url(solution, book)})"
+    )
+    return f"{cell.source}\n\n{links}"
+
+
+def for_reader(exercise: Exercise) -> list[NotebookNode]:
+    """The cells with stubs in the place of solutions, and with folded hints."""
+    cells, hints = [], 0
+    for cell in exercise.cells:
+        if is_a("solution", cell):
+            continue
+        text = cell.source
+        if is_a("hint", cell):
+            hints += 1
+            text = f"<details><summary>Hint {hints}</summary>\n\n{text}\n\n</details>"
+        cells.append(plain(cell, REGION.sub(lambda match: match[1] + stub(exercise.number), text)))
+    return cells
+
+
+def stub(number: str) -> str:
+    return f'raise NotImplementedError("Exercise {number} is yours to write")'
+
+
+def plain(cell: NotebookNode, text: str) -> NotebookNode:
+    new = nbformat.v4.new_code_cell if cell.cell_type == "code" else nbformat.v4.new_markdown_cell
+    return new(text, metadata=dict(cell.metadata))
+
+
+def without_markers(code: str) -> str:
+    return re.sub(r"^[ \t]+# (BEGIN|END) SOLUTION\n?", "", code, flags=re.MULTILINE)
+
+
+def contents(slug: str, book: Path = BOOK) -> str:
+    """What closes a chapter: a table of its exercises, and links to both notebooks."""
+    _, exercises = read(slug, book)
+    minutes = sum(exercise.minutes for exercise in exercises)
+    rows = [f"| {e.number} {e.title} | {e.goal} | {e.difficulty} of 5 | {e.minutes} |" for e in exercises]
+    links = [
+        f"**{name}**: [read]({github_url(path, book)}), [![Open in Colab](_static/colab.svg)]({colab_url(path, book)})"
+        for name, path in [("Exercises", f"exercises/{slug}.ipynb"), ("Solutions", f"solutions/{slug}.ipynb")]
+    ]
+    return "\n".join(
+        [
+            "### In code, graded on the spot",
+            "",
+            f"About {minutes} minutes in a notebook that needs nothing but itself. Each exercise has hints, and a check "
+            "that compares your function with one computed in another way and says what is likely to be wrong.",
+            "",
+            "| exercise | you will | difficulty | minutes |",
+            "|---|---|---|--:|",
+            *rows,
+            "",
+            f"{links[0]} · {links[1]}",
+        ]
+    )
+
+
+def differences(slug: str, book: Path = BOOK) -> list[str]:
+    """How the two notebooks differ from what their source gives, outputs apart; empty if they are in sync."""
+    pairs = zip(paths(slug, book), generate(slug, book), strict=True)
+    return [f"{path.parent.name}/: {found}" for path, notebook in pairs for found in compare(path, notebook)]

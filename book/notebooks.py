@@ -1,0 +1,80 @@
+"""What every generated notebook shares: metadata, the set-up cell, ids that are hashes, and how two are compared.
+
+The same cells always give the same bytes: nothing names a machine or a moment.
+"""
+
+import hashlib
+from pathlib import Path
+
+import nbformat
+import yaml
+from nbformat.notebooknode import NotebookNode
+
+ROOT = Path(__file__).resolve().parents[1]
+BOOK = ROOT / "book"
+
+METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+SETUP = """\
+# Installs the library where it is missing, as in Colab; does nothing elsewhere.
+import importlib.util, os, subprocess, sys
+if importlib.util.find_spec("cratelab") is None:
+    subprocess.check_call([sys.executable, "-m", "pip", "install", os.environ.get("CRATELAB_SOURCE", "git+{url}")])"""
+
+
+def repository_url(book: Path = BOOK) -> str:
+    """The only place that states the repository's address is book/_config.yml."""
+    return _repository(book)["url"]
+
+
+def github_url(path: str, book: Path = BOOK) -> str:
+    """Where a file of the repository is shown."""
+    return f"{repository_url(book)}/blob/{_repository(book)['branch']}/{path}"
+
+
+def colab_url(path: str, book: Path = BOOK) -> str:
+    """Where a notebook of the repository opens in Colab."""
+    return github_url(path, book).replace("https://github.com", "https://colab.research.google.com/github")
+
+
+def _repository(book: Path) -> dict:
+    return yaml.safe_load((book / "_config.yml").read_text(encoding="utf8"))["repository"]
+
+
+def assemble(cells: list[NotebookNode], book: Path = BOOK) -> NotebookNode:
+    """A notebook of these cells, not executed, with the set-up cell after the first."""
+    setup = nbformat.v4.new_code_cell(SETUP.format(url=repository_url(book)), metadata={"tags": ["hide-cell"]})
+    cells = [cells[0], setup, *cells[1:]]
+    seen: set[str] = set()
+    for cell in cells:
+        cell.id = cell_id(cell, seen)
+    return nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
+
+
+def cell_id(cell: NotebookNode, seen: set[str]) -> str:
+    """A hash of the cell's label (`:label:`), else of its content; repeats are numbered. Adds the id to `seen`."""
+    key = cell.metadata.get("label") or f"{cell.cell_type}\n{cell.source}"
+    base = candidate = hashlib.sha256(key.encode()).hexdigest()[:12]
+    repeat = 1
+    while candidate in seen:
+        repeat += 1
+        candidate = f"{base}-{repeat}"
+    seen.add(candidate)
+    return candidate
+
+
+def compare(path: Path, want: NotebookNode) -> list[str]:
+    """How a committed notebook differs from a generated one, outputs and execution counts apart."""
+    if not path.exists():
+        return [f"{path.parent.name}/{path.name} does not exist"]
+    have = nbformat.read(path, as_version=4)
+    found = []
+    if have.metadata != want.metadata:
+        found.append(f"notebook metadata is {dict(have.metadata)}, expected {dict(want.metadata)}")
+    if len(have.cells) != len(want.cells):
+        found.append(f"it has {len(have.cells)} cells, the text gives {len(want.cells)}")
+    for number, (old, new) in enumerate(zip(have.cells, want.cells, strict=False), start=1):
+        for field in ("cell_type", "source", "id", "metadata"):
+            if old.get(field) != new.get(field):
+                found.append(f"cell {number} differs in {field}: it starts {old.source[:50]!r}")
+                break
+    return found
