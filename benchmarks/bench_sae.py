@@ -128,7 +128,7 @@ def main() -> None:
     for name in "Crate", "Gpt2":
         trainings(name, "toy", 4, 4_000 if toy else 50_000, device, **small)
     if not toy:
-        trainings("Gpt2", "3L", 16, 20_000 if slow else 500_000, device, vocab_size=4096, context=256)
+        trainings("Gpt2", "3L", 4 if slow else 16, 8_000 if slow else 500_000, device, vocab_size=4096, context=256)
     lengths = (5_000, 20_000) if toy else (25_000, 100_000)
     peaks = ", ".join(f"{memory('toy', 4, n, small):.0f} MB at {n} tokens" for n in lengths)
     print(f"memory beside the model, toy GPT-2, buffer 16,384 tokens: {peaks}")
