@@ -287,6 +287,17 @@ def test_the_bias_starts_as_the_mean_of_the_first_block():
     torch.testing.assert_close(train_saes(model, text, text, config(), [1], r).saes[1].b_dec.detach(), x.mean(0))
 
 
+def test_the_seed_alone_decides_and_torchs_own_generator_is_left_alone():
+    model, found = talkative(), []
+    for start, seed in (1, 0), (2, 0), (1, 3):
+        torch.manual_seed(start)
+        before = torch.get_rng_state()
+        done = train_saes(model, corpus(), corpus(200), config(), [1], recipe(max_tokens=400, seed=seed))
+        assert torch.get_rng_state().equal(before)
+        found.append(done.saes[1].W_dec)
+    assert found[0].equal(found[1]) and not found[0].equal(found[2])
+
+
 def test_training_ends_when_nothing_is_gained():
     stopped = train_saes(talkative(), corpus(), corpus(200), config(), recipe=recipe(least_gain=1e9, evaluations=30))
     tokens = stopped.curve[-1]["tokens"]
