@@ -13,7 +13,7 @@ help:
 	@echo "make book    build the book into book/_build/html"
 	@echo "make test    every test, and every notebook executed and compared"
 	@echo "make lint    ruff: style and format"
-	@echo "make sync    regenerate the notebooks whose text in book/src changed"
+	@echo "make sync    regenerate the notebooks whose text in book/src or solutions changed"
 	@echo "make bench   speed and memory (benchmarks/bench_*.py)"
 	@echo "make browse  the built pages in headless Chromium"
 	@echo "make env     only the virtual environment, $(VENV)"
@@ -34,7 +34,7 @@ book: $(STAMP)
 	$(BIN)/jupyter-book build book/ -W -n --keep-going
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --nbval tests book -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --nbval tests book solutions -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

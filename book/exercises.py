@@ -196,7 +196,7 @@ def plain(cell: NotebookNode, text: str) -> NotebookNode:
 
 
 def without_markers(code: str) -> str:
-    return re.sub(r"^[ \t]+# (BEGIN|END) SOLUTION\n?", "", code, flags=re.MULTILINE)
+    return re.sub(r"^[ \t]+# (BEGIN|END) SOLUTION\n?", "", code, flags=re.MULTILINE).rstrip()
 
 
 def contents(slug: str, book: Path = BOOK) -> str:
@@ -212,8 +212,8 @@ def contents(slug: str, book: Path = BOOK) -> str:
         [
             "### In code, graded on the spot",
             "",
-            f"About {minutes} minutes in a notebook that needs nothing but itself. Each exercise has hints, and a check "
-            "that compares your function with one computed in another way and says what is likely to be wrong.",
+            f"About {minutes} minutes in a notebook that needs nothing but itself. Each exercise has hints, and a "
+            "check that compares your function with one computed in another way and says what is likely to be wrong.",
             "",
             "| exercise | you will | difficulty | minutes |",
             "|---|---|---|--:|",

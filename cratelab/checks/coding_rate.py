@@ -1,0 +1,144 @@
+"""Checks of the exercises of chapter 1: the coding rate, its slope and its gradient."""
+
+from collections.abc import Callable
+from itertools import combinations
+from math import log
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cratelab.checks.grading import CheckFailed, call, grade, random, tokens
+
+CASES = [(tokens(30, 6, seed=1), 0.5), (tokens(5, 9, seed=2), 1.7), (tokens(12, 4, seed=3), 0.08)]
+
+
+def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
+    """Exercise 1.1: four changes of the rate in nats, predicted, against the rates of clouds of rank `r`."""
+    mistakes = {
+        "finer": {
+            "each direction in use pays for the finer precision, and there are r of them": lambda r: log(10),
+            "½ log(1 + cσ²) has ε² in c, and the square uses up the ½": lambda r: r / 2 * log(10),
+            "the sign is the other way round: finer costs more": lambda r: -r * log(10),
+        },
+        "rotated": {},
+        "padded": {
+            "no token has moved, but the error may now spread over 2d directions: d stands in the rate": lambda r: 0,
+            "there is a factor ½ before the logarithm": lambda r: r * log(2),
+            "the sign is the other way round: with 2d in the place of d, c grows": lambda r: -r / 2 * log(2),
+        },
+        "diluted": {
+            "the rate is per token, and n has doubled while ZZᵀ is the same": lambda r: 0,
+            "there is a factor ½ before the logarithm": lambda r: -r * log(2),
+            "the sign is the other way round: tokens at the origin are cheap, and the rate is a mean": lambda r: (
+                r / 2 * log(2)
+            ),
+        },
+    }
+    for r in (1, 3, 6):
+        n, d, eps = 40, 12, 1e-4
+        z = random(n, r, seed=r) @ torch.linalg.qr(random(d, r, seed=r + 10)).Q.T
+        turn = torch.linalg.qr(random(d, d, seed=r + 20)).Q
+        after = {
+            "finer": _rate(z, eps / 10),
+            "rotated": _rate(z @ turn, eps),
+            "padded": _rate(torch.cat([z, torch.zeros_like(z)], dim=1), eps),
+            "diluted": _rate(torch.cat([z, torch.zeros_like(z)], dim=0), eps),
+        }
+        answer = call(function, r)
+        if not isinstance(answer, dict) or set(answer) != set(after):
+            raise CheckFailed(f"{function.__name__} should return a dict with the keys {', '.join(after)}")
+        for key, rate in after.items():
+            measured = rate - _rate(z, eps)
+            if abs(float(answer[key]) - measured) > 1e-4:
+                named = (text for text, wrong in mistakes[key].items() if abs(float(answer[key]) - wrong(r)) < 1e-6)
+                reason = next(named, "compare eq. 1.4 before and after, singular value by singular value")
+                raise CheckFailed(
+                    f"{key}, rank {r}: you say {float(answer[key]):.3f} nats, measured: {measured:.3f}; {reason}"
+                )
+    print(
+        f"{function.__name__}: right. The changes measured on clouds of rank 1, 3 and 6 are what you predict, to 1e-4."
+    )
+
+
+def mended_rate(function: Callable[[Tensor, float], Tensor]) -> None:
+    """Exercise 1.2: the coding rate of (n, d) tokens, against singular values."""
+    bugs = {
+        "the mean of the tokens is still subtracted: try tokens far from the origin": {"centre": True},
+        "n and d are still the wrong way round: try listing every token twice": {"swap": True},
+        "there is still ε where ε² is meant: try centimetres in the place of metres": {"power": 1},
+    }
+    left = [subset for size in (1, 2, 3) for subset in combinations(bugs, size)]
+    mistakes = {
+        "; and ".join(subset): lambda z, eps, subset=subset: _rate(
+            z, eps, **{k: v for b in subset for k, v in bugs[b].items()}
+        )
+        for subset in left
+    }
+    mistakes["the factor ½ is lost"] = lambda z, eps: 2 * _rate(z, eps)
+    grade(function, CASES, _rate, "a sum over singular values", mistakes)
+
+
+def seen_dimensions(function: Callable[[Tensor, float], Tensor]) -> None:
+    """Exercise 1.3: −dR/d log ε of (n, d) tokens, against the slope between two precisions."""
+
+    def slope(z: Tensor, eps: float) -> float:
+        step = 1e-4
+        return -(_rate(z, eps * np.exp(step)) - _rate(z, eps * np.exp(-step))) / (2 * step)
+
+    def shares(z: Tensor, eps: float) -> np.ndarray:
+        cs2 = _scaled_values(z, eps)
+        return cs2 / (1 + cs2)
+
+    mistakes = {
+        "half of what is right: ε² = exp(2 log ε), so its derivative brings a 2 that uses up the ½": lambda z, eps: (
+            shares(z, eps).sum() / 2
+        ),
+        "the sign: R falls as ε grows, and minus its slope is asked for": lambda z, eps: -shares(z, eps).sum(),
+        "this is dR/dε: by the logarithm of ε there is one more factor ε": lambda z, eps: shares(z, eps).sum() / eps,
+        "this is the trace without the inverse: the derivative of log det B is tr(B⁻¹ dB)": lambda z, eps: (
+            _scaled_values(z, eps).sum()
+        ),
+        "this is tr(B⁻¹), the directions that are not seen": lambda z, eps: z.shape[1] - shares(z, eps).sum(),
+        "this is the rank, which counts a direction however small it is": lambda z, eps: np.linalg.matrix_rank(z),
+    }
+    grade(function, CASES, slope, "the slope of R between two precisions", mistakes, rtol=1e-6)
+
+
+def worth(function: Callable[[Tensor, float], Tensor]) -> None:
+    """Exercise 1.4: dR/dwᵢ of weighted tokens at equal weights, (n,), against automatic differentiation."""
+
+    def autograd(z: Tensor, eps: float) -> Tensor:
+        n, d = z.shape
+        w = torch.full((n,), 1 / n, dtype=z.dtype, device=z.device, requires_grad=True)
+        rows = z * w.sqrt()[:, None]
+        rate = torch.linalg.slogdet(torch.eye(n, dtype=z.dtype, device=z.device) + d / eps**2 * rows @ rows.T)[1] / 2
+        return torch.autograd.grad(rate, w)[0]
+
+    def quadratic(z: Tensor, eps: float, power: int) -> Tensor:
+        """zᵢᵀ B^power zᵢ, by eigenvectors."""
+        n, d = z.shape
+        values, vectors = np.linalg.eigh(np.eye(d) + d / (n * eps**2) * z.T.numpy() @ z.numpy())
+        return torch.from_numpy(((z.numpy() @ vectors) ** 2 * values**power).sum(1)) * d / eps**2
+
+    mistakes = {
+        "twice what is right: the ½ of R is lost": lambda z, eps: quadratic(z, eps, -1),
+        "B is not inverted: the derivative of log det B is tr(B⁻¹ dB)": lambda z, eps: quadratic(z, eps, 1) / 2,
+        "there is no B⁻¹: this is only the squared length of each token": lambda z, eps: quadratic(z, eps, 0) / 2,
+        "this is divided by n: the derivative is by wᵢ, and dB/dwᵢ has no 1/n": lambda z, eps: (
+            quadratic(z, eps, -1) / (2 * len(z))
+        ),
+        "the factor d/ε² is lost: dB/dwᵢ = d/ε² zᵢzᵢᵀ": lambda z, eps: quadratic(z, eps, -1) / 2 * eps**2 / z.shape[1],
+    }
+    grade(function, CASES, autograd, "automatic differentiation", mistakes)
+
+
+def _scaled_values(z: Tensor, eps: float, centre: bool = False, swap: bool = False, power: int = 2) -> np.ndarray:
+    """d/(nε²) σ² for each singular value; with the mistakes of Exercise 1.2 where asked."""
+    n, d = z.shape
+    array = z.numpy() - z.numpy().mean(0) if centre else z.numpy()
+    return (n / d if swap else d / n) / eps**power * np.linalg.svd(array, compute_uv=False) ** 2
+
+
+def _rate(z: Tensor, eps: float, **mistakes: object) -> float:
+    return float(np.log1p(_scaled_values(z, eps, **mistakes)).sum() / 2)

@@ -1,0 +1,143 @@
+"""What all checks share: asking a reader's function, comparing its answers, and saying what is wrong in one line."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+RTOL, ATOL = 1e-7, 1e-9
+
+
+class Verdict(Exception):
+    """What a check says; a notebook shows this line and no traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # read by IPython
+        return [f"{type(self).__name__}: {self}"]
+
+
+class CheckFailed(Verdict, AssertionError):
+    """An answer is wrong."""
+
+
+class NotWritten(Verdict, NotImplementedError):
+    """The function is still the stub."""
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    """Standard normal numbers in float64 on the CPU, the same for the same seed; torch's own seed is left alone."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def tokens(n: int, d: int, seed: int) -> Tensor:
+    """(n, d) tokens that differ in reach from direction to direction and are not centred."""
+    return random(n, d, seed=seed) * torch.linspace(0.3, 2, d, dtype=torch.float64, device="cpu") + 0.4
+
+
+def subspaces(k: int, d: int, p: int, seed: int) -> Tensor:
+    """(k, d, p) bases with orthonormal columns."""
+    return torch.linalg.qr(random(k, d, p, seed=seed)).Q
+
+
+def grade(
+    function: Callable,
+    cases: Iterable[tuple],
+    oracle: Callable,
+    by: str,
+    mistakes: Mapping[str, Callable],
+    rtol: float = RTOL,
+    atol: float = ATOL,
+) -> None:
+    """Compare a reader's function with an oracle on each case, and name the mistake that explains all answers.
+
+    Args:
+        function: the reader's.
+        cases: arguments for each call. Between them they must tell the mistakes from each other.
+        oracle: gives the right answer to the same arguments, computed in another way.
+        by: what the oracle is, for the message: "automatic differentiation".
+        mistakes: what to say -> the answer of a function with that mistake, to the same arguments.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+
+    Raises:
+        CheckFailed: the answers differ from the oracle's.
+        NotWritten: the function is a stub.
+    """
+    cases = list(cases)
+    expected = [as_tensor(oracle(*case)) for case in cases]
+    answers = [ask(function, case, target.shape) for case, target in zip(cases, expected, strict=True)]
+    errors = [_excess(answer, target, rtol, atol) for answer, target in zip(answers, expected, strict=True)]
+    name = function.__name__
+    if max(errors) <= 1:
+        print(f"{name}: right. It agrees with {by} in {len(cases)} random cases, to a relative {rtol:g}.")
+        return
+    for message, mistake in mistakes.items():
+        wrong = [as_tensor(mistake(*case)) for case in cases]
+        if all(a.shape == w.shape and _excess(a, w, rtol, atol) <= 1 for a, w in zip(answers, wrong, strict=True)):
+            raise CheckFailed(f"{name}: {message}")
+    worst = max(range(len(cases)), key=errors.__getitem__)
+    got, target = answers[worst].flatten(), expected[worst].flatten()
+    entry = int((got - target).abs().argmax())
+    raise CheckFailed(
+        f"{name} differs from {by}: for {describe(cases[worst])} it gives {got[entry]:.6g} where {target[entry]:.6g} "
+        f"is right{f' (entry {entry} of {len(got)})' if len(got) > 1 else ''}. No common mistake explains it."
+    )
+
+
+def ask(function: Callable, case: tuple, shape: torch.Size) -> Tensor:
+    """The answer to one case as a float64 tensor of the expected shape, from arguments of its own.
+
+    Raises:
+        CheckFailed: the answer is nothing, of another kind or shape, or not finite; or the arguments were changed.
+        NotWritten: the function is a stub.
+    """
+    name, own = function.__name__, [_copy(argument) for argument in case]
+    answer = call(function, *own)
+    if answer is None:
+        raise CheckFailed(f"{name} returns None: does it end in `return`?")
+    try:
+        answer = as_tensor(answer)
+    except (TypeError, ValueError, RuntimeError):
+        raise CheckFailed(f"{name} returns a {type(answer).__name__}; a tensor {tuple(shape)} was expected") from None
+    if answer.shape != shape:
+        transposed = answer.ndim == 2 and answer.mT.shape == shape
+        raise CheckFailed(
+            f"{name} returns the shape {tuple(answer.shape)} for {describe(case)}; {tuple(shape)} was expected"
+            + (": is it transposed? Tokens are rows." if transposed else "")
+        )
+    if not answer.isfinite().all():
+        raise CheckFailed(f"{name} returns numbers that are not finite for {describe(case)}")
+    if any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(case, own, strict=True)):
+        raise CheckFailed(f"{name} changes its arguments in place: compute with copies")
+    return answer
+
+
+def call(function: Callable, *arguments: object) -> object:
+    """The function's answer; a stub's error becomes one line."""
+    try:
+        return function(*arguments)
+    except NotImplementedError as error:
+        raise NotWritten(str(error)) from None
+
+
+def as_tensor(value: object) -> Tensor:
+    return torch.as_tensor(value).detach().to("cpu", torch.float64)
+
+
+def describe(case: tuple) -> str:
+    """The arguments in a few words: shapes of tensors, and numbers."""
+    words = [f"a tensor {tuple(a.shape)}" if isinstance(a, Tensor) else f"{a:g}" for a in case if _is_plain(a)]
+    return ", ".join(words)
+
+
+def _is_plain(argument: object) -> bool:
+    return isinstance(argument, (Tensor, int, float))
+
+
+def _copy(argument: object) -> object:
+    return argument.clone() if isinstance(argument, Tensor) else argument
+
+
+def _excess(answer: Tensor, target: Tensor, rtol: float, atol: float) -> float:
+    """The largest error in units of what is tolerated."""
+    return float(((answer - target).abs() / (atol + rtol * target.abs())).max())

@@ -1,0 +1,357 @@
+"""Exercises: the stub fails, the solution passes, wrong answers are told what is wrong; the generator refuses gaps."""
+
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import chapters
+import check_chapters
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+import sync
+import torch
+from notebooks import BOOK, ROOT
+
+import exercises
+from cratelab.checks import experiment
+from cratelab.checks.grading import CheckFailed, NotWritten, grade, random
+
+SOURCES = {slug: exercises.read(slug) for slug in exercises.slugs()}
+WRONG = {slug: runpy.run_path(str(ROOT / "tests/wrong_answers" / f"{slug}.py"))["WRONG"] for slug in SOURCES}
+ALL = [(slug, exercise) for slug, (_, list_) in SOURCES.items() for exercise in list_]
+each_exercise = pytest.mark.parametrize(("slug", "exercise"), ALL, ids=lambda x: getattr(x, "number", ""))
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_notebook(monkeypatch):
+    """What a notebook's first cell sets, undone afterwards; figures are not shown."""
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_device("cpu")
+    with plt.rc_context():
+        yield
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+
+
+def run(slug: str, exercise: exercises.Exercise, answer=None) -> dict:
+    """Execute an exercise's cells up to its last check, with `answer` in the place of the last function asked for."""
+    names = {}
+    exec(SOURCES[slug][0][1].source, names)
+    code = [cell for cell in exercise.cells if cell.cell_type == "code"]
+    last = max(i for i, cell in enumerate(code) if exercises.is_a("check", cell))
+    for cell in code[: last + 1]:
+        exec(compile(cell.source, f"Exercise {exercise.number}", "exec"), names)
+        if answer and exercises.REGION.search(cell.source):
+            answer.__name__ = exercise.functions[-1]
+            names[exercise.functions[-1]] = answer
+    return names
+
+
+@each_exercise
+def test_solution_passes(slug, exercise, capsys):
+    run(slug, exercise)
+    assert capsys.readouterr().out, "a check that passes says so"
+
+
+@each_exercise
+def test_stub_fails_and_names_the_exercise(slug, exercise):
+    to_do = [cell for cell in exercises.for_reader(exercise) if cell.cell_type == "code"]
+    names = {}
+    exec(SOURCES[slug][0][1].source, names)
+    with pytest.raises(NotImplementedError, match=f"Exercise {exercise.number} "):
+        for cell in to_do:
+            exec(cell.source, names)
+
+
+WRONG_ANSWERS = [
+    pytest.param(slug, exercise, message, answer, id=f"{exercise.number}-{message}")
+    for slug, exercise in ALL
+    for message, answer in WRONG[slug].get(exercise.number, {}).items()
+]
+
+
+@pytest.mark.parametrize(("slug", "exercise", "message", "answer"), WRONG_ANSWERS)
+def test_wrong_answer_is_told_what_is_wrong(slug, exercise, message, answer):
+    with pytest.raises(CheckFailed, match=message):
+        run(slug, exercise, answer)
+
+
+@each_exercise
+def test_at_least_four_wrong_answers_were_tried(slug, exercise):
+    assert len(WRONG[slug].get(exercise.number, {})) >= 4, f"tests/wrong_answers/{slug}.py needs more for this exercise"
+
+
+@pytest.mark.parametrize("slug", SOURCES)
+def test_three_to_five_exercises_a_chapter(slug):
+    assert 3 <= len(SOURCES[slug][1]) <= 5
+    assert set(WRONG[slug]) == {exercise.number for exercise in SOURCES[slug][1]}
+
+
+@pytest.mark.parametrize("slug", SOURCES)
+def test_exercises_hold_no_solution_and_hints_are_folded(slug):
+    to_do, done = exercises.generate(slug)
+    assert not any("SOLUTION" in cell.source for notebook in (to_do, done) for cell in notebook.cells)
+    for exercise in SOURCES[slug][1]:
+        answers = [match[0] for cell in exercise.cells for match in exercises.REGION.finditer(cell.source)]
+        lines = [line.strip() for answer in answers for line in answer.splitlines()[1:-1]]
+        hidden = [line for line in lines if len(line) > 30]
+        assert hidden and not any(line in cell.source for line in hidden for cell in to_do.cells), exercise.number
+    hints = [cell.source for cell in to_do.cells if "<summary>Hint" in cell.source]
+    assert len(hints) >= 2 * len(SOURCES[slug][1])
+    assert all(hint.startswith("<details><summary>") and hint.endswith("</details>") for hint in hints)
+
+
+# The generator, on one small exercise.
+
+SAMPLE = '''\
+# %% [markdown]
+# # Exercises to a chapter
+
+# %%
+import torch
+
+# %% [markdown]
+# ## Exercise 1.1: Twice
+#
+# - **Goal:** double.
+# - **Difficulty:** 2 of 5
+# - **Time:** 5 minutes
+
+# %%
+def twice(x):
+    """2x"""
+    # BEGIN SOLUTION
+    return 2 * x
+    # END SOLUTION
+
+
+# %% tags=["check"]
+assert twice(2) == 4
+print("right")
+
+# %% [markdown] tags=["hint"]
+# Add.
+
+# %% [markdown] tags=["hint"]
+# Or multiply.
+
+# %% [markdown] tags=["solution"]
+# Doubling is adding.
+'''
+SECOND = SAMPLE[SAMPLE.index("# %% [markdown]\n# ## ") :].replace("1.1", "1.2")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A book of one chapter without code, and its exercise, with all notebooks."""
+    root = tmp_path_factory.mktemp("sample")
+    (root / "book" / "src").mkdir(parents=True)
+    (root / "solutions").mkdir()
+    shutil.copy(BOOK / "_config.yml", root / "book")
+    (root / "book" / "src" / "01_sample.md").write_text("# A chapter\n\n+++\n\n## Exercises\n\nTry.\n")
+    (root / "solutions" / "01_sample.py").write_text(SAMPLE)
+    sync.update_exercises("01_sample", root / "book")
+    nbformat.write(chapters.generate("01_sample", root / "book"), root / "book" / "01_sample.ipynb")
+    return root
+
+
+@pytest.fixture
+def book(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copy")) / "book"
+
+
+def rewrite(book: Path, old: str, new: str) -> None:
+    path = exercises.source("01_sample", book)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("# # Exercises", "# Exercises", "starts with a Markdown cell"),
+        ("# %%\nimport torch\n", "", "one cell of imports"),
+        ("Exercise 1.1:", "Exercise 2.1:", "'## Exercise 1.1: …' expected"),
+        ("# - **Goal:** double.\n", "", "lacks a goal"),
+        ("2 of 5", "6 of 5", "lacks a difficulty"),
+        ("5 minutes", "some minutes", "lacks a time"),
+        (' tags=["check"]', "", "lacks a cell tagged check"),
+        ('# %% [markdown] tags=["hint"]\n# Add.\n', "", "lacks two hints"),
+        ('tags=["solution"]', "", "lacks a cell tagged solution"),
+        ("# BEGIN SOLUTION", "# BEGIN", "lacks a region"),
+        ("    # END SOLUTION", "  # END SOLUTION", "lacks a region"),
+        ("    # END SOLUTION", "    # END SOLUTION\n    # END SOLUTION", "come in pairs"),
+        ("def twice(x):", "if x := 1:", "inside a function"),
+        ('tags=["check"]', 'tags=["check", "chekc"]', "unknown tag 'chekc'"),
+        ("# Add.", "# ```{note}\n# Add.\n# ```", "does not render in Colab"),
+        ("# Add.", "# See {eq}`eq-01-1`.", "does not render in Colab"),
+        ("# Doubling is adding.\n", f"# Doubling.\n\n{SECOND.replace('2 of 5', '1 of 5')}", "order by difficulty"),
+        ("# Doubling is adding.\n", f"# Doubling.\n\n{SECOND.replace('1.2', '1.1')}", "'## Exercise 1.2: …' expected"),
+    ],
+)
+def test_incomplete_exercise_is_refused(book, old, new, complaint):
+    rewrite(book, old, new)
+    with pytest.raises(exercises.ExerciseError, match=re.escape(complaint)):
+        exercises.generate("01_sample", book)
+
+
+def test_both_notebooks_are_remade_byte_for_byte(book):
+    first = [path.read_bytes() for path in exercises.paths("01_sample", book)]
+    assert list(check_chapters.check_exercises("01_sample", book)) == []
+    sync.update_exercises("01_sample", book)
+    assert [path.read_bytes() for path in exercises.paths("01_sample", book)] == first
+    to_do, done = (nbformat.reads(text.decode(), as_version=4) for text in first)
+    assert to_do.cells[4].source == f'def twice(x):\n    """2x"""\n    {exercises.stub("1.1")}'
+    assert done.cells[4].source == 'def twice(x):\n    """2x"""\n    return 2 * x'
+    assert "find_spec" in to_do.cells[1].source and "find_spec" in done.cells[1].source
+    assert done.cells[5].outputs[0].text == "right\n"
+    closing = nbformat.read(book / "01_sample.ipynb", as_version=4).cells[-1].source
+    assert "| 1.1 Twice | double. | 2 of 5 | 5 |" in closing
+    assert closing.count("colab.research.google.com/github/") == 2
+
+
+def test_failing_solution_leaves_both_notebooks(book):
+    before = [path.read_bytes() for path in exercises.paths("01_sample", book)]
+    rewrite(book, "return 2 * x", "return 3 * x")
+    with pytest.raises(sync.ChapterError, match=r"solutions/01_sample\.py, code cell 4 failed"):
+        sync.update_exercises("01_sample", book)
+    assert [path.read_bytes() for path in exercises.paths("01_sample", book)] == before
+
+
+@pytest.mark.parametrize(
+    ("folder", "change", "complaint"),
+    [
+        ("exercises", {"source": "0"}, "exercises/: cell 6 differs in source"),
+        ("solutions", {"source": "0"}, "solutions/: cell 6 differs in source"),
+        ("exercises", {"id": "0"}, "exercises/: cell 6 differs in id"),
+        ("solutions", {"id": "0"}, "solutions/: cell 6 differs in id"),
+        ("exercises", {"metadata": {}}, "differs in metadata"),
+        ("solutions", {"execution_count": None}, "execution counts are"),
+        (
+            "exercises",
+            {"outputs": [nbformat.v4.new_output("stream", text="no")]},
+            "exercises/01_sample.ipynb has outputs",
+        ),
+    ],
+)
+def test_notebook_out_of_sync_is_noticed(book, folder, change, complaint):
+    path = book.parent / folder / "01_sample.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[5].update(change)
+    nbformat.write(notebook, path)
+    (message,) = check_chapters.check_exercises("01_sample", book)
+    assert complaint in message
+
+
+def test_missing_notebook_is_noticed(book):
+    exercises.paths("01_sample", book)[0].unlink()
+    (message,) = check_chapters.check_exercises("01_sample", book)
+    assert "exercises/01_sample.ipynb does not exist" in message
+
+
+def test_chapter_without_a_section_for_exercises_is_noticed(book):
+    (book / "src" / "01_sample.md").write_text("# A chapter\n")
+    (message,) = check_chapters.check_exercises("01_sample", book)
+    assert "'## Exercises'" in message
+
+
+def test_notebook_without_a_source_is_noticed(book):
+    exercises.source("01_sample", book).unlink()
+    found = [message for message in check_chapters.check_all(["01_sample"], book) if "has no source" in message]
+    assert len(found) == 2
+
+
+def test_source_without_a_chapter_is_noticed(book):
+    exercises.source("01_sample", book).rename(exercises.source("02_other", book))
+    assert "solutions/02_other.py belongs to no chapter book/src/02_other.md" in check_chapters.check_all([], book)
+
+
+# The core of the checks.
+
+
+def summed(x):
+    return x.sum()
+
+
+def graded(function) -> None:
+    cases = [(random(3, 4, seed=0),), (random(5, 2, seed=1),)]
+    grade(function, cases, lambda x: 2 * x, "doubling", {"halved": lambda x: x / 2, "shape": summed})
+
+
+def changed_in_place(x):
+    x *= 2
+    return x
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (lambda x: None, "does it end in `return`"),
+        (lambda x: "two", "returns a str"),
+        (lambda x: 2 * x.T, "is it transposed"),
+        (summed, r"the shape \(\) for a tensor \(3, 4\); \(3, 4\) was expected"),
+        (lambda x: x / 0, "not finite"),
+        (changed_in_place, "in place"),
+        (lambda x: x / 2, "halved$"),
+        (lambda x: 3 * x, r"gives .* where .* is right \(entry \d+ of \d+\)\. No common mistake"),
+        (lambda x: 2 * x + (len(x) == 5) * 1e-5, r"for a tensor \(5, 2\)"),
+    ],
+)
+def test_answer_is_described(answer, complaint):
+    with pytest.raises(CheckFailed, match=complaint):
+        graded(answer)
+
+
+def test_right_answers_pass_and_leave_the_seed_alone(capsys):
+    state = torch.get_rng_state()
+    graded(lambda x: x + x)
+    graded(lambda x: (x + x).numpy())
+    assert "agrees with doubling in 2 random cases" in capsys.readouterr().out
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_errors_of_the_reader_pass_through():
+    with pytest.raises(ZeroDivisionError):
+        graded(lambda x: 1 / 0)
+
+
+def test_verdict_is_one_line_in_a_notebook():
+    interactive = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
+
+    def stub(x):
+        raise NotImplementedError("Exercise 9.9")
+
+    for function, line in [(stub, "NotWritten: Exercise 9.9"), (lambda x: x / 2, "CheckFailed: <lambda>: halved")]:
+        with pytest.raises((NotWritten, CheckFailed)) as raised:
+            graded(function)
+        shown = []
+        interactive._showtraceback = lambda kind, value, lines, shown=shown: shown.extend(lines)
+        interactive.showtraceback((raised.type, raised.value, raised.tb))
+        assert shown == [line]
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (lambda seed: 3.0, "returns a float"),
+        (lambda seed: {"found": seed}, 'has no "control"'),
+        (lambda seed: {"control": seed}, "the control alone"),
+        (lambda seed: {"control": seed, "found": float("nan")}, "'found' is nan"),
+        (lambda seed: {"control": seed, "found": [1, 2]}, "a finite number is needed"),
+        (lambda seed: {"control": seed, f"found{seed}": 1}, "other names under another seed"),
+        (lambda seed: {"control": 0, "found": float(torch.rand(()))}, "two runs of .* differ"),
+        (lambda seed: {"control": 0, "found": 1}, "the same numbers under seeds"),
+        (lambda seed: {"control": seed, "found": seed}, "everything equals the control"),
+    ],
+)
+def test_conduct_of_an_experiment(answer, complaint):
+    with pytest.raises(CheckFailed, match=complaint):
+        experiment.conduct(answer)
+
+
+def test_sound_experiment_passes(capsys):
+    experiment.conduct(lambda seed: {"control": seed, "found": seed + 1})
+    assert "varies with the seed" in capsys.readouterr().out
