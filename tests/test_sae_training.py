@@ -287,6 +287,20 @@ def test_the_bias_starts_as_the_mean_of_the_first_block():
     torch.testing.assert_close(train_saes(model, text, text, config(), [1], r).saes[1].b_dec.detach(), x.mean(0))
 
 
+def test_rebirths_come_at_the_stated_shares_in_every_layer(monkeypatch):
+    calls, tokens, step = [], [0], Learner.step
+
+    def counting(self, x):
+        tokens[0] += len(x)
+        return step(self, x)
+
+    monkeypatch.setattr(Learner, "step", counting)
+    monkeypatch.setattr(Learner, "resample", lambda self, x, patience, draw: calls.append((tokens[0] // 2, patience)))
+    train_saes(talkative(), corpus(), corpus(200), config(), None, recipe(resample_at=(0.3, 0.7)))
+    assert [patience for _, patience in calls] == [150] * 4
+    assert 900 <= calls[0][0] == calls[1][0] < 1300 and 2100 <= calls[2][0] == calls[3][0] < 2500
+
+
 def test_the_seed_alone_decides_and_torchs_own_generator_is_left_alone():
     model, found = talkative(), []
     for start, seed in (1, 0), (2, 0), (1, 3):
