@@ -11,10 +11,11 @@ python=${PYTHON:-python3}
 # The library's own tests; those of the book and of packaging need packages a bare GPU machine does not have.
 tests=(tests/test_coding_rate.py tests/test_mssa.py tests/test_ista.py tests/test_ista_layer.py)
 [ "${2:-}" = --toy ] || tests+=(tests/test_language_model.py tests/test_crate.py tests/test_gpt2.py tests/test_layerwise.py tests/corpora)
+[ "${2:-}" = --toy ] || tests+=(tests/test_sae.py tests/test_steering.py tests/test_steering_cost.py)
 "$python" -m pytest -q -o addopts= "${tests[@]}" 2>&1 | tee "$out/tests.log"
 status=$?
 : >"$out/bench.log"
-for bench in core training interpret; do
+for bench in core training interpret sae; do
   "$python" "benchmarks/bench_$bench.py" ${2:+"$2"} 2>&1 | tee -a "$out/bench.log" || status=1
 done
 exit $status

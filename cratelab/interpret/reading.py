@@ -42,7 +42,7 @@ def watch_neurons(
     """
     if corpus.n_vocab > model.config.vocab_size:
         raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
-    pieces = _pieces(corpus, model.config.context, strict, n_tokens or len(corpus))
+    pieces = pieces_of(corpus, model.config.context, strict, n_tokens or len(corpus))
     activations: list[Tensor] = []
 
     def note(module, inputs, output: Tensor) -> None:
@@ -70,8 +70,15 @@ class _AllSeen(Exception):
     """Ends a pass through the model behind its last neurons."""
 
 
-def _pieces(corpus: TokenizedCorpus, context: int, strict: bool, total: int) -> Iterator[tuple[int, int]]:
-    """Where each sequence that the model reads starts and stops in the corpus."""
+def pieces_of(corpus: TokenizedCorpus, context: int, strict: bool, total: int) -> Iterator[tuple[int, int]]:
+    """Where each sequence that the model reads starts and stops in the corpus.
+
+    Args:
+        corpus: of documents, each read from its first token; the stream as a whole where not `strict`.
+        context: longest sequence.
+        strict: whether documents count.
+        total: tokens from the start of the corpus; later ones are not read.
+    """
     spans = (corpus.document_span(i) for i in range(corpus.n_documents)) if strict else [(0, len(corpus))]
     for start, stop in spans:
         for first in range(start, min(stop, total), context):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.interpret.reading import Text, _pieces
+from cratelab.interpret.reading import Text, pieces_of
 from cratelab.language_model import LanguageModel
 from cratelab.sae.autoencoder import Sae
 from cratelab.sae.splicing import splice
@@ -109,7 +109,7 @@ def _texts(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None, 
     if corpus.n_vocab > model.config.vocab_size:
         raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
     total = min(n_tokens or len(corpus), len(corpus))
-    pieces = sorted(_pieces(corpus, model.config.context, True, total), key=lambda piece: piece[0] - piece[1])
+    pieces = sorted(pieces_of(corpus, model.config.context, True, total), key=lambda piece: piece[0] - piece[1])
     if not pieces or pieces[0][1] - pieces[0][0] < 2:
         raise ValueError(f"the first {total} tokens of the corpus hold none that follows another: read more of them")
     for first in range(0, len(pieces), batch):

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.interpret.reading import _pieces, watch_neurons
+from cratelab.interpret.reading import pieces_of, watch_neurons
 from cratelab.language_model import LanguageModel, load_foreign, read_config
 from cratelab.record import provenance, write_json
 from cratelab.sae.autoencoder import Sae, SaeConfig
@@ -120,7 +120,7 @@ def train_saes(
     recipe = recipe or SaeRecipe()
     layers = list(range(len(model.blocks)) if layers is None else layers)
     _check(model, training, validation, config, layers)
-    pieces = np.array(list(_pieces(training, model.config.context, True, len(training))))
+    pieces = np.array(list(pieces_of(training, model.config.context, True, len(training))))
     learners = _new_learners(model, config, layers, recipe)
     run = _Run(Path(run_dir), model, training, validation, config, layers, recipe) if run_dir else None
     state = run.resume(learners) if run else None
