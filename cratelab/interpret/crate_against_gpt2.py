@@ -129,7 +129,7 @@ def compare_on_documentation(
     steps: int = 1500,
     on_run: Callable[[str], None] | None = None,
     on_step: Callable[[dict], None] | None = None,
-    n_tokens: int = 100_000,
+    n_tokens: int = 60_000,
 ) -> list[dict]:
     """Measure the reference models that read documentation; those that are missing are trained first.
 
