@@ -8,8 +8,8 @@ The source opens with a title and a cell of imports. Each exercise is then a Mar
     - **Time:** 15 minutes
 
 and ends before the next, with cells in any order: code with a region `# BEGIN SOLUTION` … `# END SOLUTION` inside a
-function, code tagged `check`, Markdown tagged `hint` (two at least), Markdown tagged `solution`, and whatever both
-notebooks show.
+function, code tagged `check`, Markdown tagged `hint` (two at least), cells tagged `solution`, text among them, which
+only the solutions show, and whatever both notebooks show.
 """
 
 import ast
@@ -30,6 +30,7 @@ TIME = re.compile(r"^- \*\*Time:\*\* (\d+) minutes$", re.MULTILINE)
 REGION = re.compile(r"^([ \t]+)# BEGIN SOLUTION\n.*?^\1# END SOLUTION$", re.MULTILINE | re.DOTALL)
 # What Sphinx understands and Colab shows as it stands.
 DIRECTIVE = re.compile(r"^:{3,}|^`{3,}\{|\{[a-z:]+\}`", re.MULTILINE)
+KIND = {"check": "code", "hint": "markdown"}
 TAGS = {"check", "hint", "solution", "nbval-ignore-output", "hide-input"}
 
 
@@ -108,7 +109,10 @@ def parse(number: str, cells: list[NotebookNode], where: str) -> Exercise:
         raise ExerciseError(f"{where} is missing: '## Exercise {number}: …' expected, got {cells[0].source[:40]!r}")
     found = {name: pattern.search(cells[0].source) for name, pattern in PARTS.items()}
     missing = [name for name, match in found.items() if not match]
-    missing += [f"a cell tagged {tag}" for tag in ("check", "solution") if not any(is_a(tag, cell) for cell in cells)]
+    if not any(is_a("check", cell) for cell in cells):
+        missing.append("a code cell tagged check")
+    if not any(is_a("solution", cell) and cell.cell_type == "markdown" for cell in cells):
+        missing.append("text tagged solution")
     if sum(is_a("hint", cell) for cell in cells) < 2:
         missing.append("two hints")
     code = [cell.source for cell in cells if cell.cell_type == "code"]
@@ -137,7 +141,7 @@ PARTS = {"a goal": GOAL, "a difficulty": DIFFICULTY, "a time": TIME}
 
 
 def is_a(tag: str, cell: NotebookNode) -> bool:
-    return tag in cell.metadata.get("tags", []) and cell.cell_type == ("code" if tag == "check" else "markdown")
+    return tag in cell.metadata.get("tags", []) and cell.cell_type == KIND.get(tag, cell.cell_type)
 
 
 def holder(code: str, position: int) -> str | None:

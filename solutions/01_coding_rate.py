@@ -120,7 +120,7 @@ check.mended_rate(mended_rate)
 # that follow start from too. With $n = d$, $\varepsilon = 1$ and tokens in pairs $\pm z$ all three are invisible. Each breaks one property:
 
 
-# %%
+# %% tags=["solution"]
 def survives(rate):
     tokens = torch.randn(12, 5) + 1.0
     usual = rate(tokens, 0.5)
@@ -134,7 +134,7 @@ def survives(rate):
 for name, rate in [("plausible", plausible_rate), ("mended", mended_rate)]:
     print(f"{name:9}", survives(rate))
 
-# %% [markdown]
+# %% [markdown] tags=["solution"]
 # A property that must hold for *all* inputs finds what an example does not. Tests of `cratelab` are of this kind wherever that is possible.
 
 # %% [markdown]
@@ -167,17 +167,8 @@ def seen_dimensions(z, eps):
 # %% tags=["check"]
 check.seen_dimensions(seen_dimensions)
 
-# %% [markdown] tags=["hint"]
-# $\mathrm d\log\det B = \operatorname{tr}(B^{-1}\,\mathrm dB)$, and $\varepsilon$ enters $B$ through $c$ only.
-
-# %% [markdown] tags=["hint"]
-# $c = \frac dn e^{-2\log\varepsilon}$, so $\mathrm dc/\mathrm d\log\varepsilon = -2c$. The 2 meets the ½.
-
-# %% [markdown] tags=["solution"]
-# $\mathrm dB = -2c\,ZZ^\top\,\mathrm d\log\varepsilon$, hence $s = \frac12\cdot 2\operatorname{tr}\big(B^{-1}cZZ^\top\big) = \sum_i \frac{c\sigma_i^2}{1+c\sigma_i^2}$.
-# Each direction counts as a number between 0 (far thinner than the balls) and 1 (far wider). Statisticians know the formula as the *effective degrees
-# of freedom* of ridge regression with the penalty $1/c$. Two slips are common: to lose the 2 of $\varepsilon^2$, which halves the count, and to forget $B^{-1}$, which makes
-# it grow without limit. A count of dimensions can exceed neither $n$ nor $d$; that is worth checking before anything else.
+# %% [markdown]
+# What your function sees of a cloud with three wide directions, two that are ten times thinner, and one a hundred times:
 
 # %%
 values = torch.tensor([1.0, 1.0, 1.0, 0.1, 0.1, 0.01])
@@ -189,6 +180,18 @@ ax.semilogx(grid, seen, color=plots.CRATE)
 ax.set(xlabel="precision ε", ylabel="dimensions seen", title="three wide directions, two thinner, one thinnest")
 plt.show()
 print("seen at ε = 0.7, 0.05, 0.0005:", *(f"{seen_dimensions(cloud, eps):.1f}" for eps in (0.7, 0.05, 0.0005)))
+
+# %% [markdown] tags=["hint"]
+# $\mathrm d\log\det B = \operatorname{tr}(B^{-1}\,\mathrm dB)$, and $\varepsilon$ enters $B$ through $c$ only.
+
+# %% [markdown] tags=["hint"]
+# $c = \frac dn e^{-2\log\varepsilon}$, so $\mathrm dc/\mathrm d\log\varepsilon = -2c$. The 2 meets the ½.
+
+# %% [markdown] tags=["solution"]
+# $\mathrm dB = -2c\,ZZ^\top\,\mathrm d\log\varepsilon$, hence $s = \frac12\cdot 2\operatorname{tr}\big(B^{-1}cZZ^\top\big) = \sum_i \frac{c\sigma_i^2}{1+c\sigma_i^2}$.
+# Each direction counts as a number between 0 (far thinner than the balls) and 1 (far wider). Statisticians know the formula as the *effective degrees
+# of freedom* of ridge regression with the penalty $1/c$. Two slips are common: to lose the 2 of $\varepsilon^2$, which halves the count, and to forget $B^{-1}$, which makes
+# it grow without limit. A count of dimensions can exceed neither $n$ nor $d$; that is worth checking before anything else.
 
 # %% [markdown]
 # ## Exercise 1.4: Which token does the rate care about?
@@ -219,16 +222,8 @@ def worth(z, eps):
 # %% tags=["check"]
 check.worth(worth)
 
-# %% [markdown] tags=["hint"]
-# $\partial B/\partial w_i = \frac{d}{\varepsilon^2} z_i z_i^\top$ has no $1/n$ in it, and $\operatorname{tr}(B^{-1}z_iz_i^\top) = z_i^\top B^{-1} z_i$.
-
-# %% [markdown] tags=["hint"]
-# In code $z_i$ is a row. `torch.linalg.solve(B, z.T)` gives all $B^{-1}z_i$ as columns; multiply entry by entry with `z` and sum.
-
-# %% [markdown] tags=["solution"]
-# $\frac{\partial R_w}{\partial w_i} = \frac{d}{2\varepsilon^2}\, z_i^\top B^{-1} z_i$. Up to the factor this is the *leverage* of a token: its length, measured where directions that many
-# tokens share count less. The ½ stays this time, since each $w_i$ enters $B$ once and not, like $Z$, twice. Here is the difference from plain length: ninety long tokens
-# on one line, ten short ones off it.
+# %% [markdown]
+# Worth is not length. Here are ninety long tokens on one line, and ten short ones off it:
 
 # %%
 crowd = torch.outer(torch.randn(90), torch.tensor([3.0, 0.0, 0.0]))
@@ -241,6 +236,15 @@ total = float(value.mean())
 print(f"the mean worth, {total:.2f}, is half of the dimensions seen, {float(seen_dimensions(both, 0.3)):.2f}")
 assert math.isclose(total, float(seen_dimensions(both, 0.3)) / 2)
 
+# %% [markdown] tags=["hint"]
+# $\partial B/\partial w_i = \frac{d}{\varepsilon^2} z_i z_i^\top$ has no $1/n$ in it, and $\operatorname{tr}(B^{-1}z_iz_i^\top) = z_i^\top B^{-1} z_i$.
+
+# %% [markdown] tags=["hint"]
+# In code $z_i$ is a row. `torch.linalg.solve(B, z.T)` gives all $B^{-1}z_i$ as columns; multiply entry by entry with `z` and sum.
+
 # %% [markdown] tags=["solution"]
+# $\frac{\partial R_w}{\partial w_i} = \frac{d}{2\varepsilon^2}\, z_i^\top B^{-1} z_i$. Up to the factor this is the *leverage* of a token: its length, measured where directions that many
+# tokens share count less. The ½ stays this time, since each $w_i$ enters $B$ once and not, like $Z$, twice.
+#
 # The rate values what is rare, not what is large. A step that raises $R$ helps strangers first, and a step that compresses lets go of them first:
 # keep this in mind for chapter 3. The last line is no accident: $\sum_i \frac1n\frac{d}{\varepsilon^2}z_i^\top B^{-1}z_i = \operatorname{tr}(B^{-1}\,cZZ^\top) = s(\varepsilon)$, Exercise 1.3.

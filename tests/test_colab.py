@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import site
 import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -63,6 +65,13 @@ def outcome(wheel, tmp_path_factory) -> dict:
     report = json.loads(start(ROOT / "tests" / "run_notebooks.py", *copies).splitlines()[-1])
     assert all(Path(entry["library"]).is_relative_to(folder) for entry in report.values())
     return {f"{Path(path).parent.name}/{Path(path).name}": entry["errors"] for path, entry in report.items()}
+
+
+def test_library_is_as_small_as_the_readme_says(wheel):
+    stated = int(re.search(r"less than (\d+) MB is installed", (ROOT / "README.md").read_text(encoding="utf8"))[1])
+    with zipfile.ZipFile(wheel) as content:
+        installed = sum(entry.file_size for entry in content.infolist())
+    assert installed / 1e6 < stated - 2  # einops and tyro need less than 2
 
 
 @pytest.mark.parametrize("slug", exercises.slugs())

@@ -1,0 +1,115 @@
+"""Wrong answers to the exercises of chapter 2: what a check says -> a function with that mistake."""
+
+import torch
+from einops import einsum
+
+
+def say(**changed):
+    """The right predictions but for one."""
+    right = {"longer": "same", "blended": "same", "uncorrelated": "up", "split": "up", "twice": "down", "dropped": "up"}
+    return lambda: right | changed
+
+
+def rates(z, U, scale):
+    """½ logdet(I + scale WᵀW) of each subspace."""
+    w = einsum(z, U, "n d, k d p -> k n p")
+    return torch.logdet(torch.eye(U.shape[2]) + scale * w.mT @ w) / 2
+
+
+def by_p(z, U, eps):
+    return U.shape[2] / (len(z) * eps**2)
+
+
+def by_d(z, U, eps):
+    return z.shape[1] / (len(z) * eps**2)
+
+
+def joined(z, U, scale):
+    w = einsum(z, U, "n d, k d p -> n k p").flatten(1)
+    return torch.logdet(torch.eye(w.shape[1]) + scale * w.T @ w) / 2
+
+
+def inverse(z, scale):
+    return torch.linalg.inv(torch.eye(z.shape[1]) + scale * z.T @ z)
+
+
+def labelled(weight, inner, whole=1.0, sign=-1.0, factor=1.0):
+    """weight(n_j, n) · (rows)(I + d/(inner(n_j, n)ε²) …)⁻¹ for each group, under the gradient of all tokens."""
+
+    def function(z, group, eps):
+        n, d = z.shape
+        c = d / eps**2
+        out = whole * c / n * z @ inverse(z, c / n)
+        for j in group.unique():
+            rows = z[group == j]
+            m = len(rows)
+            out[group == j] += sign * weight(m, n) * c * rows @ inverse(rows, c / inner(m, n))
+        return factor * out
+
+    return function
+
+
+def lifted(shrink, scale=by_p, factor=1.0):
+    """factor · s Σ_k (W_k shrunk) U_kᵀ."""
+
+    def function(z, U, eps):
+        s, out = scale(z, U, eps), torch.zeros_like(z)
+        for basis in U:
+            w = z @ basis
+            out += s * shrink(w, s) @ basis.T
+        return factor * out
+
+    return function
+
+
+def solved(w, s):
+    return w @ inverse(w, s)
+
+
+WRONG = {
+    "2.1": {
+        "longer: .* grow by log 3 a direction": say(longer="up"),
+        "blended: .* rates see only ZZᵀ": say(blended="down"),
+        r"uncorrelated: .* \(Fischer\)": say(uncorrelated="same"),
+        "split: .* the ceiling .* grows with K": say(split="same"),
+        "twice: .* so R\\^c doubles": say(twice="same"),
+        "dropped: .* no objective for subspaces": say(dropped="down"),
+        'should return "up", "down" or "same"': say(dropped="sideways"),
+    },
+    "2.2": {
+        ": d stands where p belongs": lambda z, U, eps: rates(z, U, by_d(z, U, eps)).sum(),
+        ": the mean over the subspaces: R\\^c is their sum": lambda z, U, eps: rates(z, U, by_p(z, U, eps)).mean(),
+        "their sum; and d stands where p": lambda z, U, eps: rates(z, U, by_d(z, U, eps)).mean(),
+        "one book for all coordinates together: take": lambda z, U, eps: joined(z, U, by_p(z, U, eps)),
+        "one book for all coordinates together, and d": lambda z, U, eps: joined(z, U, by_d(z, U, eps)),
+        "the factor ½ is lost": lambda z, U, eps: 2 * rates(z, U, by_p(z, U, eps)).sum(),
+        r"returns the shape \(4,\)": lambda z, U, eps: rates(z, U, by_p(z, U, eps)),
+    },
+    "2.3": {
+        "the weights n_j/n of the groups are missing": labelled(lambda m, n: 1 / m, lambda m, n: m),
+        "inside the inverse of a part stands n_j": labelled(lambda m, n: 1 / n, lambda m, n: n),
+        "the parts are added": labelled(lambda m, n: 1 / n, lambda m, n: m, sign=1.0),
+        "the parts are missing": labelled(lambda m, n: 0, lambda m, n: m),
+        "∇R of all tokens is missing": labelled(lambda m, n: 1 / n, lambda m, n: m, whole=0.0),
+        "the sign: this is the way down": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=-1.0),
+        "twice what is right": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=2.0),
+    },
+    "2.4": {
+        "twice what is right": lifted(solved, factor=2),
+        "half of what is right": lifted(solved, factor=0.5),
+        "d stands where p belongs": lifted(solved, scale=by_d),
+        "the mean over the subspaces": lambda z, U, eps: lifted(solved)(z, U, eps) / len(U),
+        "the matrix is not inverted": lifted(lambda w, s: w + s * w @ w.T @ w),
+        "there is no inverse": lifted(lambda w, s: w),
+        "chapter 3's approximation": lifted(lambda w, s: w - s * w @ w.T @ w),
+        "the sign": lifted(solved, factor=-1),
+        r"returns the shape \(4, 20, 2\)": lambda z, U, eps: einsum(z, U, "n d, k d p -> k n p"),
+    },
+    "2.5": {
+        "two runs of experiment": lambda seed: {"found": float(torch.rand(())), "control": 0.0},
+        'has no "control"': lambda seed: {"found": float(seed)},
+        "is the seed used": lambda seed: {"found": 1.0, "control": 0.0},
+        "is the same thing measured twice": lambda seed: {"found": float(seed), "control": float(seed)},
+        "a finite number is needed": lambda seed: {"found": [1.0, 2.0], "control": float(seed)},
+    },
+}
