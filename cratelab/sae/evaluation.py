@@ -21,7 +21,7 @@ class SaeScores:
 
     Attributes:
         l0: active features a token.
-        explained_variance: 1 − Σ‖x − x̂‖²/Σ‖x − x̄‖²; 0 for one that always returns the mean x̄.
+        explained_variance: 1 − Σ‖x − x̂‖²/Σ‖x − x̄‖² (eq-10-4); 0 for one that always returns the mean x̄.
         ce_clean: nats a token of the model as it is.
         ce_spliced: with the reconstruction in the place of this layer's neurons, the others as they are.
         ce_zero: with zeros in their place.
@@ -39,7 +39,7 @@ class SaeScores:
 
     @property
     def recovered(self) -> float:
-        """Loss recovered, (CE_zero − CE_spliced)/(CE_zero − CE_clean); NaN where zeros cost nothing."""
+        """Loss recovered, (CE_zero − CE_spliced)/(CE_zero − CE_clean) (eq-10-5); NaN where zeros cost nothing."""
         cost = self.ce_zero - self.ce_clean
         return (self.ce_zero - self.ce_spliced) / cost if cost else float("nan")
 

@@ -31,7 +31,7 @@ class Learner:
         return loss.detach()
 
     def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What `train_saes` minimises, and the code (n, m)."""
+        """What `train_saes` minimises (eq-10-2), and the code (n, m)."""
         code = F.relu(self.sae.pre_activations(x))
         if self.sae.config.kind == "batchtopk":
             code = self.keep_largest(code)
@@ -43,7 +43,7 @@ class Learner:
         return loss, code
 
     def keep_largest(self, code: Tensor) -> Tensor:
-        """All but the k·n largest entries set to 0. The value they exceed, averaged, is the threshold in use."""
+        """All but the k·n largest entries set to 0 (eq-10-3). The value they exceed, averaged, is the threshold in use."""
         n_kept = min(self.sae.config.k * len(code), code.numel() - 1)
         floor = code.detach().flatten().topk(n_kept + 1, sorted=False).values.min()
         threshold = self.sae.threshold
