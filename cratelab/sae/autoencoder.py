@@ -1,8 +1,8 @@
 """The auto-encoder, and its files, which SAELens reads too.
 
 An auto-encoder learns m features of the neurons x of one layer, usually more than there are neurons: their code is
-f = σ((x − b_dec) W_enc + b_enc), the reconstruction x̂ = f W_dec + b_dec (eq-10-1). A layer of CRATE computes with its own code;
-this one has to be spliced in, and x̂ ≠ x.
+f = σ((x − b_dec) W_enc + b_enc), the reconstruction x̂ = f W_dec + b_dec (eq-10-1). A layer of CRATE
+computes with its own code; this one has to be spliced in, and x̂ ≠ x.
 """
 
 import os

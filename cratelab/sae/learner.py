@@ -43,7 +43,7 @@ class Learner:
         return loss, code
 
     def keep_largest(self, code: Tensor) -> Tensor:
-        """All but the k·n largest entries set to 0 (eq-10-3). The value they exceed, averaged, is the threshold in use."""
+        """All but the k·n largest entries set to 0 (eq-10-3). What they exceed, averaged, is the threshold in use."""
         n_kept = min(self.sae.config.k * len(code), code.numel() - 1)
         floor = code.detach().flatten().topk(n_kept + 1, sorted=False).values.min()
         threshold = self.sae.threshold
