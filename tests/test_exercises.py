@@ -99,6 +99,7 @@ def test_exercises_hold_no_solution_and_hints_are_folded(slug):
         answers = [match[0] for cell in exercise.cells for match in exercises.REGION.finditer(cell.source)]
         lines = [line.strip() for answer in answers for line in answer.splitlines()[1:-1]]
         assert not all(line in shown for line in lines), f"Exercise {exercise.number} gives its solution away"
+        assert not [cell for cell in exercise.cells if exercises.is_a("solution", cell) and cell.source in shown]
     hints = [cell.source for cell in to_do.cells if "<summary>Hint" in cell.source]
     assert len(hints) >= 2 * len(SOURCES[slug][1])
     assert all(hint.startswith("<details><summary>") and hint.endswith("</details>") for hint in hints)
