@@ -54,11 +54,17 @@ def train_on_documentation(
     steps: int = 1500,
     on_run: Callable[[str], None] | None = None,
     on_step: Callable[[dict], None] | None = None,
+    presets: tuple[str, ...] = PRESETS,
+    name: str = "runs",
 ) -> tuple[PreparedCorpus, list[dict]]:
-    """CRATE and GPT-2 at one to three layers, on Python's documentation; arguments as for `make_reference_models`.
+    """CRATE and GPT-2 on Python's documentation; arguments as for `make_reference_models`, but for two.
+
+    Args:
+        presets: sizes.
+        name: of the folder in `folder` for the runs.
 
     Returns:
-        The corpus, and the runs as `cratelab.comparison.compare` returns them, kept in `folder`/runs.
+        The corpus, and the runs as `cratelab.comparison.compare` returns them.
     """
     folder = Path(folder)
     documentation = prepare("+".join(["pydocs", "packages", *text]), "bpe-4096", cache=folder / "tokens")
@@ -73,9 +79,7 @@ def train_on_documentation(
         validation_windows=128,
         checkpoint_every=every,
     )
-    return documentation, compare(
-        documentation, recipe, folder / "runs", PRESETS, range(seeds), CONTEXT, on_run, on_step
-    )
+    return documentation, compare(documentation, recipe, folder / name, presets, range(seeds), CONTEXT, on_run, on_step)
 
 
 def make_reference_models(

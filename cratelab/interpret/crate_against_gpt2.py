@@ -24,7 +24,7 @@ from cratelab.interpret.records import Records
 from cratelab.interpret.scores import Protocol
 from cratelab.language_model import LanguageModel, load
 from cratelab.record import provenance, write_json
-from cratelab.reference_models import train_on_documentation
+from cratelab.reference_models import PRESETS, train_on_documentation
 from cratelab.training import Recipe, document_log_probs, train
 
 DEPTHS = 1, 2, 3
@@ -131,7 +131,9 @@ def compare_on_documentation(
     on_step: Callable[[dict], None] | None = None,
     n_tokens: int = 60_000,
 ) -> list[dict]:
-    """Measure the reference models that read documentation; those that are missing are trained first.
+    """Measure the reference models that read documentation, and both of one layer after a third of the steps.
+
+    Those that are missing are trained first.
 
     Args:
         folder: as for `cratelab.reference_models.make_reference_models`; the findings of a run go beside its model.
@@ -142,26 +144,28 @@ def compare_on_documentation(
         n_tokens: of validation text to read.
 
     Returns:
-        One dict a run: model, n_layers, seed, parameters, validation_loss, and as `measure` gives them trained and
-        untrained.
+        One dict a run: model, n_layers, steps, seed, parameters, validation_loss, and as `measure` gives them trained
+        and untrained.
     """
-    documentation, runs = train_on_documentation(folder, seeds, steps=steps, on_run=on_run, on_step=on_step)
-    text = documentation.validation
-    concepts, found = text_concepts(text, documentation.tokenizer), []
-    for run in runs:
-        run_dir = Path(folder) / "runs" / f"{run['model']}-{run['preset']}-{run['seed']}"
-        if on_run:
-            on_run(f"{run_dir.name}: its neurons")
-        if not (run_dir / "findings.json").is_file():
-            model, seed = load(run_dir / "model"), run["seed"]
-            facts = {key: run[key] for key in ("model", "seed", "parameters", "validation_loss")}
-            measured = {
-                "trained": measure(model, text, concepts, seed, n_tokens=n_tokens),
-                "untrained": measure(untrained(model, seed), text, concepts, seed, n_tokens=n_tokens),
-            }
-            facts["n_layers"] = model.config.n_layers
-            write_json(run_dir / "findings.json", facts | measured)
-        found.append(json.loads((run_dir / "findings.json").read_text()))
+    found = []
+    for each, presets, name in (steps, PRESETS, "runs"), (steps // 3, PRESETS[:1], f"runs-{steps // 3}"):
+        documentation, runs = train_on_documentation(folder, seeds, (), each, on_run, on_step, presets, name)
+        text = documentation.validation
+        concepts = text_concepts(text, documentation.tokenizer)
+        for run in runs:
+            run_dir = Path(folder) / name / f"{run['model']}-{run['preset']}-{run['seed']}"
+            if on_run:
+                on_run(f"{run_dir.name}: its neurons")
+            if not (run_dir / "findings.json").is_file():
+                model, seed = load(run_dir / "model"), run["seed"]
+                facts = {key: run[key] for key in ("model", "seed", "parameters", "validation_loss")}
+                facts |= {"n_layers": model.config.n_layers, "steps": each}
+                measured = {
+                    "trained": measure(model, text, concepts, seed, n_tokens=n_tokens),
+                    "untrained": measure(untrained(model, seed), text, concepts, seed, n_tokens=n_tokens),
+                }
+                write_json(run_dir / "findings.json", facts | measured)
+            found.append(json.loads((run_dir / "findings.json").read_text()))
     return found
 
 

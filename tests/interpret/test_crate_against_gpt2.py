@@ -81,7 +81,7 @@ def test_one_command_makes_the_table_of_the_chapter(small, tmp_path, monkeypatch
     whole = PreparedCorpus(corpus(n=4000), corpus(n=1500, seed=1), byte_encoding())
     monkeypatch.setattr(reference_models, "prepare", lambda name, tokenizer=None, **options: whole)
     monkeypatch.setattr(reference_models, "CONTEXT", 64)
-    monkeypatch.setattr(reference_models, "PRESETS", ("toy",))
+    monkeypatch.setattr(crate_against_gpt2, "PRESETS", ("toy",))
     monkeypatch.setattr(crate_against_gpt2, "compare_on_tinyworld", lambda *arguments: ["the runs"])
     out, reference = tmp_path / "out", tmp_path / "reference"
     out.mkdir()
@@ -89,7 +89,13 @@ def test_one_command_makes_the_table_of_the_chapter(small, tmp_path, monkeypatch
     held = json.loads((out / "09_crate_against_gpt2.json").read_text())
     assert held["provenance"]["seeds"] == [0] and held["findings"]["tinyworld"] == ["the runs"]
     on_text = held["findings"]["documentation"]
-    assert [(run["model"], run["n_layers"]) for run in on_text] == [("crate", 2), ("gpt2", 2)]
+    assert [(run["model"], run["n_layers"], run["steps"]) for run in on_text] == [
+        ("crate", 2, 4),
+        ("gpt2", 2, 4),
+        ("crate", 2, 1),
+        ("gpt2", 2, 1),
+    ]
+    assert on_text[0]["validation_loss"] != on_text[2]["validation_loss"]
     for run in on_text:
         assert len(run["trained"]["density"]) == 2 and "named" not in run["trained"]
         assert len(run["untrained"]["rows"]) == 3 * 3 + 3
