@@ -2,7 +2,7 @@
 
 The source opens with a title and a cell of imports. Each exercise is then a Markdown cell that starts
 
-    ## Exercise 3.1: Its title
+    ## Exercise 3.A: Its title
     - **Goal:** what one can do afterwards.
     - **Difficulty:** 2 of 5
     - **Time:** 15 minutes
@@ -17,13 +17,14 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from string import ascii_uppercase
 
 import jupytext
 import nbformat
 from nbformat.notebooknode import NotebookNode
 from notebooks import BOOK, assemble, colab_url, compare, github_url
 
-HEADING = re.compile(r"## Exercise (\d+\.\d+): (.+)")
+HEADING = re.compile(r"## Exercise (\d+\.[A-Z]): (.+)")
 GOAL = re.compile(r"^- \*\*Goal:\*\* (.+)$", re.MULTILINE)
 DIFFICULTY = re.compile(r"^- \*\*Difficulty:\*\* ([1-5]) of 5$", re.MULTILINE)
 TIME = re.compile(r"^- \*\*Time:\*\* (\d+) minutes$", re.MULTILINE)
@@ -43,7 +44,7 @@ class Exercise:
     """One exercise, as its source has it.
 
     Attributes:
-        number: such as "3.1".
+        number: such as "3.A"; the chapter's own boxes are numbered 3.1, 3.2, …
         title: without the number.
         goal: one sentence.
         difficulty: 1 to 5.
@@ -92,8 +93,8 @@ def read(slug: str, book: Path = BOOK) -> tuple[list[NotebookNode], list[Exercis
     if [cell.cell_type for cell in opening] != ["markdown", "code"] or not opening[0].source.startswith("# "):
         raise ExerciseError(f"{where}: it starts with a Markdown cell, '# …', and one cell of imports")
     exercises = []
-    for position, (start, end) in enumerate(zip(starts, [*starts[1:], len(cells)], strict=True), start=1):
-        number = f"{int(slug[:2])}.{position}"
+    for letter, start, end in zip(ascii_uppercase, starts, [*starts[1:], len(cells)], strict=False):
+        number = f"{int(slug[:2])}.{letter}"
         exercises.append(parse(number, cells[start:end], f"{where}, Exercise {number}"))
     for easier, harder in pairwise(exercises):
         if easier.difficulty > harder.difficulty:

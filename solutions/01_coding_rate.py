@@ -25,7 +25,7 @@ torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
 
 # %% [markdown]
-# ## Exercise 1.1: Four changes, before you measure
+# ## Exercise 1.A: Four changes, before you measure
 #
 # - **Goal:** know what the rate sees, and what it does not.
 # - **Difficulty:** 1 of 5
@@ -70,7 +70,7 @@ check.change_of_rate(change_of_rate)
 # What goes wrong most often is to think that $R$ depends on the points alone.
 
 # %% [markdown]
-# ## Exercise 1.2: Three bugs that a test did not find
+# ## Exercise 1.B: Three bugs that a test did not find
 #
 # - **Goal:** choose inputs that tell a right formula from a plausible one.
 # - **Difficulty:** 2 of 5
@@ -138,7 +138,7 @@ for name, rate in [("plausible", plausible_rate), ("mended", mended_rate)]:
 # A property that must hold for *all* inputs finds what an example does not. Tests of `cratelab` are of this kind wherever that is possible.
 
 # %% [markdown]
-# ## Exercise 1.3: How many dimensions do you see?
+# ## Exercise 1.C: How many dimensions do you see?
 #
 # - **Goal:** derive the slope of the rate, and read it as a number of dimensions.
 # - **Difficulty:** 3 of 5
@@ -194,7 +194,7 @@ print("seen at ε = 0.7, 0.05, 0.0005:", *(f"{seen_dimensions(cloud, eps):.1f}" 
 # it grow without limit. A count of dimensions can exceed neither $n$ nor $d$; that is worth checking before anything else.
 
 # %% [markdown]
-# ## Exercise 1.4: Which token does the rate care about?
+# ## Exercise 1.D: Which token does the rate care about?
 #
 # - **Goal:** differentiate a log-determinant by something that is not the tokens.
 # - **Difficulty:** 4 of 5
@@ -247,4 +247,4 @@ assert math.isclose(total, float(seen_dimensions(both, 0.3)) / 2)
 # tokens share count less. The ½ stays this time, since each $w_i$ enters $B$ once and not, like $Z$, twice.
 #
 # The rate values what is rare, not what is large. A step that raises $R$ helps strangers first, and a step that compresses lets go of them first:
-# keep this in mind for chapter 3. The last line is no accident: $\sum_i \frac1n\frac{d}{\varepsilon^2}z_i^\top B^{-1}z_i = \operatorname{tr}(B^{-1}\,cZZ^\top) = s(\varepsilon)$, Exercise 1.3.
+# keep this in mind for chapter 3. The last line is no accident: $\sum_i \frac1n\frac{d}{\varepsilon^2}z_i^\top B^{-1}z_i = \operatorname{tr}(B^{-1}\,cZZ^\top) = s(\varepsilon)$, Exercise 1.C.

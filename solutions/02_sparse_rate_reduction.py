@@ -26,7 +26,7 @@ torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
 
 # %% [markdown]
-# ## Exercise 2.1: Up, down or the same?
+# ## Exercise 2.A: Up, down or the same?
 #
 # - **Goal:** know what raises the rate reduction, for good reasons and for bad ones.
 # - **Difficulty:** 1 of 5
@@ -74,7 +74,7 @@ check.change_of_reduction(change_of_reduction)
 # lowers $\Delta R$, because something is lost. Nothing in $\Delta R$ asks the subspaces to describe the tokens, which is why the chapter's third climb ended in empty directions.
 
 # %% [markdown]
-# ## Exercise 2.2: A test with one subspace
+# ## Exercise 2.B: A test with one subspace
 #
 # - **Goal:** see what an easy test case hides.
 # - **Difficulty:** 2 of 5
@@ -132,7 +132,7 @@ for name, width in [("with p", 2), ("with d", 8)]:
     print(f"{name}: ΔR = {cl.coding_rate(z, 0.1) - rates:5.2f} nats, ceiling {4 * math.log(4):.2f}")
 
 # %% [markdown]
-# ## Exercise 2.3: The gradient with labels
+# ## Exercise 2.C: The gradient with labels
 #
 # - **Goal:** differentiate a weighted sum of rates, and find what cancels.
 # - **Difficulty:** 3 of 5
@@ -194,7 +194,7 @@ for name, direction in [("along the group's line", own), ("across it", crowd)]:
 # pulls inwards. A direction that the group has and the others lack gains; one that only this token has loses.
 
 # %% [markdown]
-# ## Exercise 2.4: The gradient of $R^c$
+# ## Exercise 2.D: The gradient of $R^c$
 #
 # - **Goal:** derive the step that becomes attention.
 # - **Difficulty:** 4 of 5
@@ -248,7 +248,7 @@ print(
 # difference finds all of these in a minute, and is worth writing before the formula.
 
 # %% [markdown]
-# ## Exercise 2.5: An experiment of your own: how many books?
+# ## Exercise 2.E: An experiment of your own: how many books?
 #
 # - **Goal:** ask a question that the book has not answered, and answer it so that others believe you.
 # - **Difficulty:** 5 of 5

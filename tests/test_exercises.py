@@ -115,7 +115,7 @@ SAMPLE = '''\
 import torch
 
 # %% [markdown]
-# ## Exercise 1.1: Twice
+# ## Exercise 1.A: Twice
 #
 # - **Goal:** double.
 # - **Difficulty:** 2 of 5
@@ -142,7 +142,7 @@ print("right")
 # %% [markdown] tags=["solution"]
 # Doubling is adding.
 '''
-SECOND = SAMPLE[SAMPLE.index("# %% [markdown]\n# ## ") :].replace("1.1", "1.2")
+SECOND = SAMPLE[SAMPLE.index("# %% [markdown]\n# ## ") :].replace("1.A", "1.B")
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def rewrite(book: Path, old: str, new: str) -> None:
     [
         ("# # Exercises", "# Exercises", "starts with a Markdown cell"),
         ("# %%\nimport torch\n", "", "one cell of imports"),
-        ("Exercise 1.1:", "Exercise 2.1:", "'## Exercise 1.1: …' expected"),
+        ("Exercise 1.A:", "Exercise 2.A:", "'## Exercise 1.A: …' expected"),
         ("# - **Goal:** double.\n", "", "lacks a goal"),
         ("2 of 5", "6 of 5", "lacks a difficulty"),
         ("5 minutes", "some minutes", "lacks a time"),
@@ -190,7 +190,7 @@ def rewrite(book: Path, old: str, new: str) -> None:
         ("# Add.", "# ```{note}\n# Add.\n# ```", "does not render in Colab"),
         ("# Add.", "# See {eq}`eq-01-1`.", "does not render in Colab"),
         ("# Doubling is adding.\n", f"# Doubling.\n\n{SECOND.replace('2 of 5', '1 of 5')}", "order by difficulty"),
-        ("# Doubling is adding.\n", f"# Doubling.\n\n{SECOND.replace('1.2', '1.1')}", "'## Exercise 1.2: …' expected"),
+        ("# Doubling is adding.\n", f"# Doubling.\n\n{SECOND.replace('1.B', '1.A')}", "'## Exercise 1.B: …' expected"),
     ],
 )
 def test_incomplete_exercise_is_refused(book, old, new, complaint):
@@ -205,12 +205,12 @@ def test_both_notebooks_are_remade_byte_for_byte(book):
     sync.update_exercises("01_sample", book)
     assert [path.read_bytes() for path in exercises.paths("01_sample", book)] == first
     to_do, done = (nbformat.reads(text.decode(), as_version=4) for text in first)
-    assert to_do.cells[4].source == f'def twice(x):\n    """2x"""\n    {exercises.stub("1.1")}'
+    assert to_do.cells[4].source == f'def twice(x):\n    """2x"""\n    {exercises.stub("1.A")}'
     assert done.cells[4].source == 'def twice(x):\n    """2x"""\n    return 2 * x'
     assert "find_spec" in to_do.cells[1].source and "find_spec" in done.cells[1].source
     assert done.cells[5].outputs[0].text == "right\n"
     closing = nbformat.read(book / "01_sample.ipynb", as_version=4).cells[-1].source
-    assert "| 1.1 Twice | double. | 2 of 5 | 5 |" in closing
+    assert "| 1.A Twice | double. | 2 of 5 | 5 |" in closing
     assert closing.count("colab.research.google.com/github/") == 2
 
 

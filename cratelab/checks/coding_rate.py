@@ -14,7 +14,7 @@ CASES = [(tokens(30, 6, seed=1), 0.5), (tokens(5, 9, seed=2), 1.7), (tokens(12, 
 
 
 def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
-    """Exercise 1.1: four changes of the rate in nats, predicted, against the rates of clouds of rank `r`."""
+    """Exercise 1.A: four changes of the rate in nats, predicted, against the rates of clouds of rank `r`."""
     mistakes = {
         "finer": {
             "each direction in use pays for the finer precision, and there are r of them": lambda r: log(10),
@@ -52,7 +52,7 @@ def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
             measured = rate - _rate(z, eps)
             if abs(float(answer[key]) - measured) > 1e-4:
                 named = (text for text, wrong in mistakes[key].items() if abs(float(answer[key]) - wrong(r)) < 1e-6)
-                reason = next(named, "compare eq. 1.4 before and after, singular value by singular value")
+                reason = next(named, "compare ½ log(1 + cσ²) before and after, one singular value at a time")
                 raise CheckFailed(
                     f"{key}, rank {r}: you say {float(answer[key]):.3f} nats, measured: {measured:.3f}; {reason}"
                 )
@@ -62,7 +62,7 @@ def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
 
 
 def mended_rate(function: Callable[[Tensor, float], Tensor]) -> None:
-    """Exercise 1.2: the coding rate of (n, d) tokens, against singular values."""
+    """Exercise 1.B: the coding rate of (n, d) tokens, against singular values."""
     bugs = {
         "the mean of the tokens is still subtracted: try tokens far from the origin": {"centre": True},
         "n and d are still the wrong way round: try listing every token twice": {"swap": True},
@@ -80,7 +80,7 @@ def mended_rate(function: Callable[[Tensor, float], Tensor]) -> None:
 
 
 def seen_dimensions(function: Callable[[Tensor, float], Tensor]) -> None:
-    """Exercise 1.3: −dR/d log ε of (n, d) tokens, against the slope between two precisions."""
+    """Exercise 1.C: −dR/d log ε of (n, d) tokens, against the slope between two precisions."""
 
     def slope(z: Tensor, eps: float) -> float:
         step = 1e-4
@@ -106,7 +106,7 @@ def seen_dimensions(function: Callable[[Tensor, float], Tensor]) -> None:
 
 
 def worth(function: Callable[[Tensor, float], Tensor]) -> None:
-    """Exercise 1.4: dR/dwᵢ of weighted tokens at equal weights, (n,), against automatic differentiation."""
+    """Exercise 1.D: dR/dwᵢ of weighted tokens at equal weights, (n,), against automatic differentiation."""
 
     def autograd(z: Tensor, eps: float) -> Tensor:
         n, d = z.shape
@@ -134,7 +134,7 @@ def worth(function: Callable[[Tensor, float], Tensor]) -> None:
 
 
 def _scaled_values(z: Tensor, eps: float, centre: bool = False, swap: bool = False, power: int = 2) -> np.ndarray:
-    """d/(nε²) σ² for each singular value; with the mistakes of Exercise 1.2 where asked."""
+    """d/(nε²) σ² for each singular value; with the mistakes of Exercise 1.B where asked."""
     n, d = z.shape
     array = z.numpy() - z.numpy().mean(0) if centre else z.numpy()
     return (n / d if swap else d / n) / eps**power * np.linalg.svd(array, compute_uv=False) ** 2

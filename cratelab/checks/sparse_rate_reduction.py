@@ -20,7 +20,7 @@ LABELLED = [
 
 
 def change_of_reduction(function: Callable[[], dict[str, str]]) -> None:
-    """Exercise 2.1: "up", "down" or "same" for six changes, against ΔR measured before and after."""
+    """Exercise 2.A: "up", "down" or "same" for six changes, against ΔR measured before and after."""
     n, d, K, eps = 400, 8, 2, 1e-4
     z = tokens(n, d, seed=1)
     U = torch.linalg.qr(random(d, d, seed=2)).Q.unflatten(1, (K, d // K)).transpose(0, 1)
@@ -68,7 +68,7 @@ def change_of_reduction(function: Callable[[], dict[str, str]]) -> None:
 
 
 def mended_subspace_rate(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
-    """Exercise 2.2: R^c of (n, d) tokens and (k, d, p) bases, against singular values."""
+    """Exercise 2.B: R^c of (n, d) tokens and (k, d, p) bases, against singular values."""
 
     def joined(z: Tensor, U: Tensor, eps: float, width: int) -> float:
         return _rate(torch.cat([z @ basis for basis in U], dim=1), width, eps)
@@ -91,7 +91,7 @@ def mended_subspace_rate(function: Callable[[Tensor, Tensor, float], Tensor]) ->
 
 
 def label_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
-    """Exercise 2.3: ∇ΔR with labels, (n, d), against automatic differentiation."""
+    """Exercise 2.C: ∇ΔR with labels, (n, d), against automatic differentiation."""
 
     def gradient(
         z: Tensor, group: Tensor, eps: float, weighted: bool = True, whole: float = 1, sign: float = -1
@@ -132,7 +132,7 @@ def label_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
 
 
 def subspace_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
-    """Exercise 2.4: ∇R^c, (n, d), against automatic differentiation."""
+    """Exercise 2.D: ∇R^c, (n, d), against automatic differentiation."""
 
     def gradient(z: Tensor, U: Tensor, eps: float, width: int | None = None) -> Tensor:
         return _gradient(lambda z: sum(_slogdet_rate(z @ basis, width or U.shape[2], eps) for basis in U), z)

@@ -47,11 +47,11 @@ def leverage(z, eps):
 
 
 WRONG = {
-    "1.1": {
+    "1.A": {
         "finer, rank 3: .* there are r of them": change(finer=lambda r: log(10)),
         "the square uses up the ½": change(finer=lambda r: r * log(10) / 2),
         "finer costs more": change(finer=lambda r: -r * log(10)),
-        "rotated, rank 1: .* compare eq. 1.4": change(rotated=lambda r: r * 0.1),
+        "rotated, rank 1: .* compare ½ log": change(rotated=lambda r: r * 0.1),
         "the error may now spread over 2d directions": change(padded=lambda r: 0),
         "padded, rank 1: .* a factor ½ before": change(padded=lambda r: r * log(2)),
         "n has doubled while ZZᵀ is the same": change(diluted=lambda r: 0),
@@ -59,7 +59,7 @@ WRONG = {
         "tokens at the origin are cheap": change(diluted=lambda r: r * log(2) / 2),
         "with the keys finer, rotated, padded, diluted": lambda r: {"finer": r * log(10)},
     },
-    "1.2": {
+    "1.B": {
         "the mean of the tokens is still subtracted: try tokens far from the origin$": rate(right, centre=True),
         ": n and d are still the wrong way round: try listing every token twice$": rate(lambda n, d, e: n / (d * e**2)),
         ": there is still ε where ε² is meant: try centimetres .*metres$": rate(lambda n, d, e: d / (n * e)),
@@ -68,7 +68,7 @@ WRONG = {
         "the factor ½ is lost": rate(right, half=1),
         "No common mistake explains it": rate(lambda n, d, e: 1 / (n * e**2)),
     },
-    "1.3": {
+    "1.C": {
         "half of what is right": lambda z, eps: seen(z, eps) / 2,
         "the sign": lambda z, eps: -seen(z, eps),
         "this is dR/dε": lambda z, eps: seen(z, eps) / eps,
@@ -77,7 +77,7 @@ WRONG = {
         "this is the rank": lambda z, eps: torch.linalg.matrix_rank(z),
         "No common mistake": lambda z, eps: torch.logdet(matrices(z, eps)[1]),
     },
-    "1.4": {
+    "1.D": {
         "the ½ of R is lost": lambda z, eps: z.shape[1] / eps**2 * leverage(z, eps),
         "B is not inverted": lambda z, eps: (
             z.shape[1] / eps**2 / 2 * torch.einsum("ni,ij,nj->n", z, matrices(z, eps)[1], z)

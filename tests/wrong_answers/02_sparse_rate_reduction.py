@@ -67,7 +67,7 @@ def solved(w, s):
 
 
 WRONG = {
-    "2.1": {
+    "2.A": {
         "longer: .* grow by log 3 a direction": say(longer="up"),
         "blended: .* rates see only ZZᵀ": say(blended="down"),
         r"uncorrelated: .* \(Fischer\)": say(uncorrelated="same"),
@@ -76,7 +76,7 @@ WRONG = {
         "dropped: .* no objective for subspaces": say(dropped="down"),
         'should return "up", "down" or "same"': say(dropped="sideways"),
     },
-    "2.2": {
+    "2.B": {
         ": d stands where p belongs": lambda z, U, eps: rates(z, U, by_d(z, U, eps)).sum(),
         ": the mean over the subspaces: R\\^c is their sum": lambda z, U, eps: rates(z, U, by_p(z, U, eps)).mean(),
         "their sum; and d stands where p": lambda z, U, eps: rates(z, U, by_d(z, U, eps)).mean(),
@@ -85,7 +85,7 @@ WRONG = {
         "the factor ½ is lost": lambda z, U, eps: 2 * rates(z, U, by_p(z, U, eps)).sum(),
         r"returns the shape \(4,\)": lambda z, U, eps: rates(z, U, by_p(z, U, eps)),
     },
-    "2.3": {
+    "2.C": {
         "the weights n_j/n of the groups are missing": labelled(lambda m, n: 1 / m, lambda m, n: m),
         "inside the inverse of a part stands n_j": labelled(lambda m, n: 1 / n, lambda m, n: n),
         "the parts are added": labelled(lambda m, n: 1 / n, lambda m, n: m, sign=1.0),
@@ -94,7 +94,7 @@ WRONG = {
         "the sign: this is the way down": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=-1.0),
         "twice what is right": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=2.0),
     },
-    "2.4": {
+    "2.D": {
         "twice what is right": lifted(solved, factor=2),
         "half of what is right": lifted(solved, factor=0.5),
         "d stands where p belongs": lifted(solved, scale=by_d),
@@ -105,7 +105,7 @@ WRONG = {
         "the sign": lifted(solved, factor=-1),
         r"returns the shape \(4, 20, 2\)": lambda z, U, eps: einsum(z, U, "n d, k d p -> k n p"),
     },
-    "2.5": {
+    "2.E": {
         "two runs of experiment": lambda seed: {"found": float(torch.rand(())), "control": 0.0},
         'has no "control"': lambda seed: {"found": float(seed)},
         "is the seed used": lambda seed: {"found": 1.0, "control": 0.0},
