@@ -40,7 +40,8 @@ def steering_viewer(
 ) -> Viewer:
     """Show, for neurons as they are and set to multiples of their maxima, the tokens that come next.
 
-    Beside the most probable next tokens stand the most probable continuation, and what `frontier` measured.
+    Beside the most probable next tokens stand all targets together, the continuation by the most probable token each
+    time, and what `frontier` measured.
 
     Args:
         model: CRATE or GPT-2; inside `splice` its neurons are the auto-encoder's features.
@@ -97,6 +98,7 @@ def steering_viewer(
                         [places(top.indices[i, j, p]), _percent(top.values[i, j, p]), _marks(targets[j], top, i, j, p)]
                         for p in range(len(prompts))
                     ],
+                    "mass": [number(100 * chances[i, j, p][targets[j].cpu()].sum()) for p in range(len(prompts))],
                     "text": [places(texts[i, j, p]) for p in range(len(prompts))],
                 }
                 for i in range(1 + len(strengths))
@@ -134,9 +136,10 @@ def _fragment(title: str, colour: str, data: dict) -> str:
         rows = ""
         for strength, step in zip(data["strengths"], neuron["steps"], strict=True):
             tokens, percent, _ = step["next"][0]
+            mass = step["mass"][0]
             first = ", ".join(f"{join([t])} {n} %" for t, n in zip(tokens[:4], percent, strict=False))
             rows += (
-                f'<tr><th scope="row">{escape(strength)}</th><td>{first}</td><td>{join(step["text"][0])}</td>'
+                f'<tr><th scope="row">{escape(strength)}</th><td>{first}</td><td>{mass} %</td><td>{join(step["text"][0])}</td>'
                 f"<td>{step['lift']}</td><td>{step['off']}</td></tr>"
             )
         heads = "".join(f'<th scope="col">{head}</th>' for head in HEADS)
@@ -155,7 +158,7 @@ def _fragment(title: str, colour: str, data: dict) -> str:
     return FRAGMENT.format(name=name, style=style, script=SCRIPT.replace("ROOT", f".{name}"), **content)
 
 
-HEADS = "the neuron is", "most probable next tokens", "continuation", "lift, nats", "off target, nats"
+HEADS = "the neuron is", "most probable next tokens", "all targets", "continuation", "lift, nats", "off target, nats"
 
 FRAGMENT = """\
 <div class="{name} mathjax_ignore tex2jax_ignore notranslate" translate="no" role="group" aria-label="{label}">
@@ -192,13 +195,15 @@ ROOT input{flex:1 1 10em;min-width:0;height:2.2em;margin:0;accent-color:COLOUR;c
 ROOT output{flex:0 0 13em}
 ROOT :focus-visible{outline:2px solid #000;outline-offset:1px}
 ROOT p{margin:.4em 0;color:inherit;font:inherit;overflow-wrap:anywhere}
+ROOT .goes:empty{display:none}
 ROOT .goes{background:#eee;border-radius:3px;margin-left:.3em;padding:.1em .2em}
-ROOT .next div{display:grid;grid-template-columns:8em 1fr 3.5em;gap:.6em;align-items:center}
+ROOT .next div{display:grid;grid-template-columns:8em 1fr 4.5em;gap:.6em;align-items:center}
 ROOT .next bdi{text-align:right;overflow-wrap:anywhere}
 ROOT .next i{display:block;height:1em;min-width:1px;background:#999;print-color-adjust:exact;
  forced-color-adjust:none}
 ROOT .next .target i{background:COLOUR}
 ROOT .next .target bdi{font-weight:600}
+ROOT .next .all{border-top:1px solid #ccc;margin-top:.2em;padding-top:.2em}
 ROOT .facts{margin-top:.5em;border-top:1px solid #ccc;padding-top:.4em}
 ROOT table{border-collapse:collapse;margin:.8em 0;color:inherit;font:inherit;background:none}
 ROOT caption{text-align:left;font-weight:600;color:inherit}
@@ -230,6 +235,10 @@ for (const root of document.querySelectorAll('ROOT:not([data-live])')) {
       const value = make('span', {}, `${percent[i]} %`), name = make('bdi', {}, data.tokens[token]);
       return make('div', {className: marks[i] ? 'target' : ''}, name, make('span', {}, bar), value);
     }));
+    const all = make('i', {}), mass = step.mass[p];
+    all.style.width = `${mass}%`;
+    find('.next').append(make('div', {className: 'target all'}, make('bdi', {}, 'all targets'),
+      make('span', {}, all), make('span', {}, `${mass} %`)));
     find('.facts').textContent = `Over all contexts: lift of the targets (bold) ${step.lift} nats, ` +
       `off-target divergence ${step.off} nats.`;
   };

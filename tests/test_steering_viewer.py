@@ -53,6 +53,8 @@ def test_what_is_shown_is_what_steer_gives(pushed):
                 chances = logits[p].softmax(-1)
                 assert percent == pytest.approx((100 * chances[tokens]).tolist(), abs=0.51)
                 assert set(tokens) == set(chances.topk(6).indices.tolist())
+                mass = 100 * float(chances[targets[j]].sum())
+                assert float(step["mass"][p]) == pytest.approx(mass, rel=0.06)
                 assert marks == targets[j, tokens].int().tolist()
                 assert [int(data["tokens"][place][1:]) for place in step["text"][p]] == texts[p].tolist()
             assert float(step["lift"]) == pytest.approx(float(found.lift[i, j]), abs=0.006)
