@@ -139,8 +139,8 @@ def _fragment(title: str, colour: str, data: dict) -> str:
             mass = step["mass"][0]
             first = ", ".join(f"{join([t])} {n} %" for t, n in zip(tokens[:4], percent, strict=False))
             rows += (
-                f'<tr><th scope="row">{escape(strength)}</th><td>{first}</td><td>{mass} %</td><td>{join(step["text"][0])}</td>'
-                f"<td>{step['lift']}</td><td>{step['off']}</td></tr>"
+                f'<tr><th scope="row">{escape(strength)}</th><td>{first}</td><td>{mass} %</td>'
+                f"<td>{join(step['text'][0])}</td><td>{step['lift']}</td><td>{step['off']}</td></tr>"
             )
         heads = "".join(f'<th scope="col">{head}</th>' for head in HEADS)
         tables += f"<table><caption>{escape(neuron['name'])}</caption><tr>{heads}</tr>{rows}</table>"
