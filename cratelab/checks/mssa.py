@@ -1,0 +1,315 @@
+"""Checks of the exercises of chapter 3: from the gradient of R^c to causal subspace self-attention."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import combinations
+from math import log
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cratelab.checks.grading import CheckFailed, call, grade, random, subspaces, tokens
+
+ATTENTION = [
+    (tokens(7, 6, seed=1), subspaces(3, 6, 2, seed=2)),
+    (tokens(5, 4, seed=3), subspaces(2, 4, 3, seed=4)),
+    (0.5 * tokens(9, 8, seed=5), subspaces(1, 8, 4, seed=6)),
+]
+STEPS = [
+    (0.3 * tokens(12, 6, seed=1), subspaces(2, 6, 2, seed=2), 0.4, 0.5),
+    (tokens(5, 8, seed=3), random(3, 8, 2, seed=4), 2.5, 1.4),
+    (0.6 * tokens(20, 7, seed=5), subspaces(4, 7, 3, seed=6), 1.3, 0.8),
+]
+LAYERS = [
+    (random(2, 5, 12, seed=1), random(12, 12, seed=2), random(12, 12, seed=3), random(12, seed=4), 3),
+    (0.7 * random(1, 6, 8, seed=5), random(8, 8, seed=6), random(8, 8, seed=7), random(8, seed=8), 4),
+    (0.3 * random(3, 4, 6, seed=9), random(6, 6, seed=10), random(6, 6, seed=11), random(6, seed=12), 2),
+]
+STRETCHES = [
+    (tokens(12, 6, seed=1), subspaces(2, 6, 3, seed=2), 0.5, 1, 0.01),
+    (tokens(30, 9, seed=3), subspaces(3, 9, 2, seed=4), 0.8, 3, 0.1),
+    (0.2 * tokens(6, 8, seed=5), random(2, 8, 5, seed=6), 1.5, 2, 0.3),
+]
+
+
+def exponents(function: Callable[[], dict[str, float]]) -> None:
+    """Exercise 3.A: powers with which the step and its stand-ins grow with the tokens, against measured slopes."""
+    z, U = tokens(40, 8, seed=1), subspaces(2, 8, 4, seed=2)
+    maps = {
+        "exact_small": (_gradient, z, 1e-4, "near zero the inverse is I, and what is left is sΣUₖWₖ"),
+        "exact_large": (_gradient, z, 1e4, "the inverse wins: each direction has σ/(1 + sσ²), which falls like 1/σ"),
+        "gram": (_gram, z, 1.0, "three factors Wₖ are multiplied, whatever their size"),
+        "softmax_small": (_softmax, z, 1e-4, "equal weights give back the mean token, which is as long as the tokens"),
+        "softmax_centred": (
+            _softmax,
+            z - z.mean(0),
+            1e-3,
+            "without a mean the first term is Cwᵢ/√p, and the covariance C has two factors Wₖ of its own",
+        ),
+        "softmax_large": (_softmax, z, 1e4, "one key takes all the weight, and its token comes back at full length"),
+    }
+    answer = call(function)
+    if not isinstance(answer, dict) or set(answer) != set(maps):
+        raise CheckFailed(f"{function.__name__} should return a dict with the keys {', '.join(maps)}")
+    for key, (attention, at, scale, reason) in maps.items():
+        measured = log(attention(2 * scale * at, U).norm() / attention(scale * at, U).norm()) / log(2)
+        if abs(float(answer[key]) - measured) > 0.05:
+            raise CheckFailed(f"{key}: you say {float(answer[key]):g}, measured: {measured:.2f}; {reason}")
+    print(f"{function.__name__}: right, all {len(maps)}, as measured on {len(z)} tokens that become twice as long.")
+
+
+def mended_mssa(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Exercise 3.B: MSSA of (n, d) tokens and (k, d, p) bases, against a sum written token by token."""
+    bugs = {
+        "softmax over queries instead of keys: what sums to 1 for each query?": {"over": "queries"},
+        "the scale is 1/√d instead of 1/√p: try two subspaces": {"width": "d"},
+        "the values are whole tokens: a head returns what it sees of them, UₖUₖᵀz": {"whole": True},
+    }
+    left = [subset for size in (1, 2, 3) for subset in combinations(bugs, size)]
+    mistakes = {
+        "; and ".join(subset): partial(_mssa, **{k: v for bug in subset for k, v in bugs[bug].items()})
+        for subset in left
+    }
+    mistakes["there is no 1/√p before the softmax"] = partial(_mssa, width="none")
+    mistakes["the mean over the heads: MSSA is their sum"] = lambda z, U: _mssa(z, U) / len(U)
+    grade(function, ATTENTION, _mssa, "a sum written token by token", mistakes)
+
+
+def first_order_step(function: Callable[[Tensor, Tensor, float, float], Tensor]) -> None:
+    """Exercise 3.C: the first-order step of (n, d) tokens, against automatic differentiation; then its cost."""
+
+    def autograd(z: Tensor, U: Tensor, step_size: float, eps: float) -> Tensor:
+        """Down the gradient of ½ Σ (s tr G − s²/2 tr G²), the first two terms of ½ Σ log det(I + sG)."""
+        s, moved = U.shape[2] / (len(z) * eps**2), z.clone().requires_grad_()
+        grams = [moved @ basis @ basis.T @ moved.T for basis in U]
+        series = sum(s * gram.trace() - s**2 / 2 * gram.square().sum() for gram in grams) / 2
+        return z - step_size * torch.autograd.grad(series, moved)[0]
+
+    def variant(
+        z: Tensor,
+        U: Tensor,
+        step_size: float,
+        eps: float,
+        start: float = 1,
+        shrink: float = 1,
+        attend: float = 1,
+        power: int = 2,
+        width: int = 2,
+        fill: bool = False,
+    ) -> Tensor:
+        s = U.shape[1 if width == 1 else 2] / (len(z) * eps**2)
+        projections = [basis @ basis.T for basis in U]
+        shrunk = z if fill else sum(z @ P for P in projections)
+        attended = sum(z @ P @ z.T @ z @ P for P in projections)
+        return start * z - step_size * (shrink * s * shrunk - attend * s**power * attended)
+
+    mistakes = {
+        "the sign of the second term: 1/(1 + x) = 1 − x + …, and a step down subtracts it": partial(variant, attend=-1),
+        "one s is missing: the gradient has a factor s, and so has the first-order term of the series": (
+            partial(variant, power=1)
+        ),
+        "Z stands where ΣUₖUₖᵀZ belongs: these subspaces do not fill the space": partial(variant, fill=True),
+        "the attended part is missing: this is order 0": partial(variant, attend=0),
+        "the shrinking part is missing: order 0 of the series counts, too": partial(variant, shrink=0),
+        "d stands where p belongs in s": partial(variant, width=1),
+        "this is the gradient: the step is Z − κ times it": lambda z, U, step_size, eps: (
+            -variant(z, U, 1.0, eps, start=0)
+        ),
+        "the step size κ is missing": lambda z, U, step_size, eps: variant(z, U, 1.0, eps),
+        "the sign: this step goes up": lambda z, U, step_size, eps: variant(z, U, -step_size, eps),
+        "this is the exact step: cut the series after its first order": lambda z, U, step_size, eps: (
+            z - step_size * _gradient(z, U, eps)
+        ),
+        "the attended part has a factor 2: the series is of the inverse, not of the logarithm": (
+            partial(variant, attend=2)
+        ),
+    }
+    grade(function, STEPS, autograd, "the gradient of the logarithm's series", mistakes)
+    U, cost = subspaces(2, 16, 4, seed=7), []
+    for n in (200, 400):
+        with FlopCounterMode(display=False) as counted:
+            function(0.1 * random(n, 16, seed=8), U, 0.5, 0.5)
+        cost.append(counted.get_total_flops())
+    if cost[1] > 2.1 * cost[0]:
+        raise CheckFailed(
+            f"{function.__name__} is right, but twice as many tokens cost {cost[1] / cost[0]:.1f} times as much: it "
+            "makes n×n matrices. (WᵀW) compares tokens, (WWᵀ) is p×p: which product comes first is yours to choose"
+        )
+    print(f"Twice as many tokens cost {cost[1] / cost[0]:.1f} times as much.")
+
+
+def causal_layer(function: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]) -> None:
+    """Exercise 3.D: the layer on (b, n, d) tokens, against sums written token by token."""
+    mistakes = {
+        "the mask leaks the future: token i sees the keys j ≤ i only": partial(_layer, mask="none"),
+        "the mask is the wrong way round: a token sees itself and later ones": partial(_layer, mask="past"),
+        "the mask leaks the future: a score of 0 still weighs e⁰ = 1; what weighs nothing is −∞": (
+            partial(_layer, mask="zero")
+        ),
+        "the mask hides a token from itself: token i sees the keys j ≤ i": partial(_layer, mask="strict"),
+        "masked after the softmax: the weights that are left no longer sum to 1": partial(_layer, mask="after"),
+        "softmax over queries instead of keys": partial(_layer, over="queries"),
+        "the scale is 1/√d instead of 1/√p": partial(_layer, width="d"),
+        "there is no 1/√p before the softmax": partial(_layer, width="none"),
+        "the heads are interleaved, (p k) for (k p): head k has the rows kp to (k+1)p": (
+            partial(_layer, split="p k", join="p k")
+        ),
+        "the heads are interleaved on the way in, (p k) for (k p)": partial(_layer, split="p k"),
+        "the heads are interleaved on the way out, (p k) for (k p)": partial(_layer, join="p k"),
+        "the projection is transposed: tokens are rows, so it is z @ projection.T": lambda z, projection, *rest: _layer(
+            z, projection.T, *rest
+        ),
+        "the output matrix is transposed: tokens are rows, so it is … @ output.T": (
+            lambda z, projection, output, *rest: _layer(z, projection, output.T, *rest)
+        ),
+        "both matrices are transposed: tokens are rows, so it is z @ projection.T": (
+            lambda z, projection, output, *rest: _layer(z, projection.T, output.T, *rest)
+        ),
+        "the bias is missing": lambda z, projection, output, bias, k: _layer(z, projection, output, 0 * bias, k),
+        "the Uₖ lift the heads: the layer has a learned output matrix instead": lambda z, projection, output, bias, k: (
+            _layer(z, projection, projection.T, bias, k)
+        ),
+        "the tokens are added: the block does that, not the layer": lambda z, *rest: z + _layer(z, *rest),
+    }
+    grade(function, LAYERS, _layer, "sums written token by token", mistakes)
+
+
+def largest_stretch(function: Callable[[Tensor, Tensor, float, int, float], float]) -> None:
+    """Exercise 3.E: how far tokens may be stretched until the series errs by a tolerance, against bisection."""
+
+    def error(factor: float, z: Tensor, U: Tensor, eps: float, order: int) -> float:
+        """The largest relative error of a direction, without eigenvalues of W: ‖(Σ(I − B)ʲ) B − I‖."""
+        worst = 0.0
+        for basis in U.numpy():
+            w = factor * z.numpy() @ basis
+            B = np.eye(w.shape[1]) + w.shape[1] / (len(w) * eps**2) * w.T @ w
+            series = sum(np.linalg.matrix_power(np.eye(len(B)) - B, j) for j in range(order + 1))
+            worst = max(worst, np.linalg.norm(series @ B - np.eye(len(B)), 2))
+        return worst
+
+    def bisected(z: Tensor, U: Tensor, eps: float, order: int, tolerance: float) -> float:
+        low, high = 1e-6, 1e6
+        for _ in range(80):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if error(middle, z, U, eps, order) < tolerance else (low, middle)
+        return low
+
+    def from_strengths(
+        z: Tensor,
+        U: Tensor,
+        eps: float,
+        order: int,
+        tolerance: float,
+        norm: int | str = 2,
+        heads: Callable = max,
+        root: float = 0.5,
+        more: int = 1,
+        axis: int = 2,
+    ) -> float:
+        s = U.shape[axis] / (len(z) * eps**2)
+        strength = heads([s * np.linalg.norm(z.numpy() @ basis, norm) ** 2 for basis in U.numpy()])
+        return (tolerance ** (1 / (order + more)) / strength) ** root
+
+    mistakes = {
+        "the square root is missing: the strength is quadratic in the tokens": partial(from_strengths, root=1),
+        "after order m the error starts with x to the power m + 1, not m": partial(from_strengths, more=0),
+        "this is where the series begins to diverge: at a given tolerance it must stop earlier": (
+            lambda z, U, eps, order, tolerance: from_strengths(z, U, eps, order, 1.0)
+        ),
+        "the Frobenius norm adds up all directions: the strongest one decides, so take the spectral norm": (
+            partial(from_strengths, norm="fro")
+        ),
+        "the weakest direction: the strongest one decides": partial(from_strengths, norm=-2, heads=min),
+        "the weakest head: the strongest one decides": partial(from_strengths, heads=min),
+        "the mean over the heads: the strongest one decides": partial(from_strengths, heads=np.mean),
+        "the sum over the heads: the strongest one decides": partial(from_strengths, heads=sum),
+        "d stands where p belongs in s": partial(from_strengths, axis=1),
+        "this is the strength of whole tokens: the series is in the Wₖ, what the heads see of them": (
+            lambda z, U, *rest: from_strengths(z, U, *rest, heads=lambda _: _whole_strength(z, U, rest[0]))
+        ),
+    }
+    grade(function, STRETCHES, bisected, "bisection on the measured error", mistakes)
+
+
+def _whole_strength(z: Tensor, U: Tensor, eps: float) -> float:
+    return U.shape[2] / (len(z) * eps**2) * np.linalg.norm(z.numpy(), 2) ** 2
+
+
+def _gradient(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
+    """∇R^c by automatic differentiation, through log-determinants of n×n matrices."""
+    s, moved = U.shape[2] / (len(z) * eps**2), z.clone().requires_grad_()
+    eye = torch.eye(len(z), dtype=z.dtype, device=z.device)
+    rate = sum(torch.linalg.slogdet(eye + s * moved @ basis @ basis.T @ moved.T)[1] for basis in U) / 2
+    return torch.autograd.grad(rate, moved)[0]
+
+
+def _gram(z: Tensor, U: Tensor) -> Tensor:
+    return sum(z @ basis @ basis.T @ z.T @ z @ basis @ basis.T for basis in U)
+
+
+def _softmax(z: Tensor, U: Tensor) -> Tensor:
+    return _mssa(z, U)
+
+
+def _mssa(z: Tensor, U: Tensor, over: str = "keys", width: str = "p", whole: bool = False) -> Tensor:
+    """One query and one head after the other, with plain sums of exponentials."""
+    out = np.zeros(z.shape)
+    for basis in U.numpy():
+        w = z.numpy() @ basis
+        score = w @ w.T / {"p": basis.shape[1], "d": basis.shape[0], "none": 1}[width] ** 0.5
+        weight = _weights(score, over)
+        for i in range(len(w)):
+            for j in range(len(w)):
+                out[i] += weight[i, j] * (z[j].numpy() if whole else basis @ w[j])
+    return torch.from_numpy(out)
+
+
+def _weights(score: np.ndarray, over: str) -> np.ndarray:
+    """Softmax of (queries, keys) over one of the two; a line of −∞ gives zeros."""
+    axis = {"keys": 1, "queries": 0}[over]
+    largest = score.max(axis, keepdims=True)
+    exponential = np.exp(score - np.where(np.isfinite(largest), largest, 0))
+    return exponential / np.maximum(exponential.sum(axis, keepdims=True), 1e-300)
+
+
+def _layer(
+    z: Tensor,
+    projection: Tensor,
+    output: Tensor,
+    bias: Tensor,
+    n_heads: int,
+    mask: str = "future",
+    over: str = "keys",
+    width: str = "p",
+    split: str = "k p",
+    join: str = "k p",
+) -> Tensor:
+    """The layer, one text, head and token after the other."""
+    b, n, d = z.shape
+    p = d // n_heads
+    heads = {"k p": lambda k: range(k * p, (k + 1) * p), "p k": lambda k: range(k, d, n_heads)}
+    query, key = np.indices((n, n))
+    hidden = {
+        "none": key > n,
+        "future": key > query,
+        "zero": key > query,
+        "after": key > query,
+        "past": key < query,
+        "strict": key >= query,
+    }
+    out = np.zeros((b, n, d))
+    for text in range(b):
+        for k in range(n_heads):
+            w = z[text].numpy() @ projection.numpy()[list(heads[split](k))].T
+            score = w @ w.T / {"p": p, "d": d, "none": 1}[width] ** 0.5
+            if mask != "after":
+                score[hidden[mask]] = 0 if mask == "zero" else -np.inf
+            weight = _weights(score, over)
+            if mask == "after":
+                weight[hidden[mask]] = 0
+            for i in range(n):
+                for j in range(n):
+                    out[text, i, list(heads[join](k))] += weight[i, j] * w[j]
+    return torch.from_numpy(out @ output.numpy().T) + bias

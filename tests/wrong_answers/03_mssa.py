@@ -1,0 +1,172 @@
+"""Wrong answers to the exercises of chapter 3: what a check says -> a function with that mistake."""
+
+import math
+
+import torch
+from einops import einsum, rearrange
+
+
+def say(**changed):
+    """The right exponents but for one."""
+    right = {"exact_small": 1, "exact_large": -1, "gram": 3}
+    right |= {"softmax_small": 1, "softmax_centred": 3, "softmax_large": 1}
+    return lambda: right | changed
+
+
+def attend(axis=-1, width=2, whole=False, scale=None, over_heads=torch.sum):
+    """MSSA with a softmax over `axis`, scores divided by the root of the length of axis `width` of U."""
+
+    def function(z, U):
+        w = einsum(z, U, "n d, k d p -> k n p")
+        weights = (w @ w.mT * (scale or U.shape[width] ** -0.5)).softmax(axis)
+        heads = weights @ z if whole else weights @ w @ U.mT
+        return over_heads(heads, 0)
+
+    return function
+
+
+def stepped(change=lambda z, w, U, s, kappa: s * w, factor=lambda kappa: kappa, width=2, start=1):
+    """start·Z less factor(κ) times the tokens that `change` makes in each subspace, lifted."""
+
+    def function(z, U, step_size, eps):
+        s = U.shape[width] / (len(z) * eps**2)
+        w = einsum(z, U, "n d, k d p -> k n p")
+        return start * z - factor(step_size) * einsum(change(z, w, U, s, step_size), U, "k n p, k d p -> n d")
+
+    return function
+
+
+def first_order(z, w, U, s, kappa):
+    return s * w - s**2 * w @ (w.mT @ w)
+
+
+def exact(z, w, U, s, kappa):
+    return s * w @ torch.linalg.inv(torch.eye(w.shape[2]) + s * w.mT @ w)
+
+
+def fills_space(z, U, step_size, eps):
+    s = U.shape[2] / (len(z) * eps**2)
+    w = einsum(z, U, "n d, k d p -> k n p")
+    return (1 - step_size * s) * z + step_size * s**2 * einsum(w @ w.mT @ w, U, "k n p, k d p -> n d")
+
+
+def quadratic_cost(z, U, step_size, eps):
+    s = U.shape[2] / (len(z) * eps**2)
+    w = einsum(z, U, "n d, k d p -> k n p")
+    return z - step_size * einsum(s * w - s**2 * (w @ w.mT) @ w, U, "k n p, k d p -> n d")
+
+
+def hide(scores):
+    """Scores with −∞ where the key comes after the query."""
+    return scores.masked_fill(later(scores), -math.inf)
+
+
+def later(scores, diagonal=1):
+    return torch.ones(scores.shape[-2:], dtype=torch.bool).triu(diagonal)
+
+
+def strict(scores):
+    weights = scores.masked_fill(later(scores, 0), -math.inf).softmax(-1)
+    return weights.nan_to_num(0)
+
+
+def layer(weigh=lambda scores: hide(scores).softmax(-1), split="(k p)", join="(k p)", scale=lambda d, p: p**-0.5):
+    """The layer with another way from scores to weights, or another order of heads."""
+
+    def function(z, projection, output, bias, n_heads):
+        w = rearrange(z @ projection.T, f"b n {split} -> b k n p", k=n_heads)
+        attended = weigh(w @ w.mT * scale(z.shape[-1], w.shape[-1])) @ w
+        return rearrange(attended, f"b k n p -> b n {join}") @ output.T + bias
+
+    return function
+
+
+def stretch(norm=2, over_heads=torch.max, root=0.5, power=lambda m: 1 / (m + 1), width=2):
+    def function(z, U, eps, order, tolerance):
+        w = einsum(z, U, "n d, k d p -> k n p")
+        strengths = U.shape[width] / (len(z) * eps**2) * torch.linalg.matrix_norm(w, norm).square()
+        return (tolerance ** power(order) / over_heads(strengths)) ** root
+
+    return function
+
+
+def whole_tokens(z, U, eps, order, tolerance):
+    s = U.shape[2] / (len(z) * eps**2)
+    return (tolerance ** (1 / (order + 1)) / s) ** 0.5 / torch.linalg.matrix_norm(z, 2)
+
+
+WRONG = {
+    "3.A": {
+        "exact_small: .* near zero the inverse is I": say(exact_small=3),
+        "exact_large: .* the inverse wins": say(exact_large=1),
+        "gram: .* three factors": say(gram=2),
+        "softmax_small: .* the mean token": say(softmax_small=3),
+        "softmax_centred: .* two factors": say(softmax_centred=1),
+        "softmax_large: .* takes all the weight": say(softmax_large=0),
+        "a dict with the keys": lambda: {"exact": 1, "gram": 3, "softmax": 1},
+    },
+    "3.B": {
+        r"mended_mssa: softmax over queries instead of keys: what sums to 1 for each query\?$": attend(axis=-2),
+        r"mended_mssa: the scale is 1/√d instead of 1/√p: try two subspaces$": attend(width=1),
+        "mended_mssa: the values are whole tokens: [^;]*$": attend(whole=True),
+        "softmax over queries .*; and the scale is 1/√d [^;]*$": attend(axis=-2, width=1),
+        "softmax over queries .*; and the values are whole": attend(axis=-2, whole=True),
+        "mended_mssa: the scale is 1/√d .*; and the values are whole": attend(width=1, whole=True),
+        "softmax over queries .*; and the scale .*; and the values": attend(axis=-2, width=1, whole=True),
+        "there is no 1/√p before the softmax": attend(scale=1.0),
+        "the mean over the heads": attend(over_heads=torch.mean),
+        r"returns the shape \(3, 7, 2\)": lambda z, U: z @ U,
+    },
+    "3.C": {
+        "the sign of the second term": stepped(lambda z, w, U, s, kappa: s * w + s**2 * w @ w.mT @ w),
+        "one s is missing": stepped(lambda z, w, U, s, kappa: s * w - s * w @ w.mT @ w),
+        "Z stands where ΣUₖUₖᵀZ belongs": fills_space,
+        "the attended part is missing": stepped(),
+        "the shrinking part is missing": stepped(lambda z, w, U, s, kappa: -(s**2) * w @ w.mT @ w),
+        "d stands where p belongs": stepped(first_order, width=1),
+        "this is the gradient": stepped(first_order, factor=lambda kappa: -1, start=0),
+        "the step size κ is missing": stepped(first_order, factor=lambda kappa: 1),
+        "this step goes up": stepped(first_order, factor=lambda kappa: -kappa),
+        "this is the exact step": stepped(exact),
+        "the attended part has a factor 2": stepped(lambda z, w, U, s, kappa: s * w - 2 * s**2 * w @ w.mT @ w),
+        "twice as many tokens cost .* it makes n×n matrices": quadratic_cost,
+    },
+    "3.D": {
+        "the mask leaks the future: token i": layer(lambda scores: scores.softmax(-1)),
+        "the mask is the wrong way round": layer(
+            lambda scores: scores.masked_fill(later(scores).mT, -math.inf).softmax(-1)
+        ),
+        "the mask leaks the future: a score of 0": layer(
+            lambda scores: scores.masked_fill(later(scores), 0).softmax(-1)
+        ),
+        "the mask hides a token from itself": layer(strict),
+        "numbers that are not finite": layer(
+            lambda scores: scores.masked_fill(later(scores, 0), -math.inf).softmax(-1)
+        ),
+        "masked after the softmax": layer(lambda scores: scores.softmax(-1).tril()),
+        "softmax over queries instead of keys": layer(lambda scores: hide(scores).softmax(-2)),
+        "the scale is 1/√d": layer(scale=lambda d, p: d**-0.5),
+        "there is no 1/√p": layer(scale=lambda d, p: 1),
+        r"interleaved, \(p k\) for \(k p\)": layer(split="(p k)", join="(p k)"),
+        "interleaved on the way in": layer(split="(p k)"),
+        "interleaved on the way out": layer(join="(p k)"),
+        "the projection is transposed": lambda z, projection, *rest: layer()(z, projection.T, *rest),
+        "the output matrix is transposed": lambda z, projection, output, *rest: layer()(z, projection, output.T, *rest),
+        "both matrices are transposed": lambda z, projection, output, *rest: layer()(z, projection.T, output.T, *rest),
+        "the bias is missing": lambda z, projection, output, bias, k: layer()(z, projection, output, 0, k),
+        "the Uₖ lift the heads": lambda z, projection, output, bias, k: layer()(z, projection, projection.T, bias, k),
+        "the tokens are added": lambda z, *rest: z + layer()(z, *rest),
+    },
+    "3.E": {
+        "the square root is missing": stretch(root=1),
+        "the power m \\+ 1, not m": stretch(power=lambda m: 1 / m),
+        "where the series begins to diverge": stretch(power=lambda m: 0),
+        "the Frobenius norm": stretch(norm="fro"),
+        "the weakest direction": stretch(norm=-2, over_heads=torch.min),
+        "the weakest head": stretch(over_heads=torch.min),
+        "the mean over the heads": stretch(over_heads=torch.mean),
+        "the sum over the heads": stretch(over_heads=torch.sum),
+        "d stands where p belongs": stretch(width=1),
+        "this is the strength of whole tokens": whole_tokens,
+    },
+}
