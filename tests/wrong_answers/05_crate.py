@@ -1,0 +1,186 @@
+"""Wrong answers to the exercises of chapter 5: what a check says -> a function with that mistake."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def count(**wrong):
+    """The right counts but for one model, to which wrong[model](d, h, L, v, n) is added."""
+
+    def function(d, h, L, v, n):
+        around = v * d + n * d
+        right = {
+            "CRATE": around + L * (2 * d * d + h * d + 5 * d) + 2 * d,
+            "GPT-2": around + L * (4 * d * d + 2 * h * d + 2 * d) + d,
+            "OpenAI": around + L * (4 * d * d + 2 * h * d + 9 * d + h) + 2 * d,
+        }
+        return {
+            key: value + wrong.get(key.replace("-", ""), lambda *_: 0)(d, h, L, v, n) for key, value in right.items()
+        }
+
+    return function
+
+
+def say(**changed):
+    """The right predictions but for one."""
+    same = {"permuted", "turned", "shuffled", "moved", "forgetful"}
+    keys = "permuted", "flipped", "turned", "louder", "shuffled", "moved", "longer", "forgetful"
+    return lambda: {key: "same" if key in same else "changed" for key in keys} | changed
+
+
+def forward(
+    carry=lambda b, z: z, second="ista_norm", bias=True, last=lambda b, y: b.neurons(b.ista.encode(y)), add=False
+):
+    """A block with the parts in other places."""
+
+    def function(b, z):
+        mssa = b.attention(b.attention_norm(z)) - (0 if bias else b.attention.output.bias)
+        half = carry(b, z) + mssa
+        out = b.ista.decode(last(b, getattr(b, second)(half)))
+        return out + half if add else out
+
+    return function
+
+
+def normed(b, z):
+    return b.attention_norm(z)
+
+
+def unfinished(b, y):
+    code = F.relu(0.1 * y @ b.ista.D - 0.01)
+    return b.neurons(code + 0.1 * (y - code @ b.ista.D.mT) @ b.ista.D)
+
+
+def behind(b, z):
+    half = b.attention_norm(z + b.attention(z))
+    return b.ista_norm(b.ista.decode(b.neurons(b.ista.encode(half))))
+
+
+def hooked(edit, layer_of=lambda layer: [layer], keep=False):
+    """Logits with `edit(codes, neuron, value)` in the place of some layers' codes."""
+
+    def function(model, tokens, layer, neuron, value):
+        hooks = [
+            model.blocks[i].neurons.register_forward_hook(lambda m, args, codes: edit(codes.clone(), neuron, value))
+            for i in layer_of(layer)
+        ]
+        logits = model(tokens)
+        for hook in [] if keep else hooks:
+            hook.remove()
+        return logits
+
+    return function
+
+
+def put(where):
+    def edit(codes, neuron, value):
+        codes[where(neuron)] = value
+        return codes
+
+    return edit
+
+
+def everywhere(codes, i, value):
+    return put(lambda i: (..., i))(codes, i, value)
+
+
+def added(codes, i, value):
+    codes[..., i] += value
+    return codes
+
+
+def scaled(codes, i, value):
+    codes[..., i] *= value
+    return codes
+
+
+def where_it_fires(codes, i, value):
+    codes[..., i] = torch.where(codes[..., i] > 0, value, 0.0)
+    return codes
+
+
+def logits_along(centre=True, still=False, weighted=True, power=1, ddof=0, use_eps=True):
+    """The derivative of LayerNorm's quotient, with one thing wrong."""
+
+    def function(x, atom, weight, E, norm_eps):
+        x = x - x.mean(1, keepdim=True)
+        c = atom - atom.mean() if centre else atom
+        s = (x.var(1, correction=ddof, keepdim=True) + (norm_eps if use_eps else 0)).sqrt()
+        u = x / s
+        du = c - (0 if still else u * (u @ c)[:, None] / x.shape[1])
+        return du / s**power * (weight if weighted else 1) @ E.T
+
+    return function
+
+
+WRONG = {
+    "5.A": {
+        "CRATE: .* the head is the token embedding": count(CRATE=lambda d, h, L, v, n: v * d),
+        "CRATE: .* for each of the n positions": count(CRATE=lambda d, h, L, v, n: -n * d),
+        "the dictionary encodes and decodes": count(CRATE=lambda d, h, L, v, n: L * h * d),
+        "query, key and value are one matrix": count(CRATE=lambda d, h, L, v, n: 2 * L * d * d),
+        "MSSA has an output matrix": count(CRATE=lambda d, h, L, v, n: -L * d * d),
+        "MSSA's output matrix has a bias": count(CRATE=lambda d, h, L, v, n: -L * d),
+        "each LayerNorm of CRATE has a weight and a bias": count(CRATE=lambda d, h, L, v, n: -(2 * L + 1) * d),
+        "CRATE: .* one more LayerNorm": count(CRATE=lambda d, h, L, v, n: -2 * d),
+        "query, key and value are three matrices": count(GPT2=lambda d, h, L, v, n: -2 * L * d * d),
+        "an MLP has two matrices": count(GPT2=lambda d, h, L, v, n: -L * h * d),
+        "the GPT-2 of the comparison has no biases": count(GPT2=lambda d, h, L, v, n: (2 * L + 1) * d),
+        "all its matrices have biases": count(OpenAI=lambda d, h, L, v, n: -L * (5 * d + h)),
+        "the bias of query, key and value has 3d": count(OpenAI=lambda d, h, L, v, n: -2 * L * d),
+        "the bias of the first MLP matrix has h": count(OpenAI=lambda d, h, L, v, n: L * (d - h)),
+        "find the one you have forgotten": count(OpenAI=lambda d, h, L, v, n: 1),
+        "with the keys CRATE, GPT-2, OpenAI": lambda d, h, L, v, n: {"CRATE": 1},
+    },
+    "5.B": {
+        "permuted: .* DA is a sum over atoms": say(permuted="changed"),
+        "flipped: .* do not fire on the same tokens": say(flipped="same"),
+        "turned: .* the output matrix undoes the turn": say(turned="changed"),
+        "louder: .* scores are products of two": say(louder="same"),
+        "shuffled: .* a block knows no positions": say(shuffled="changed"),
+        "moved: .* no path leads around both": say(moved="changed"),
+        "longer: .* to tokens three times as long": say(longer="same"),
+        "forgetful: .* which forgets the length": say(forgetful="changed"),
+        'should return "same" or "changed"': say(moved="no"),
+    },
+    "5.C": {
+        ": the normalised tokens are carried on, where the residual path takes the tokens themselves$": forward(normed),
+        ": both halves use attention_norm: .* of its own$": forward(second="attention_norm"),
+        ": MSSA's output bias is lost$": forward(bias=False),
+        "carried on, .*; and both halves use .* of its own$": forward(normed, second="attention_norm"),
+        "carried on, .*; and both halves .*; and MSSA's output bias": forward(normed, "attention_norm", bias=False),
+        "there is no residual around ISTA": forward(add=True),
+        "nothing is carried around MSSA": forward(lambda b, z: 0),
+        "the LayerNorms stand behind the sums": behind,
+        "the codes do not pass through block.neurons": forward(last=lambda b, y: b.ista.encode(y)),
+        "has not gone through the last threshold": forward(last=unfinished),
+        "No common mistake": forward(last=lambda b, y: b.neurons(F.relu(y @ b.ista.D))),
+        r"returns the shape \(1, 5, 32\)": lambda b, z: b.neurons(b.ista.encode(b.ista_norm(z))),
+    },
+    "5.D": {
+        "nothing has changed": lambda model, tokens, *_: model(tokens),
+        "it should take its place": hooked(added),
+        "it should be the value": hooked(scaled),
+        "layers are counted from 0": hooked(everywhere, lambda layer: [layer - 1]),
+        "only the last token's code is set": hooked(put(lambda i: (slice(None), -1, i))),
+        "all neurons of one token are set": hooked(put(lambda i: (slice(None), i))),
+        "all neurons are set": hooked(put(lambda i: ...)),
+        "the neuron is set in every layer": hooked(everywhere, lambda layer: [0, 1, 2]),
+        "set only where it fires": hooked(where_it_fires),
+        "leaves its hook on the model": hooked(everywhere, keep=True),
+        "No common mistake": hooked(lambda codes, i, value: everywhere(codes, i + 1, value)),
+    },
+    "5.E": {
+        "the atom's product with the embeddings": lambda x, atom, w, E, e: (E @ atom).expand(len(x), -1),
+        "the atom's mean is not taken off": logits_along(centre=False),
+        "the standard deviation is taken as fixed": logits_along(still=True),
+        "mean and standard deviation are taken as fixed": logits_along(centre=False, still=True),
+        "LayerNorm's weight is lost": logits_along(weighted=False),
+        "torch.std and torch.var divide by d": logits_along(ddof=1),
+        "norm_eps is lost": logits_along(use_eps=False),
+        "divided by the variance": logits_along(power=2),
+        r"is it transposed": lambda *case: logits_along()(*case).T,
+        "No common mistake": lambda x, atom, w, E, e: nn.functional.layer_norm(x * atom, atom.shape, w, eps=e) @ E.T,
+    },
+}
