@@ -1,0 +1,229 @@
+"""Checks of the exercises of chapter 4: thresholds, ISTA and its layer."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cratelab.checks.grading import CheckFailed, call, grade, random
+
+SQUARE = [
+    (random(6, 5, seed=1), random(5, 5, seed=2), 0.1, 0.3, 3),
+    (random(4, 7, seed=3), random(7, 7, seed=4) / 2, 0.4, 0.2, 2),
+    (2 * random(9, 3, seed=5), random(3, 3, seed=6), 0.15, 0.5, 4),
+]
+OVERCOMPLETE = [
+    (random(6, 5, seed=1), random(5, 12, seed=2), 0.1, 0.3),
+    (random(4, 7, seed=3), random(7, 9, seed=4) / 2, 0.3, 0.2),
+    (2 * random(9, 3, seed=5), random(3, 8, seed=6), 0.2, 0.5),
+]
+ENTRIES = [
+    (3 * random(200, seed=1), 0.5, 0.7, 1.2),
+    (2 * random(10, 20, seed=2), 1.1, 0.2, 0.6),
+    (4 * random(150, seed=3), 0.2, 2.5, 0.9),
+]
+
+
+def change_of_firing(function: Callable[[], dict[str, str]]) -> None:
+    """Exercise 4.A: "more", "fewer" or "same" for six changes, against neurons counted before and after."""
+    z, D = random(500, 32, seed=1), random(32, 128, seed=2) / 4
+    once, twice = (z, D, 0.1, 0.1, 1), (z, D, 0.1, 0.1, 2)
+    changed = {
+        "longer_step": (
+            once,
+            (z, D, 0.2, 0.1, 1),
+            "η stands in front of Dᵀz and of λ: S(ηDᵀz) at ηλ is η times S at λ",
+        ),
+        "longer_tokens": (once, (2 * z, D, 0.1, 0.1, 1), "the price stays, and more correlations exceed it"),
+        "dearer": (once, (z, D, 0.1, 0.2, 1), "fewer correlations exceed a higher price"),
+        "both": (once, (2 * z, D, 0.1, 0.2, 1), "what counts is the price relative to the tokens"),
+        "second_step": (
+            once,
+            twice,
+            "inhibition has two signs: atoms with negative overlaps push others up, and two small steps switch on more "
+            "than they switch off",
+        ),
+        "disguised": (twice, (z, 2 * D, 0.025, 0.2, 2), "eq. 4.10 with c = 2: all codes are halved, none is set to 0"),
+    }
+    answer = call(function)
+    if (
+        not isinstance(answer, dict)
+        or set(answer) != set(changed)
+        or not set(answer.values()) <= {"more", "fewer", "same"}
+    ):
+        raise CheckFailed(
+            f'{function.__name__} should return "more", "fewer" or "same" for each of {", ".join(changed)}'
+        )
+    for key, (before, after, reason) in changed.items():
+        shares = [float((_projected(*case) > 1e-12).mean()) for case in (before, after)]
+        measured = "same" if shares[0] == shares[1] else "more" if shares[1] > shares[0] else "fewer"
+        if answer[key] != measured:
+            raise CheckFailed(
+                f"{key}: you say {answer[key]!r}, counted: {measured!r} ({shares[0]:.1%} before, {shares[1]:.1%} "
+                f"after); {reason}"
+            )
+    print(f"{function.__name__}: right, all {len(changed)}, as counted on {len(z)} tokens and {D.shape[1]} atoms.")
+
+
+def mended_ista(function: Callable[[Tensor, Tensor, float, float, int], Tensor]) -> None:
+    """Exercise 4.B: codes of (n, d) tokens in a (d, d) dictionary, against projected gradient descent."""
+    bugs = {
+        "D and Dᵀ are exchanged: try a dictionary that is not symmetric": {"exchanged": True},
+        "the threshold is λ instead of ηλ: try another step size than 1": {"threshold": "λ"},
+        "the code is not clamped at zero: try a token that points away from an atom": {"shrink": "both"},
+    }
+    left = [subset for size in (1, 2, 3) for subset in combinations(bugs, size)]
+    mistakes = {
+        "; and ".join(subset): partial(_ista, **{k: v for bug in subset for k, v in bugs[bug].items()})
+        for subset in left
+    }
+    mistakes |= {
+        "it starts from the tokens: here a code starts from zero": partial(_ista, start="tokens"),
+        "what exceeds the threshold is kept whole: it should be reduced by the threshold": partial(
+            _ista, shrink="hard"
+        ),
+        "there is no threshold, only a ReLU: a price must be paid": partial(_ista, threshold="0"),
+        "only the last step has a threshold: each step has one": partial(_ista, threshold="last"),
+    }
+    grade(function, SQUARE, _projected, "projected gradient descent on the lasso", mistakes)
+
+
+def best_entry(function: Callable[[Tensor, float, float, float], Tensor]) -> None:
+    """Exercise 4.C: the cheapest a in [0, cap] for each x, against a search that evaluates the cost alone."""
+
+    def searched(x: Tensor, theta: float, mu: float, cap: float) -> Tensor:
+        low, high = torch.zeros_like(x), torch.full_like(x, cap)
+        for _ in range(80):  # the cost is convex: of two inner points, the dearer one bounds the minimum
+            left, right = low + (high - low) / 3, high - (high - low) / 3
+            left_cost, right_cost = ((a - x) ** 2 / 2 + theta * a + mu * a**2 / 2 for a in (left, right))
+            low, high = torch.where(left_cost > right_cost, left, low), torch.where(left_cost > right_cost, high, right)
+        return (low + high) / 2
+
+    mistakes = {
+        "the threshold comes after the division: set the slope to zero and solve for a": lambda x, theta, mu, cap: (
+            np.clip(x / (1 + mu) - theta, 0, cap)
+        ),
+        "not clamped at zero: a < 0 is not allowed": lambda x, theta, mu, cap: np.minimum((x - theta) / (1 + mu), cap),
+        "two-sided: a < 0 is not allowed": lambda x, theta, mu, cap: np.clip(
+            np.sign(x) * np.maximum(abs(x) - theta, 0) / (1 + mu), -cap, cap
+        ),
+        "the cap is missing: a neuron fires at most at cap": lambda x, theta, mu, cap: np.maximum(
+            (x - theta) / (1 + mu), 0
+        ),
+        "x is capped: it is a that has a largest value": lambda x, theta, mu, cap: (
+            np.maximum(np.minimum(x, cap) - theta, 0) / (1 + mu)
+        ),
+        "capped before the division: it is the result that has a largest value": lambda x, theta, mu, cap: (
+            np.clip(x - theta, 0, cap) / (1 + mu)
+        ),
+        "the squared price has no effect: it divides": lambda x, theta, mu, cap: np.clip(x - theta, 0, cap),
+        "twice the squared price: ½μa² has the slope μa": lambda x, theta, mu, cap: np.clip(
+            (x - theta) / (1 + 2 * mu), 0, cap
+        ),
+        "multiplied by 1 + μ: solve (1 + μ)a = x − θ": lambda x, theta, mu, cap: np.clip(
+            (x - theta) * (1 + mu), 0, cap
+        ),
+        "the price θ a unit has no effect: it shifts": lambda x, theta, mu, cap: np.clip(x / (1 + mu), 0, cap),
+        "a hard threshold: what exceeds θ is still reduced by θ": lambda x, theta, mu, cap: np.clip(
+            np.where(x > theta, x, 0) / (1 + mu), 0, cap
+        ),
+        "the sign of θ: a price lowers a": lambda x, theta, mu, cap: np.clip((x + theta) / (1 + mu), 0, cap),
+    }
+    by_hand = {text: _in_numpy(mistake) for text, mistake in mistakes.items()}
+    grade(function, ENTRIES, searched, "a search that evaluates only the cost", by_hand, rtol=1e-6, atol=1e-6)
+
+
+def sparse_layer(function: Callable[[Tensor, Tensor, float, float], Tensor]) -> None:
+    """Exercise 4.D: (n, d) outputs of two ISTA steps and decoding, then the number of matrix products."""
+
+    def decoded(z: Tensor, D: Tensor, step_size: float, lam: float) -> np.ndarray:
+        return _projected(z, D, step_size, lam, 2) @ D.numpy().T
+
+    def variant(z: Tensor, D: Tensor, step_size: float, lam: float, **changes: object) -> np.ndarray:
+        return _ista(z, D, step_size, lam, changes.pop("n_steps", 2), **changes) @ D.numpy().T
+
+    def second(keep: float, tokens: float, inhibit: float, price: float) -> Callable:
+        """A second step keep·a₁ + η(tokens·Dᵀz − inhibit·DᵀDa₁) − price·ηλ, through the entries of DᵀD."""
+
+        def mistake(z: Tensor, D: Tensor, step_size: float, lam: float) -> np.ndarray:
+            first, D = _ista(z, D, step_size, lam, 1), D.numpy()
+            push = tokens * np.einsum("nd,dh->nh", z, D) - inhibit * np.einsum("nh,dh,di->ni", first, D, D)
+            return np.maximum(keep * first + step_size * push - price * step_size * lam, 0) @ D.T
+
+        return mistake
+
+    mistakes = {
+        "the threshold is λ instead of ηλ": partial(variant, threshold="λ"),
+        "the code is not clamped at zero": partial(variant, shrink="both"),
+        "there is no threshold, only a ReLU": partial(variant, threshold="0"),
+        "only the last step has a threshold": partial(variant, threshold="last"),
+        "the second step has no threshold: each step has one": second(1, 1, 1, 0),
+        "the second step forgets the code of the first: it goes on from A₁": second(0, 1, 1, 1),
+        "the second step forgets the tokens: what it sees is z − DA₁": second(1, 0, 1, 1),
+        "the second step sees the tokens and not the residual z − DA₁: nothing is explained away": second(1, 1, 0, 1),
+        "the sign of DᵀDA₁: what is explained is taken away": second(1, 1, -1, 1),
+        "this is one step": partial(variant, n_steps=1),
+        "these are three steps": partial(variant, n_steps=3),
+        "it starts from Dᵀz: the code starts from zero": partial(variant, start="atoms"),
+        "the tokens are added: no residual connection stands around this layer": lambda z, *rest: (
+            z.numpy() + decoded(z, *rest)
+        ),
+        "this is what is left unexplained: the layer returns DA₂": lambda z, *rest: z.numpy() - decoded(z, *rest),
+    }
+    grade(function, OVERCOMPLETE, decoded, "projected gradient descent, decoded", mistakes)
+    n, d, h = 40, 8, 32
+    with FlopCounterMode(display=False) as counted:
+        function(random(n, d, seed=7), random(d, h, seed=8), 0.05, 0.1)
+    products = counted.get_total_flops() / (2 * n * d * h)
+    if products > 4:
+        raise CheckFailed(
+            f"{function.__name__} is right, but costs as much as {products:.3g} products of (n, d) and (d, h), and 4 "
+            "are enough: from zero the residual is z itself, and D times DᵀDA₁ needs no matrix DᵀD"
+        )
+    print(f"It costs {products:.3g} products.")
+
+
+def _in_numpy(mistake: Callable) -> Callable:
+    return lambda x, *rest: mistake(x.numpy(), *rest)
+
+
+def _projected(z: Tensor, D: Tensor, step_size: float, lam: float, n_steps: int) -> np.ndarray:
+    """Codes by gradient steps on the lasso, by automatic differentiation, each projected onto a ≥ 0: no threshold."""
+    code = z.new_zeros(len(z), D.shape[1])
+    for _ in range(n_steps):
+        code.requires_grad_()
+        objective = ((z.T - D @ code.T) ** 2).sum() / 2 + lam * code.sum()
+        code = (code - step_size * torch.autograd.grad(objective, code)[0]).detach().clamp(min=0)
+    return code.numpy()
+
+
+def _ista(
+    z: Tensor,
+    D: Tensor,
+    step_size: float,
+    lam: float,
+    n_steps: int,
+    start: str = "zero",
+    threshold: str = "ηλ",
+    shrink: str = "relu",
+    exchanged: bool = False,
+) -> np.ndarray:
+    """ISTA, one token after the other, with one thing changed."""
+    D, codes = (D.T if exchanged else D).numpy(), []
+    for token in z.numpy():
+        code = {"zero": np.zeros(D.shape[1]), "tokens": token, "atoms": token @ D}[start]
+        for step in range(n_steps):
+            x = code + step_size * D.T @ (token - D @ code)
+            last = step_size * lam if step == n_steps - 1 else 0.0
+            theta = {"ηλ": step_size * lam, "λ": lam, "0": 0.0, "last": last}[threshold]
+            code = {
+                "relu": np.maximum(x - theta, 0),
+                "both": np.sign(x) * np.maximum(abs(x) - theta, 0),
+                "hard": np.where(x > theta, x, 0),
+            }[shrink]
+        codes.append(code)
+    return np.array(codes)
