@@ -1,0 +1,273 @@
+"""Checks of the exercises of chapter 7: the reach of a schedule, gap and floor, AdamW, the arithmetic of a token."""
+
+from collections.abc import Callable
+from functools import wraps
+from itertools import combinations
+from math import log
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import cratelab as cl
+from cratelab.checks.grading import CheckFailed, call, grade, random
+
+
+def reach(function: Callable[[int, int, float, float], float]) -> None:
+    """Exercise 7.A: the sum of all learning rates, against PyTorch's own schedulers, step by step."""
+
+    def scheduled(steps: int, warmup: int, peak: float, final: float) -> tuple[Tensor, Tensor]:
+        """The rates of the warm-up, and those of the descent."""
+        schedulers = torch.optim.lr_scheduler
+        optimizers = [torch.optim.SGD([torch.zeros(1, device="cpu", requires_grad=True)], lr=peak) for _ in range(2)]
+        rising = schedulers.LinearLR(optimizers[0], start_factor=1 / warmup, total_iters=warmup - 1)
+        falling = schedulers.CosineAnnealingLR(optimizers[1], T_max=steps - warmup, eta_min=final)
+        rates: tuple[list, list] = [], []
+        for optimizer, scheduler, n, into in zip(
+            optimizers, (rising, falling), (warmup, steps - warmup), rates, strict=True
+        ):
+            for _ in range(n):
+                into.append(scheduler.get_last_lr()[0])
+                optimizer.step()
+                scheduler.step()
+        return tuple(torch.tensor(values, dtype=torch.float64, device="cpu") for values in rates)
+
+    def total(steps: int, warmup: int, peak: float, final: float) -> float:
+        return float(sum(rates.sum() for rates in scheduled(steps, warmup, peak, final)))
+
+    cases = [(100, 10, 3e-3, 3e-4), (57, 20, 1.0, 0.25), (1000, 2, 6e-4, 0.0)]
+    mistakes = {
+        "the warm-up's first step has the rate η_max/t_w, not 0, and its last one the full rate": (
+            lambda s, w, top, low: total(s, w, top, low) - top
+        ),
+        "the descent's mean is not quite the middle: it starts at the peak, and stops one step before the final rate": (
+            lambda s, w, top, low: total(s, w, top, low) - (top - low) / 2
+        ),
+        "one step too many: t runs to t_end − 1, and no step is taken with the final rate": (
+            lambda s, w, top, low: total(s, w, top, low) + low
+        ),
+        "the warm-up is missing": lambda s, w, top, low: float(scheduled(s, w, top, low)[1].sum()),
+        "the descent is missing": lambda s, w, top, low: float(scheduled(s, w, top, low)[0].sum()),
+        "the warm-up is counted at the full rate": (
+            lambda s, w, top, low: float(scheduled(s, w, top, low)[1].sum()) + w * top
+        ),
+        "the descent ends at the final rate, not at 0": lambda s, w, top, low: total(s, w, top, 0.0),
+        "the descent has t_end − t_w steps, not t_end": lambda s, w, top, low: total(s + w, w, top, low),
+        "this is the peak rate times the number of steps": lambda s, w, top, low: s * top,
+    }
+    # where the final rate is 0 some mistakes are right by chance; the other cases tell them
+    grade(function, cases, total, "PyTorch's schedulers, added up step by step,", mistakes, rtol=1e-9)
+
+
+def floor_and_gap(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Exercise 7.B: (floor, gap) in nats a token, against a walk from token to token."""
+
+    def walk(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+        floor, gap = _columns(log_p, log_q, document)
+        return torch.stack([floor.mean(), gap.mean()])
+
+    def first(document: Tensor) -> Tensor:
+        return torch.tensor([i == 0 or document[i] != document[i - 1] for i in range(len(document))], device="cpu")
+
+    def with_firsts(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+        known = ~log_q.isnan()
+        return torch.stack([-log_p[known].mean(), (log_p - log_q)[known].mean()])
+
+    def every_floor(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+        return torch.stack([-log_p.mean(), walk(log_p, log_q, document)[1]])
+
+    def of_losses(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+        floor, gap = _columns(log_p, log_q, document)
+        return torch.stack([-log_p.mean(), (floor + gap).mean() + log_p.mean()])
+
+    def by_document(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+        parts = [walk(*(x[document == j] for x in (log_p, log_q, document))) for j in document.unique()]
+        return torch.stack(parts).mean(0)
+
+    def weighted(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+        floor, gap = _columns(log_p, log_q, document)
+        return torch.stack([floor.mean(), ((-floor).exp() * gap).mean()])
+
+    def weighted_both(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+        floor, gap = _columns(log_p, log_q, document)
+        return torch.stack([((-floor).exp() * floor).mean(), ((-floor).exp() * gap).mean()])
+
+    cases = []
+    for seed, lengths in enumerate([(7, 3, 12), (4, 9), (15, 2, 2, 6)], start=1):
+        document = torch.cat([torch.full((n,), j, device="cpu") for j, n in enumerate(lengths)])
+        log_p, log_q = (-random(len(document), seed=seed + i).abs() * 1.5 for i in (0, 50))
+        log_q[torch.cat([torch.arange(n, device="cpu") for n in lengths]) > 7] = 1.0  # NaN for the reader
+        cases.append((log_p, log_q, document))
+    flip = torch.tensor([1.0, -1.0], dtype=torch.float64, device="cpu")
+    mistakes = {
+        "the first token of each document is counted: the model guessed it from the document before": with_firsts,
+        "the floor is over all tokens, the gap over some: take the same ones for both": every_floor,
+        "loss and floor are means over different tokens: subtract token by token": of_losses,
+        "documents are averaged first, so that a token of a short one counts more": by_document,
+        "the terms are weighted by p: the tokens were drawn from p, so that the plain mean is an expectation": weighted,
+        "floor and gap are weighted by p: the tokens were drawn from p, so that a plain mean is an expectation": (
+            weighted_both
+        ),
+        "the sign of the gap: log p is on average the larger": lambda *case: flip * walk(*case),
+        "the sign of the floor: it is a loss": lambda *case: -flip * walk(*case),
+        "tokens that do not count are in the denominator: divide by the number of those that do": (
+            lambda p, q, document: walk(p, q, document) * int((~q.isnan() & ~first(document)).sum()) / len(p)
+        ),
+        "these are bits; nats were asked for": lambda *case: walk(*case) / log(2),
+        "the second number is the model's loss; its gap is what that has above the floor": (
+            lambda *case: walk(*case).cumsum(0)
+        ),
+    }
+    given = {text: _with_nan(mistake) for text, mistake in mistakes.items()}
+    grade(_with_nan(function), cases, _with_nan(walk), "a walk from token to token", given)
+
+
+def mended_adamw(function: Callable[[Tensor, Tensor, Tensor, tuple[float, float], float, float], Tensor]) -> None:
+    """Exercise 7.C: weights after several steps of AdamW, against torch.optim.AdamW."""
+
+    def torch_adamw(w, gradients, rates, betas, decay, eps):
+        parameter = torch.nn.Parameter(w.clone())
+        optimizer = torch.optim.AdamW([parameter], betas=betas, weight_decay=decay, eps=eps)
+        for gradient, rate in zip(gradients, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = float(rate)
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        return parameter.detach()
+
+    def unrolled(
+        w, gradients, rates, betas, decay, eps, correction="power", coupled=False, inside=False, by_rate=True, first=0
+    ):
+        """AdamW with the running averages written out as weighted sums, and with mistakes."""
+        w = w.clone()
+        history: list[Tensor] = []
+        for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+            history.append(gradient + decay * w if coupled else gradient)
+            averages = []
+            for beta, power in zip(betas, (1, 2), strict=True):
+                kept = [(1 - beta) * beta ** (t - s) * g**power for s, g in enumerate(history, 1)]
+                weights = {"power": 1 - beta ** (t + first), "once": 1 - beta, "none": 1.0}[correction]
+                averages.append(sum(kept) / weights)
+            m, v = averages
+            step = m / (v + eps).sqrt() if inside else m / (v.sqrt() + eps)
+            w = w - (0 if coupled else (rate if by_rate else 1) * decay * w) - rate * step
+        return w
+
+    cases = []
+    for seed, (n, steps, betas, decay, eps) in enumerate(
+        [(4, 6, (0.9, 0.95), 0.1, 1e-3), (3, 9, (0.8, 0.99), 0.5, 1e-2), (5, 4, (0.9, 0.999), 0.05, 1e-1)], start=1
+    ):
+        gradients = random(steps, n, seed=seed) * torch.logspace(-1, 1, n, dtype=torch.float64, device="cpu")
+        rates = 0.05 + 0.1 * torch.arange(steps, dtype=torch.float64, device="cpu").cos() ** 2
+        cases.append((2 + random(n, seed=seed + 10), gradients, rates, betas, decay, eps))
+    bugs = {
+        "the averages are divided by 1 − β at every step, which is right for the first alone": {"correction": "once"},
+        "the decay is still a part of the gradient, and divided by its size": {"coupled": True},
+        "ε stands inside the root": {"inside": True},
+    }
+    mistakes = {
+        "; and ".join(subset): {k: v for bug in subset for k, v in bugs[bug].items()}
+        for size in (1, 2, 3)
+        for subset in combinations(bugs, size)
+    } | {
+        "the averages are not corrected: they start from zero": {"correction": "none"},
+        "the decay is not multiplied by the rate": {"by_rate": False},
+        "t is one too large in 1 − βᵗ: the first step is t = 1": {"first": 1},
+    }
+    wrong = {text: (lambda *case, options=options: unrolled(*case, **options)) for text, options in mistakes.items()}
+    grade(function, cases, torch_adamw, "torch.optim.AdamW", wrong)
+
+
+def products(function: Callable[[int, int, int, int, int, int], dict[str, int]]) -> None:
+    """Exercise 7.D: multiply–adds a token from (d, h, L, v, n, T), against PyTorch's counter."""
+    shared = {
+        "the head is one more product of v·d": lambda d, h, L, v, n, T: -v * d,
+        "to look up an embedding is no product": lambda d, h, L, v, n, T: v * d,
+        "the scores and the weighted sum of values are missing: n·d each, for a token and layer": (
+            lambda d, h, L, v, n, T: -2 * L * n * d
+        ),
+        "scores and weighted sum take n·d each, and the mask saves nothing: all n × n are computed": (
+            lambda d, h, L, v, n, T: -L * n * d
+        ),
+    }
+    mistakes = {
+        "CRATE": shared
+        | {
+            "the first step starts from a code of zeros, so that it has no D a to subtract": (
+                lambda d, h, L, v, n, T: L * h * d
+            ),
+            "the sum of atoms DA that the layer hands on is one more product": lambda d, h, L, v, n, T: -L * h * d,
+            "a matrix that is used several times is multiplied several times; this counts the dictionary once": (
+                lambda d, h, L, v, n, T: -(2 * T - 1) * L * h * d
+            ),
+            "each further step has two products, D a and Dᵀ times what is left": lambda d, h, L, v, n, T: (
+                -(T - 1) * L * h * d
+            ),
+            "query, key and value are one product": lambda d, h, L, v, n, T: 2 * L * d * d,
+            "the output matrix of MSSA is one more product": lambda d, h, L, v, n, T: -L * d * d,
+        },
+        "GPT-2": shared
+        | {
+            "query, key and value are three products": lambda d, h, L, v, n, T: -2 * L * d * d,
+            "the output matrix of attention is one more product": lambda d, h, L, v, n, T: -L * d * d,
+            "an MLP has two matrices": lambda d, h, L, v, n, T: -L * h * d,
+        },
+    }
+    sizes = [(16, 64, 2, 50, 12, 2), (12, 24, 3, 31, 7, 3), (8, 40, 1, 19, 30, 4)]
+    answers, counted = [], []
+    for d, h, L, v, n, T in sizes:
+        size = dict(n_layers=L, n_heads=2, width=d, vocab_size=v, context=n, expansion=h // d)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            models = {
+                "CRATE": cl.Crate(cl.CrateConfig(**size, n_steps=T)),
+                "GPT-2": cl.Gpt2(cl.Gpt2Config(**size)),
+            }
+            text = torch.zeros(1, n, dtype=torch.long)
+        counted.append({})
+        for name, model in models.items():
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                model(text)
+            counted[-1][name] = counter.get_total_flops() // 2 // n
+        answers.append(call(function, d, h, L, v, n, T))
+        if not isinstance(answers[-1], dict) or set(answers[-1]) != set(models):
+            raise CheckFailed(f"{function.__name__} should return a dict with the keys {', '.join(models)}")
+    for key in counted[0]:
+        said, right = ([int(entry[key]) for entry in entries] for entries in (answers, counted))
+        excess = [a - b for a, b in zip(said, right, strict=True)]
+        if any(excess):
+            named = [text for text, by in mistakes[key].items() if excess == [by(*size) for size in sizes]]
+            if said == [2 * n for n in right]:
+                named.append("a multiply–add is counted as two; here it counts as one")
+            if said == [n * size[4] for n, size in zip(right, sizes, strict=True)]:
+                named.append("this is for the whole text; it was asked for one token")
+            reason = named[0] if named else "no common mistake explains it; go through the layer product by product"
+            d, h, L, v, n, T = sizes[0]
+            raise CheckFailed(
+                f"{key}: for d={d}, h={h}, L={L}, v={v}, n={n}, T={T} you say {said[0]:,}, PyTorch counts "
+                f"{right[0]:,}; {reason}"
+            )
+    print(f"{function.__name__}: right. PyTorch counts the same products for both models in three sizes.")
+
+
+def _columns(log_p: Tensor, log_q: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:
+    """−log p and log p − log q of the tokens that count, one after the other."""
+    floor, gap, before = [], [], None
+    for p, q, own in zip(log_p.tolist(), log_q.tolist(), document.tolist(), strict=True):
+        if own == before and q == q:
+            floor.append(-p)
+            gap.append(p - q)
+        before = own
+    return tuple(torch.tensor(x, dtype=torch.float64, device="cpu") for x in (floor, gap))
+
+
+def _with_nan(function: Callable) -> Callable:
+    """The function, given NaN where log_q is no logarithm of a probability; if it returns NaN, that is said."""
+
+    @wraps(function)
+    def asked(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+        answer = call(function, log_p, torch.where(log_q > 0, torch.nan, log_q), document)
+        if isinstance(answer, Tensor) and answer.isnan().any():
+            raise CheckFailed(f"{function.__name__} returns NaN: log_q is NaN where the model was not asked")
+        return answer
+
+    return asked

@@ -1,0 +1,155 @@
+"""Wrong answers to the exercises of chapter 7: what a check says -> a function with that mistake."""
+
+import math
+
+import torch
+
+
+def rates(steps, warmup, peak, final):
+    """The schedule of the chapter, as two lists."""
+    T = steps - warmup
+    rising = [peak * (t + 1) / warmup for t in range(warmup)]
+    falling = [final + (peak - final) / 2 * (1 + math.cos(math.pi * k / T)) for k in range(T)]
+    return rising, falling
+
+
+def total(*recipe):
+    return sum(map(sum, rates(*recipe)))
+
+
+def off(change):
+    """The right sum, and change(steps, warmup, peak, final)."""
+    return lambda *recipe: total(*recipe) + change(*recipe)
+
+
+def counting(log_q, document, firsts=False):
+    first = torch.ones_like(document, dtype=torch.bool)
+    first[1:] = document[1:] != document[:-1]
+    return ~log_q.isnan() & (firsts | ~first)
+
+
+def scored(
+    floor=lambda p, q, c: -p[c].mean(),
+    gap=lambda p, q, c: (p - q)[c].mean(),
+    firsts=False,
+):
+    """Floor and gap, c the tokens that count."""
+
+    def function(log_p, log_q, document):
+        chosen = counting(log_q, document, firsts)
+        return torch.stack([floor(log_p, log_q, chosen), gap(log_p, log_q, chosen)])
+
+    return function
+
+
+def by_document(log_p, log_q, document):
+    parts = [scored()(log_p[document == j], log_q[document == j], document[document == j]) for j in document.unique()]
+    return torch.stack(parts).mean(0)
+
+
+def adamw(correction=lambda b, t: 1 - b**t, coupled=False, inside=False, by_rate=True, swapped=False):
+    """AdamW with something wrong."""
+
+    def function(w, gradients, rates, betas, decay, eps):
+        b1, b2 = betas[::-1] if swapped else betas
+        m = v = torch.zeros_like(w)
+        for t, (g, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+            g = g + decay * w if coupled else g
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+            m_hat, v_hat = m / correction(b1, t), v / correction(b2, t)
+            step = m_hat / ((v_hat + eps).sqrt() if inside else v_hat.sqrt() + eps)
+            if not coupled:
+                w = w - (rate if by_rate else 1) * decay * w
+            w = w - rate * step
+        return w
+
+    return function
+
+
+def once(b, t):
+    return 1 - b
+
+
+def count(crate=lambda *_: 0, gpt2=lambda *_: 0, factor=1, text=False):
+    """The right counts, and crate or gpt2(d, h, L, v, n, T)."""
+
+    def function(*size):
+        d, h, L, v, n, T = size
+        right = {
+            "CRATE": L * (2 * d * d + 2 * n * d + 2 * T * h * d) + v * d + crate(*size),
+            "GPT-2": L * (4 * d * d + 2 * n * d + 2 * h * d) + v * d + gpt2(*size),
+        }
+        return {key: factor * value * (n if text else 1) for key, value in right.items()}
+
+    return function
+
+
+WRONG = {
+    "7.A": {
+        "the warm-up's first step has the rate": off(lambda s, w, top, low: -top),
+        "the descent's mean is not quite the middle": off(lambda s, w, top, low: -(top - low) / 2),
+        "one step too many": off(lambda s, w, top, low: low),
+        "the warm-up is missing": lambda *recipe: sum(rates(*recipe)[1]),
+        "the descent is missing": lambda *recipe: sum(rates(*recipe)[0]),
+        "the warm-up is counted at the full rate": lambda s, w, top, low: w * top + sum(rates(s, w, top, low)[1]),
+        "the descent ends at the final rate, not at 0": lambda s, w, top, low: total(s, w, top, 0),
+        "the descent has t_end − t_w steps": lambda s, w, top, low: total(s + w, w, top, low),
+        "the peak rate times the number of steps": lambda s, w, top, low: s * top,
+        "No common mistake": lambda s, w, top, low: s * (top + low) / 2,
+    },
+    "7.B": {
+        "the first token of each document is counted": scored(firsts=True),
+        "the floor is over all tokens, the gap over some": scored(floor=lambda p, q, c: -p.mean()),
+        "means over different tokens": scored(lambda p, q, c: -p.mean(), lambda p, q, c: p.mean() - q[c].mean()),
+        "documents are averaged first": by_document,
+        "the terms are weighted by p": scored(gap=lambda p, q, c: (p.exp() * (p - q))[c].mean()),
+        "floor and gap are weighted by p": scored(
+            lambda p, q, c: -(p.exp() * p)[c].mean(), lambda p, q, c: (p.exp() * (p - q))[c].mean()
+        ),
+        "the sign of the gap": scored(gap=lambda p, q, c: (q - p)[c].mean()),
+        "the sign of the floor": scored(floor=lambda p, q, c: p[c].mean()),
+        "are in the denominator": scored(
+            lambda p, q, c: -p[c].sum() / len(p), lambda p, q, c: (p - q)[c].sum() / len(p)
+        ),
+        "these are bits": lambda *case: scored()(*case) / math.log(2),
+        "the second number is the model's loss": scored(gap=lambda p, q, c: -q[c].mean()),
+        "returns NaN": lambda p, q, document: torch.stack([-p.mean(), (p - q).mean()]),
+    },
+    "7.C": {
+        ": the averages are divided by 1 − β at every step, which is right for the first alone$": adamw(once),
+        ": the decay is still a part of the gradient, and divided by its size$": adamw(coupled=True),
+        ": ε stands inside the root$": adamw(inside=True),
+        "for the first alone; and the decay is still a part of the gradient, and divided by its size$": adamw(
+            once, coupled=True
+        ),
+        "for the first alone; and the decay .*; and ε stands": adamw(once, coupled=True, inside=True),
+        "the averages are not corrected": adamw(lambda b, t: 1),
+        "the decay is not multiplied by the rate": adamw(by_rate=False),
+        "the first step is t = 1": adamw(lambda b, t: 1 - b ** (t + 1)),
+        "No common mistake": adamw(swapped=True),
+    },
+    "7.D": {
+        "CRATE: .* starts from a code of zeros": count(lambda d, h, L, v, n, T: L * h * d),
+        "CRATE: .* the sum of atoms DA": count(lambda d, h, L, v, n, T: -L * h * d),
+        "CRATE: .* counts the dictionary once": count(lambda d, h, L, v, n, T: -(2 * T - 1) * L * h * d),
+        "CRATE: .* each further step has two products": count(lambda d, h, L, v, n, T: -(T - 1) * L * h * d),
+        "CRATE: .* query, key and value are one product": count(lambda d, h, L, v, n, T: 2 * L * d * d),
+        "CRATE: .* the output matrix of MSSA": count(lambda d, h, L, v, n, T: -L * d * d),
+        "CRATE: .* the head is one more": count(lambda d, h, L, v, n, T: -v * d),
+        "CRATE: .* the weighted sum of values are missing": count(lambda d, h, L, v, n, T: -2 * L * n * d),
+        "CRATE: .* the mask saves nothing": count(lambda d, h, L, v, n, T: -L * n * d),
+        "GPT-2: .* to look up an embedding": count(gpt2=lambda d, h, L, v, n, T: v * d),
+        "GPT-2: .* query, key and value are three": count(gpt2=lambda d, h, L, v, n, T: -2 * L * d * d),
+        "GPT-2: .* an MLP has two": count(gpt2=lambda d, h, L, v, n, T: -L * h * d),
+        "counted as two": count(factor=2),
+        "for the whole text": count(text=True),
+        "go through the layer product by product": count(lambda d, h, L, v, n, T: 7),
+    },
+    "7.E": {
+        "two runs of experiment": lambda seed: {"found": float(torch.rand(())), "control": 0.0},
+        'has no "control"': lambda seed: {"found": float(seed)},
+        "is the seed used": lambda seed: {"found": 1.0, "control": 0.0},
+        "is the same thing measured twice": lambda seed: {"found": float(seed), "control": float(seed)},
+        "a finite number is needed": lambda seed: {"found": [1.0, 2.0], "control": float(seed)},
+    },
+}
