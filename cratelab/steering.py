@@ -25,7 +25,7 @@ CHUNK = 2**20  # logits at a time: what a cache holds
 
 @dataclass(eq=False)
 class Edit:
-    """What happens to neurons of one layer.
+    """What happens to neurons of one layer (eq-11-1).
 
     Attributes:
         layer: from 0.
@@ -181,7 +181,7 @@ def atoms(model: LanguageModel, layer: int, neurons: Tensor) -> Tensor:
 
 @torch.no_grad()
 def direct_effect(model: LanguageModel, layer: int, neurons: Tensor) -> Tensor:
-    """What one unit of each of m neurons adds to the logits by itself, (m, v): atom, last norm, unembedding.
+    """What one unit of each of m neurons adds to the logits by itself, (m, v): atom, last norm, unembedding (eq-11-2).
 
     The last LayerNorm is frozen: the atom is centred and multiplied by the norm's weight, but not divided by the
     standard deviation σ of the tokens, which differs from place to place, does not change the order of the tokens of
