@@ -129,9 +129,9 @@ for kind in ("crate", "gpt2"):
 # No weights: the text was drawn from $p$, so the plain mean of $\log p - \log q$ over its tokens already estimates the expectation under $p$.
 
 # %% [markdown] tags=["solution"]
-# Every slip here is a mean over the wrong set. First tokens cost the world nothing (every document begins with the same token), so that a floor with them among the tokens is lower, and the gap looks larger than it is. A mean of documents' means
-# counts the tokens of short documents more, where models have had no time to err. And replacing NaN by 0 divides by tokens that were never scored. No two of these errors are equally large for two models, so they do not even cancel in a comparison.
-# Subtracting token by token, and then taking one mean, cannot go wrong in this way: it is NaN where one of the two is missing.
+# Most slips here are means over the wrong set. First tokens cost the world nothing (every document begins with the same token), so that a floor with them among its tokens is lower, and every gap looks larger by the same amount. That one
+# cancels in a comparison of models; others do not. A mean of documents' means counts the tokens of short documents more, where models have had no time to err. Replacing NaN by 0 divides by tokens that were never scored, which makes all gaps
+# smaller, and their difference with them. Subtracting token by token, and then taking one mean, cannot go wrong in this way: the difference is NaN where one of the two is missing.
 
 # %% [markdown]
 # ## Exercise 7.C: An optimiser that passes its test

@@ -180,11 +180,11 @@ def with_neuron(function: Callable[[nn.Module, Tensor, int, int, float], Tensor]
 
     @wraps(function)
     def cleaned(model: nn.Module, tokens: Tensor, layer: int, neuron: int, value: float) -> Tensor:
-        model = copy.deepcopy(model)
-        answer = call(function, model, tokens, layer, neuron, value)
-        if any(block.neurons._forward_hooks for block in model.blocks):
+        own = copy.deepcopy(model)
+        answer = call(function, own, tokens, layer, neuron, value)
+        if not torch.equal(own(tokens), model(tokens)):
             raise CheckFailed(
-                f"{function.__name__} leaves its hook on the model: remove it, even when an error comes between"
+                f"{function.__name__} leaves the model changed: remove the hook, even when an error comes between"
             )
         return answer
 

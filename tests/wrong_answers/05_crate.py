@@ -168,7 +168,7 @@ WRONG = {
         "all neurons are set": hooked(put(lambda i: ...)),
         "the neuron is set in every layer": hooked(everywhere, lambda layer: [0, 1, 2]),
         "set only where it fires": hooked(where_it_fires),
-        "leaves its hook on the model": hooked(everywhere, keep=True),
+        "leaves the model changed": hooked(everywhere, keep=True),
         "No common mistake": hooked(lambda codes, i, value: everywhere(codes, i + 1, value)),
     },
     "5.E": {
