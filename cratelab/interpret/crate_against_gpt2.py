@@ -87,7 +87,7 @@ def compare_on_tinyworld(
         on_step: as for `cratelab.training.train`.
 
     Returns:
-        One dict a run: the setting, seed, parameters (without positions), gap (nats a token above the floor of the
+        One dict a run, with the setting, seed, parameters (without positions), gap (nats a token above the floor of the
         validation text), and as `measure` gives them trained and, for the longest runs, untrained.
     """
     world = tinyworld.generate(N_TOKENS, context=CONTEXT + 1)
@@ -144,8 +144,8 @@ def compare_on_documentation(
         n_tokens: of validation text to read.
 
     Returns:
-        One dict a run: model, n_layers, steps, seed, parameters, validation_loss, and as `measure` gives them trained
-        and untrained.
+        One dict a run, with model, n_layers, steps, seed, parameters, validation_loss, and as `measure` gives them
+        trained and untrained.
     """
     found = []
     for each, presets, name in (steps, PRESETS, "runs"), (steps // 3, PRESETS[:1], f"runs-{steps // 3}"):
@@ -191,9 +191,9 @@ def measure(
         n_tokens: to read at most.
 
     Returns:
-        density and dead, of each layer the share of positive activations and of neurons that have none; rows, as
-        `Evaluation.row` gives them, with strict; and with `truth` of each layer f1 and purity, means over neurons,
-        named, the share of neurons whose F1 is 0.7 or more, and senses, the area for each word of two senses.
+        A dict with density and dead, of each layer the share of positive activations and of neurons that have none;
+        rows, as `Evaluation.row` gives them, with strict; and with `truth` of each layer f1 and purity, means over
+        neurons, named, the share of neurons whose F1 is 0.7 or more, and senses, the area for each word of two senses.
     """
     token, longer = {"token": TokenExplainer()}, {"suffix": SuffixExplainer(), "concept": ConceptExplainer(concepts)}
     found: dict = {"rows": []}
@@ -240,6 +240,6 @@ def reproduce_chapter_9(
         "tinyworld": compare_on_tinyworld(Path(folder) / "runs", range(seeds), steps[0], on_run, on_step),
         "documentation": compare_on_documentation(reference, seeds, steps[1], on_run, on_step),
     }
-    table = Path(folder) / "09_crate_against_gpt2.json"
+    table = Path(folder) / "crate_against_gpt2.json"
     write_json(table, {"provenance": provenance(seeds=list(range(seeds)), steps=list(steps)), "findings": findings})
     return table

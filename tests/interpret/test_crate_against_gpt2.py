@@ -86,7 +86,7 @@ def test_one_command_makes_the_table_of_the_chapter(small, tmp_path, monkeypatch
     out, reference = tmp_path / "out", tmp_path / "reference"
     out.mkdir()
     main(["reproduce", "chapter-9", "--out", str(out), "--reference", str(reference), "--seeds", "1", "--steps", "4"])
-    held = json.loads((out / "09_crate_against_gpt2.json").read_text())
+    held = json.loads((out / "crate_against_gpt2.json").read_text())
     assert held["provenance"]["seeds"] == [0] and held["findings"]["tinyworld"] == ["the runs"]
     on_text = held["findings"]["documentation"]
     assert [(run["model"], run["n_layers"], run["steps"]) for run in on_text] == [
@@ -99,4 +99,4 @@ def test_one_command_makes_the_table_of_the_chapter(small, tmp_path, monkeypatch
     for run in on_text:
         assert len(run["trained"]["density"]) == 2 and "named" not in run["trained"]
         assert len(run["untrained"]["rows"]) == 3 * 3 + 3
-    assert "09_crate_against_gpt2.json is what cratelab/reference holds" in capsys.readouterr().out
+    assert "crate_against_gpt2.json is what cratelab/reference holds" in capsys.readouterr().out
