@@ -243,7 +243,7 @@ def read_manifest(file: Path) -> dict:
     """
     try:
         manifest = json.loads(file.read_text(encoding="utf8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}; remove {file.parent} and tokenize again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is no manifest of the format {FORMAT!r}; choose another folder, or tokenize again")

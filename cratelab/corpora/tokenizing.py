@@ -160,7 +160,7 @@ def _make_shard(
         if record["text_sha256"] == text_sha256:
             check_shard(folder, number, record, dtype, checksums=True)
             return record
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # not there, or not whole: made anew
     domains = sorted({document.meta.get("domain", "") for document in group})
     index = {domain: i for i, domain in enumerate(domains)}

@@ -66,7 +66,7 @@ def read_neuron_record(path: str | Path, tokenizer: Tokenizer) -> tuple[Excerpts
             [(record["tokens"], record["activations"]) for record in content[name]]
             for name in ("most_positive_activation_records", "random_sample")
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no NeuronRecord: {error!r}") from error
     width = max((len(words) for part in parts for words, _ in part), default=0)
     top, random = (_excerpts(part, width, tokenizer, path) for part in parts)
