@@ -1,0 +1,442 @@
+"""Checks of the exercises of chapter 8: excerpts, a table of words, and what a score makes of them."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+
+from cratelab.checks.grading import CheckFailed, call, grade, random
+
+
+def _words(*shape: int, n: int, seed: int) -> Tensor:
+    """Random words below n, the low ones frequent."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (n * torch.rand(*shape, generator=generator, device="cpu") ** 2).long()
+
+
+def _grid(*shape: int, seed: int, factor: float = 1, shift: float = 0) -> Tensor:
+    """Normal numbers in steps of 1/1024, so that ten times an activation is exact."""
+    return ((factor * random(*shape, seed=seed) + shift) * 1024).round() / 1024
+
+
+TABLES = [
+    (_words(5, 12, n=20, seed=1), _grid(5, 12, seed=2), _words(4, 12, n=30, seed=3), _grid(4, 12, seed=4, factor=2)),
+    (_words(3, 20, n=9, seed=5), _grid(3, 20, seed=6, factor=3), _words(6, 20, n=14, seed=7), _grid(6, 20, seed=8)),
+    (_words(2, 7, n=5, seed=9), -_grid(2, 7, seed=10).abs(), _words(2, 7, n=5, seed=11), _grid(2, 7, seed=12)),
+    (_words(4, 9, n=6, seed=13), _grid(4, 9, seed=14, shift=-0.9), _words(3, 9, n=8, seed=15), _grid(3, 9, seed=16)),
+]
+
+
+def _centres(n: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Ten places whose windows, moved into a text of n tokens, do not overlap, and five random places."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    room = n // 10
+    spread = torch.randint(room - width + 1, (10,), generator=generator) + width // 2 + room * torch.arange(10)
+    spread[0], spread[-1] = width // 2 - 1, n - 1
+    return spread[torch.randperm(10, generator=generator)], torch.randint(n, (5,), generator=generator)
+
+
+SPLITS = [
+    (*_centres(120, 6, seed=1), 6, 120),
+    (*_centres(100, 8, seed=2), 8, 100),
+    (torch.arange(5, 205, 20), torch.tensor([3, 44, 91, 131, 203]), 10, 210),
+]
+
+
+def _layer(
+    h: int, k: int, w: int, seed: int, silent: tuple = (), flat: tuple = (), opposite: tuple = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations, simulations and presence (h, k, w).
+
+    Some neurons are silent, and all in their first excerpt; some simulations are always 1, or say the opposite.
+    """
+    a = random(h, k, w, seed=seed).clamp(min=0) * (1 + random(h, k, 1, seed=seed + 1).abs())
+    s = (a / 2 + 0.6 * random(h, k, w, seed=seed + 2) + 0.3).clamp(min=0)
+    s[list(opposite)] = s.max() - s[list(opposite)]
+    a[:, 0], a[list(silent)], s[list(flat)] = 0, 0, 1
+    lengths = w - (4 * random(h, k, 1, seed=seed + 3).abs()).long().clamp(max=w // 2)
+    present = torch.arange(w, device="cpu") < lengths
+    return a * present, s * present, present
+
+
+LAYERS = [
+    _layer(6, 4, 10, seed=1, silent=(1,), flat=(4, 5)),
+    _layer(4, 3, 8, seed=11, opposite=(2,)),
+    _layer(5, 6, 12, seed=21, silent=(0, 3), opposite=(1,)),
+    _layer(5, 2, 16, seed=31, flat=(2,)),
+]
+TEXTS = [
+    (random(90, seed=1), torch.arange(90, device="cpu") // 30, 8, 5),
+    (random(64, seed=2), torch.arange(64, device="cpu") // 16, 6, 6),
+    (random(80, seed=3) - 1.6, torch.arange(80, device="cpu") // 20, 6, 7),
+    (random(70, seed=4), torch.tensor([0] * 12 + [1] * 40 + [2] * 18, device="cpu"), 10, 4),
+]
+
+
+_NEIGHBOURS = random(60, seed=5) - 3
+_NEIGHBOURS[[20, 24, 28, 1, 0, 40, 59, 58, 50]] = torch.arange(9, 0, -1, dtype=torch.float64, device="cpu")
+TEXTS.append((_NEIGHBOURS, torch.arange(60, device="cpu") // 30, 6, 5))  # overlaps in a row, and at both ends
+
+
+def changes_of_the_score(function: Callable[[], dict[str, str]]) -> None:
+    """Exercise 8.A: "up", "down", "same" or "undefined" for seven changes, against correlations before and after."""
+    a, noise = (random(20, 400, seed=1) - 1).clamp(min=0).numpy(), random(20, 400, seed=2).clamp(min=0).numpy()
+    s = a + 0.05 * np.arange(1, 21)[:, None] * noise
+    each = np.array([_pearson(*pair) for pair in zip(a, s, strict=True)])
+    surprise, alone = a[9].copy(), int(np.flatnonzero(s[9] == 0)[0])
+    surprise[alone] = 10 * a[9].max()
+    silence = np.zeros(400)
+    weakest = np.isin(np.arange(20), each.argsort()[:2])
+    changed = {
+        "louder": (each[9], _pearson(3 * a[9], s[9]), "a correlation divides by the spread"),
+        "offset": (each[9], _pearson(a[9], s[9] + 5), "a correlation subtracts the means"),
+        "flat": (each[9], _pearson(a[9], np.ones(400)), "a constant does not vary with anything: 0/0"),
+        "silence": (
+            each[9],
+            _pearson(np.append(a[9], silence), np.append(s[9], silence)),
+            "both are below their means there, and so they agree: silence that is foretold counts as a success",
+        ),
+        "surprise": (
+            each[9],
+            _pearson(surprise, s[9]),
+            "deviations enter squared, and one token can outweigh them all",
+        ),
+        "dropped": (each.mean(), each[~weakest].mean(), "the mean is now over others: those that were better anyway"),
+        "zeroed": (
+            each.mean(),
+            np.where(weakest, 0, each).mean(),
+            "two positive numbers become 0, of as many as before",
+        ),
+    }
+    answer = call(function)
+    allowed = {"up", "down", "same", "undefined"}
+    if not isinstance(answer, dict) or set(answer) != set(changed) or not set(answer.values()) <= allowed:
+        raise CheckFailed(
+            f'{function.__name__} should return "up", "down", "same" or "undefined" for each of {", ".join(changed)}'
+        )
+    for key, (before, after, reason) in changed.items():
+        step = after - before
+        measured = "undefined" if np.isnan(step) else "same" if abs(step) < 1e-9 else "up" if step > 0 else "down"
+        if answer[key] != measured:
+            raise CheckFailed(
+                f"{key}: you say {answer[key]!r}, measured: {measured!r} ({before:.3f} before, {after:.3f} after); "
+                f"{reason}"
+            )
+    print(f"{function.__name__}: right, all {len(changed)}, as measured on 20 neurons and 400 tokens.")
+
+
+def simulate_by_table(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Exercise 8.B: simulations of the words of V from E, against counting for each word of V alone."""
+
+    def counted(words: Tensor, activations: Tensor, unread: Tensor, _: Tensor) -> np.ndarray:
+        out, largest = np.zeros(unread.shape), activations.max()
+        for place, word in np.ndenumerate(unread.numpy()):
+            here = activations[words == word]
+            if len(here) and largest > 0:  # the integer is how many of the tenths of M an activation reaches
+                out[place] = sum((10 * here >= tenth * largest).sum() for tenth in range(1, 11)) / len(here)
+        return out
+
+    def variant(
+        words: Tensor,
+        activations: Tensor,
+        unread: Tensor,
+        actual: Tensor,
+        scale: Callable = lambda E, V: E.clip(0).max(),
+        integer: Callable = np.floor,
+        lowest: float = 0,
+        over: Callable = np.mean,
+        after: Callable = lambda mean: mean,
+        unseen: Callable = lambda table: 0.0,
+    ) -> np.ndarray:
+        words, activations, unread, actual = (x.numpy() for x in (words, activations, unread, actual))
+        M = scale(activations, actual)
+        ratio = 10 * activations.clip(lowest) / np.where(M > 0, M, 1) * (M > 0)
+        n = np.minimum(integer(ratio), 10)
+        table = {word: after(over(n[words == word])) for word in np.unique(words)}
+        return np.array([table.get(word, unseen(table)) for word in unread.flat]).reshape(unread.shape)
+
+    def by_excerpt(words: Tensor, activations: Tensor, unread: Tensor, actual: Tensor) -> np.ndarray:
+        """Means over excerpts of the means within each."""
+        M = max(0.0, float(activations.max())) or 1e9
+        n = np.floor(10 * activations.numpy().clip(0) / M)
+        held = [{x: n[i][row == x].mean() for x in np.unique(row)} for i, row in enumerate(words.numpy())]
+        known = {x: np.mean([table[x] for table in held if x in table]) for table in held for x in table}
+        return np.array([known.get(x, 0.0) for x in unread.numpy().flat]).reshape(unread.shape)
+
+    def over_firing(n: np.ndarray) -> float:
+        return n[n > 0].mean() if (n > 0).any() else 0.0
+
+    mistakes = {
+        "M is taken over V: whoever simulates V has not seen it": partial(variant, scale=lambda E, V: V.clip(0).max()),
+        "M is taken over E and V together: whoever simulates V has not seen it": partial(
+            variant, scale=lambda E, V: max(E.max(), V.max(), 0)
+        ),
+        "each excerpt has an M of its own: it is the maximum over all of E": partial(
+            variant, scale=lambda E, V: E.clip(0).max(1, keepdims=True)
+        ),
+        "M is the largest absolute value: negative activations count as 0": partial(
+            variant, scale=lambda E, V: abs(E).max()
+        ),
+        "negative activations are kept: they count as 0": partial(variant, lowest=-np.inf),
+        "rounded to the nearest integer: it is rounded down": partial(variant, integer=np.round),
+        "rounded up: it is rounded down": partial(variant, integer=np.ceil),
+        "not rounded: the integers 0 to 10 are averaged": partial(variant, integer=lambda x: x),
+        "averaged before rounding: each activation becomes an integer first": partial(
+            variant, integer=lambda x: x, after=np.floor
+        ),
+        "the sum, not the mean: a word would be strong for being frequent": partial(variant, over=np.sum),
+        "the largest, not the mean: places where a word leaves the neuron silent count": partial(variant, over=np.max),
+        "the mean over places where the neuron fires: those where it is silent count": partial(
+            variant, over=over_firing
+        ),
+        "each word has the value of its last place: a later entry overwrites an earlier one": partial(
+            variant, over=lambda n: n[-1]
+        ),
+        "each word has the value of its first place: all places count": partial(variant, over=lambda n: n[0]),
+        "the mean of each excerpt's mean: all places of a word count alike": by_excerpt,
+        "a word that is not in E gets the mean of the table: it gets 0": partial(
+            variant, unseen=lambda table: np.mean(list(table.values()))
+        ),
+    }
+    grade(function, TABLES, counted, "counting for each word alone", mistakes)
+
+
+def mended_split(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None:
+    """Exercise 8.C: how often each token stands in E and in V, against windows found by trying all places."""
+
+    def tried(top: Tensor, others: Tensor, width: int, n: int, **bugs: object) -> np.ndarray:
+        out = np.zeros((2, n))
+        explains = [rank % 2 == 0 for rank in range(10)]
+        if bugs.get("halves"):
+            explains = [rank < 5 for rank in range(10)]
+        if bugs.get("exchanged"):
+            explains = [rank % 2 == 1 for rank in range(10)]
+        E = [window(c, width, n, **bugs) for c, yes in zip(top.tolist(), explains, strict=True) if yes]
+        V = [window(c, width, n, **bugs) for c, yes in zip(top.tolist(), explains, strict=True) if not yes]
+        if not bugs.get("no_random"):
+            V += [window(c, width, n, **bugs) for c in others.tolist()]
+        read = set().union(*E)
+        checked = set().union(*V)
+        for row, windows in enumerate((E, V)):
+            for places in windows:
+                for place in places:
+                    known = {
+                        "tokens": row == 1 and place in read,
+                        "windows": row == 1 and bool(read & places),
+                        "from E": row == 0 and place in checked,
+                        "never": False,
+                    }[bugs.get("leak", "tokens")]
+                    out[row, place] += not known
+        return np.minimum(out, 1) if bugs.get("once") else out
+
+    def window(centre: int, width: int, n: int, ends: str = "moved", **_: object) -> set[int]:
+        wanted = centre - width // 2
+        if ends == "moved":  # of all windows inside, the nearest
+            start = min(range(n - width + 1), key=lambda start: abs(start - wanted))
+            return set(range(start, start + width))
+        if ends == "lost" and wanted < 0:
+            return set(range(n)[wanted : wanted + width])
+        return {place for place in range(wanted, wanted + width) if 0 <= place < n}
+
+    bugs = {
+        "the five strongest explain and the next five validate: ranks alternate": {"halves": True},
+        "V leaks: its random windows hold tokens that stand in E": {"leak": "never"},
+        "a window at the beginning is lost, and one at the end cut short: they should be moved": {"ends": "lost"},
+    }
+    left = [subset for size in (1, 2, 3) for subset in combinations(bugs, size)]
+    mistakes = {
+        "; and ".join(subset): partial(tried, **{k: v for bug in subset for k, v in bugs[bug].items()})
+        for subset in left
+    }
+    mistakes |= {
+        "windows are cut short at the ends of the text: they should be moved": partial(tried, ends="cut"),
+        "a whole window leaves V for a few tokens: take out these tokens and keep the rest": partial(
+            tried, leak="windows"
+        ),
+        "the tokens leave E instead of V: what has been read cannot be unread": partial(tried, leak="from E"),
+        "ranks 1, 3, 5, 7, 9 explain: it is the strongest that explains, and every other one after it": partial(
+            tried, exchanged=True
+        ),
+        "the random windows are missing from V": partial(tried, no_random=True),
+        "a token in two windows of V counts once: V is a list of windows, not a set of tokens": partial(
+            tried, once=True
+        ),
+    }
+    grade(function, SPLITS, tried, "windows found by trying all places", mistakes)
+
+
+def layer_score(function: Callable[[Tensor, Tensor, Tensor], tuple[float, float, float]]) -> None:
+    """Exercise 8.D: two means of a layer's scores and the share without one, against scipy neuron by neuron."""
+
+    def one_by_one(a: Tensor, s: Tensor, present: Tensor, of: Callable | None = None, whole: bool = False) -> list:
+        of = of or (lambda x, y: float(pearsonr(x, y)[0]))
+        rows = zip(*(x.numpy() for x in (a, s, present | whole)), strict=True)
+        return [of(x[p], y[p]) if np.ptp(x[p]) > 0 and np.ptp(y[p]) > 0 else np.nan for x, y, p in rows]
+
+    def summary(values: list) -> tuple[float, float, float]:
+        return np.nanmean(values), np.nan_to_num(values).mean(), np.isnan(values).mean()
+
+    def each_excerpt(a: Tensor, s: Tensor, present: Tensor, without: float) -> tuple:
+        """The mean of the excerpts' correlations; an undefined one is left out, or counts as `without`."""
+        values = []
+        for neuron in zip(a, s, present, strict=True):
+            found = np.array(one_by_one(*neuron))
+            kept = found[~np.isnan(found)] if np.isnan(without) else np.nan_to_num(found, nan=without)
+            values.append(np.nan if np.isnan(found).all() else kept.mean())
+        return summary(values)
+
+    def variant(then: Callable = summary, **how: object) -> Callable:
+        return lambda a, s, present: then(one_by_one(a, s, present, **how))
+
+    def silent_only(a: Tensor, s: Tensor, present: Tensor) -> tuple:
+        values = np.nan_to_num(one_by_one(a, s, present))
+        return summary(np.where((a == 0).all(2).all(1).numpy(), np.nan, values))
+
+    def strung(a: Tensor, s: Tensor, present: Tensor) -> tuple:
+        rho = float(pearsonr(a[present], s[present])[0])
+        return rho, rho, np.isnan(one_by_one(a, s, present)).mean()
+
+    def cosine(x: np.ndarray, y: np.ndarray) -> float:
+        return float(x @ y / np.sqrt(x @ x * (y @ y)))
+
+    mistakes = {
+        "each excerpt is correlated on its own: string all tokens of V together and correlate once": partial(
+            each_excerpt, without=np.nan
+        ),
+        "each excerpt is correlated on its own, and a silent one counts as 0: string all tokens of V together": partial(
+            each_excerpt, without=0.0
+        ),
+        "places without text count: zeros that agree with zeros raise the score": variant(whole=True),
+        "one correlation for the whole layer: each neuron has its score, and the layer their mean": strung,
+        "the means are not subtracted: this is the cosine": variant(of=cosine),
+        "these are rank correlations: Pearson's is of the activations": variant(of=lambda x, y: spearmanr(x, y)[0]),
+        "neurons without a score count as 0 in both means: the first leaves them out": variant(
+            then=lambda v: (np.nan_to_num(v).mean(), *summary(v)[1:])
+        ),
+        "neurons without a score are left out of both means: in the second they count as 0": variant(
+            then=lambda v: (np.nanmean(v), np.nanmean(v), np.isnan(v).mean())
+        ),
+        "the two means are exchanged: first without the neurons that have no score": variant(
+            then=lambda v: (np.nan_to_num(v).mean(), np.nanmean(v), np.isnan(v).mean())
+        ),
+        "the third is a number of neurons: their share is asked for": variant(
+            then=lambda v: (*summary(v)[:2], np.isnan(v).sum())
+        ),
+        "the third is the share with a score: the share without is asked for": variant(
+            then=lambda v: (*summary(v)[:2], 1 - np.isnan(v).mean())
+        ),
+        "only silent neurons are taken for undefined: a constant simulation has no score either": silent_only,
+        "the absolute values are averaged: a simulation that says the opposite is wrong": variant(
+            then=lambda v: summary(np.abs(v))
+        ),
+    }
+    grade(function, LAYERS, lambda *case: summary(one_by_one(*case)), "scipy, neuron by neuron", mistakes)
+    constants = torch.arange(1, 10, dtype=torch.float64, device="cpu")[:, None, None] / 10
+    a, s, present = _layer(10, 7, 9, seed=41)
+    s[:9] = constants
+    share = float(call(function, a, s * present, present)[2])
+    if abs(share - 0.9) > 1e-9:
+        raise CheckFailed(
+            f"{function.__name__} is right where a constant is 0 or 1, but of simulations that are 0.1, 0.2, … 0.9 "
+            f"everywhere it takes {round(9 - 10 * share)} of 9 for varying: rounding leaves them a spread of 1e-17. "
+            "Compare the largest with the smallest value instead"
+        )
+    print("Constants such as 0.1, whose mean is rounded, are recognised too.")
+
+
+def strongest_windows(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None:
+    """Exercise 8.E: starts of the k strongest windows, against removing places until none is left."""
+
+    def removed(a: Tensor, document: Tensor, width: int, k: int) -> np.ndarray:
+        """Every token's window by trial; then take the strongest token left, and all whose windows touch its own."""
+        reach = [
+            min((s for s in range(len(a)) if _inside(s, width, document)), key=partial(_far, i, width, document))
+            for i in range(len(a))
+        ]
+        left, starts = {i for i in range(len(a)) if a[i] > 0}, []
+        while left and len(starts) < k:
+            best = max(left, key=lambda i: float(a[i]))
+            starts.append(reach[best])
+            left = {i for i in left if abs(reach[i] - reach[best]) >= width}
+        return np.array(starts + [-1] * (k - len(starts)))
+
+    def variant(
+        a: Tensor,
+        document: Tensor,
+        width: int,
+        k: int,
+        ends: str = "both",
+        apart: str = "windows",
+        blocks: str = "kept",
+        first: int | None = None,
+        least: float = 0,
+        order: str = "strength",
+    ) -> np.ndarray:
+        kept, seen, a, document = [], [], a.numpy(), document.numpy()
+        for i in np.argsort(-a)[:first]:
+            if a[i] <= least or len(kept) == k:
+                break
+            own = np.flatnonzero(document == document[i]) if ends != "cross" else np.arange(len(a))
+            start = max(i - width // 2, own[0])
+            if ends != "beginning":
+                start = min(start, own[-1] + 1 - width)
+            against = {"kept": kept, "all": seen}[blocks]
+            clash = {
+                "windows": any(abs(start - other) < width for other, _ in against),
+                "centres": any(abs(i - other) < width for _, other in against),
+                "half": any(abs(i - other) < width // 2 for _, other in against),
+                "documents": any(document[i] == document[other] for _, other in against),
+                "same": any(start == other for other, _ in against),
+                "nothing": False,
+            }[apart]
+            seen.append((start, i))
+            if not clash:
+                kept.append((start, i))
+        starts = [start for start, _ in kept]
+        starts = sorted(starts) if order == "place" else starts
+        return np.array(starts + [-1] * (k - len(starts)))
+
+    bugs = {
+        "windows overlap: one excerpt would be shown many times": {"apart": "nothing"},
+        "windows cross the ends of documents": {"ends": "cross"},
+        "tokens count where the neuron is not positive": {"least": -np.inf},
+    }
+    left = [subset for size in (1, 2, 3) for subset in combinations(bugs, size)]
+    mistakes = {
+        "; and ".join(subset): partial(variant, **{k: v for bug in subset for k, v in bugs[bug].items()})
+        for subset in left
+    }
+    mistakes |= {
+        "places are kept apart instead of windows: two that were moved from the end of a document can overlap": partial(
+            variant, apart="centres"
+        ),
+        "places half a window apart have windows that overlap: compare the windows": partial(variant, apart="half"),
+        "only windows with one and the same start are left out: others overlap too": partial(variant, apart="same"),
+        "one window a document: two that do not overlap may come from the same": partial(variant, apart="documents"),
+        "a window that was refused bars others: only those that were kept do": partial(variant, blocks="all"),
+        "the k strongest tokens are chosen first and overlaps removed then: others should move up": lambda *case: (
+            variant(*case, first=case[3])
+        ),
+        "windows are moved at the beginning of a document only: at its end they cross": partial(
+            variant, ends="beginning"
+        ),
+        "by place: the strongest comes first": partial(variant, order="place"),
+    }
+    grade(function, TEXTS, removed, "removing places until none is left", mistakes)
+
+
+def _inside(start: int, width: int, document: Tensor) -> bool:
+    return start + width <= len(document) and bool((document[start : start + width] == document[start]).all())
+
+
+def _far(centre: int, width: int, document: Tensor, start: int) -> float:
+    """How far a window is from where it should start; one of another document is out of the question."""
+    return abs(start - (centre - width // 2)) if document[start] == document[centre] else float("inf")
+
+
+def _pearson(a: np.ndarray, s: np.ndarray) -> float:
+    return float(pearsonr(a, s)[0]) if np.ptp(a) > 0 and np.ptp(s) > 0 else float("nan")

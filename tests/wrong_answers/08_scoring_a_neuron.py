@@ -1,0 +1,254 @@
+"""Wrong answers to the exercises of chapter 8: what a check says -> a function with that mistake."""
+
+import torch
+from einops import rearrange
+
+
+def say(**changed):
+    """The right answers but for one."""
+    right = {"louder": "same", "offset": "same", "flat": "undefined", "silence": "up", "surprise": "down"}
+    right |= {"dropped": "up", "zeroed": "down"}
+    return lambda: right | changed
+
+
+def table(
+    scale=lambda E, V: E.max(),
+    integer=torch.floor,
+    clamp=lambda a: a.clamp(min=0),
+    over=torch.mean,
+    unseen=lambda known: 0.0,
+    guard=True,
+):
+    """The simulation from a table with another scale, rounding, mean or answer to unknown words."""
+
+    def function(words_e, activations_e, words_v, activations_v):
+        M = scale(activations_e, activations_v)
+        ratio = 10 * clamp(activations_e) / M
+        if guard:
+            ratio = torch.where(M > 0, ratio, 0.0)
+        n = integer(ratio).clamp(max=10)
+        known = {x: float(over(n[words_e == x])) for x in words_e.unique().tolist()}
+        return torch.tensor([[known.get(x, unseen(known)) for x in row] for row in words_v.tolist()])
+
+    return function
+
+
+def overwritten(words_e, activations_e, words_v, activations_v):
+    M = activations_e.max()
+    n = (10 * activations_e.clamp(min=0) / M).floor() if M > 0 else torch.zeros(words_e.shape)
+    known = dict(zip(words_e.flatten().tolist(), n.flatten().tolist(), strict=True))
+    return torch.tensor([[known.get(x, 0.0) for x in row] for row in words_v.tolist()])
+
+
+def where_it_fires(n):
+    return n[n > 0].mean() if (n > 0).any() else 0.0
+
+
+def excerpts(explain=slice(0, 10, 2), validate=slice(1, 10, 2), ends="moved", leak="tokens", random=True, once=False):
+    """Counts of tokens in E and V with other ranks, ends of the text, or treatment of what stands in both."""
+
+    def function(top, others, width, n):
+        counts = torch.zeros(2, n)
+        windows = {0: top[explain].tolist(), 1: top[validate].tolist() + (others.tolist() if random else [])}
+        for row, centres in windows.items():
+            for centre in centres:
+                start = centre - width // 2
+                if ends == "moved":
+                    start = min(max(start, 0), n - width)
+                stop = start + width
+                if ends == "cut":
+                    start = max(start, 0)
+                if leak == "windows" and row == 1 and counts[0, start:stop].any():
+                    continue
+                counts[row, start:stop] += 1
+        if leak == "tokens":
+            counts[1, counts[0] > 0] = 0
+        if leak == "from E":
+            counts[0, counts[1] > 0] = 0
+        return counts.clamp(max=1) if once else counts
+
+    return function
+
+
+HALVES = dict(explain=slice(5), validate=slice(5, 10))
+
+
+def correlate(a, s, centre=True, tolerance=0.0):
+    """Pearson's correlation of two vectors; NaN where one is constant."""
+    if len(a) == 0 or a.max() - a.min() <= tolerance or s.max() - s.min() <= tolerance:
+        return float("nan")
+    if centre:
+        a, s = a - a.mean(), s - s.mean()
+    return float(a @ s / (a.norm() * s.norm()))
+
+
+def summed_up(values):
+    values = torch.tensor(values)
+    return values.nanmean(), values.nan_to_num(0).mean(), values.isnan().double().mean()
+
+
+def layer(then=summed_up, padding=False, of=correlate):
+    def function(activations, simulated, present):
+        rows = zip(activations, simulated, present | padding, strict=True)
+        return then([of(a[here], s[here]) for a, s, here in rows])
+
+    return function
+
+
+def excerpt_by_excerpt(undefined):
+    def function(activations, simulated, present):
+        values = []
+        for a, s, here in zip(activations, simulated, present, strict=True):
+            each = torch.tensor([correlate(x[p], y[p]) for x, y, p in zip(a, s, here, strict=True)])
+            values.append(float(each.nan_to_num(undefined).mean() if undefined is not None else each.nanmean()))
+            if each.isnan().all():
+                values[-1] = float("nan")
+        return summed_up(values)
+
+    return function
+
+
+def whole_layer(activations, simulated, present):
+    rho = correlate(activations[present], simulated[present])
+    return rho, rho, layer()(activations, simulated, present)[2]
+
+
+def by_spread(activations, simulated, present):
+    """Takes a neuron for constant if its centred vector is exactly zero."""
+
+    def of(a, s):
+        a, s = a - a.mean(), s - s.mean()
+        return float(a @ s / (a.norm() * s.norm()))
+
+    return layer(of=of)(activations, simulated, present)
+
+
+def silent_only(activations, simulated, present):
+    def of(a, s):
+        return float("nan") if not a.any() else torch.tensor(correlate(a, s)).nan_to_num(0).item()
+
+    return layer(of=of)(activations, simulated, present)
+
+
+def ranks(a, s):
+    def rank(x):
+        return (x[:, None] > x).double().sum(1) + (x[:, None] == x).double().sum(1) / 2
+
+    return correlate(rank(a), rank(s))
+
+
+def walk(ends="document", apart="windows", bar="kept", candidates=None, positive=True, by_place=False):
+    """The walk by falling activation with another rule for ends, overlaps, or when to stop."""
+
+    def function(activations, document, width, k):
+        starts, centres, refused = [], [], []
+        for c in activations.argsort(descending=True).tolist()[: candidates and candidates(k)]:
+            if len(starts) == k or (positive and activations[c] <= 0):
+                break
+            own = rearrange((document == document[c]).nonzero(), "n 1 -> n").tolist()
+            low, high = (0, len(document)) if ends == "text" else (own[0], own[-1] + 1)
+            start = max(c - width // 2, low)
+            start = start if ends == "beginning" else min(start, high - width)
+            clashes = {
+                "windows": any(abs(start - other) < width for other in starts + refused),
+                "centres": any(abs(c - other) < width for other in centres),
+                "half": any(abs(c - other) < width // 2 for other in centres),
+                "same": start in starts,
+                "document": any(document[c] == document[other] for other in centres),
+                "nothing": False,
+            }
+            if not clashes[apart]:
+                starts.append(start)
+                centres.append(c)
+            elif bar == "all":
+                refused.append(start)
+        starts = sorted(starts) if by_place else starts
+        return torch.tensor(starts + [-1] * (k - len(starts)))
+
+    return function
+
+
+WRONG = {
+    "8.A": {
+        "louder: you say 'up', measured: 'same'.* divides by the spread": say(louder="up"),
+        "offset: you say 'down', measured: 'same'.* subtracts the means": say(offset="down"),
+        "flat: you say 'down', measured: 'undefined'.* 0/0": say(flat="down"),
+        "silence: you say 'same', measured: 'up'.* counts as a success": say(silence="same"),
+        "surprise: you say 'same', measured: 'down'.* enter squared": say(surprise="same"),
+        "dropped: you say 'down', measured: 'up'.* better anyway": say(dropped="down"),
+        "dropped: you say 'same', measured: 'up'.* now over others": say(dropped="same"),
+        "zeroed: you say 'same', measured: 'down'.* two positive numbers become 0": say(zeroed="same"),
+        'should return "up", "down", "same" or "undefined"': say(flat="nan"),
+    },
+    "8.B": {
+        "M is taken over V": table(scale=lambda E, V: V.max()),
+        "M is taken over E and V together": table(scale=lambda E, V: torch.max(E.max(), V.max())),
+        "each excerpt has an M of its own": table(scale=lambda E, V: E.amax(1, keepdim=True)),
+        "M is the largest absolute value": table(scale=lambda E, V: E.abs().max()),
+        "negative activations are kept": table(clamp=lambda a: a),
+        "rounded to the nearest integer": table(integer=torch.round),
+        "rounded up": table(integer=torch.ceil),
+        "not rounded": table(integer=lambda x: x),
+        "averaged before rounding": table(integer=lambda x: x, over=lambda n: n.mean().floor()),
+        "the sum, not the mean": table(over=torch.sum),
+        "the largest, not the mean": table(over=torch.max),
+        "the mean over places where the neuron fires": table(over=where_it_fires),
+        "each word has the value of its last place": overwritten,
+        "each word has the value of its first place": table(over=lambda n: n[0]),
+        "a word that is not in E gets the mean of the table": table(unseen=lambda t: sum(t.values()) / len(t)),
+        "numbers that are not finite": table(guard=False, scale=lambda E, V: E.clamp(min=0).max()),
+    },
+    "8.C": {
+        "the five strongest explain and the next five validate: ranks alternate$": excerpts(**HALVES),
+        "V leaks: its random windows hold tokens that stand in E$": excerpts(leak="never"),
+        "split: a window at the beginning is lost, and one at the end cut short: they should be moved$": excerpts(
+            ends="lost"
+        ),
+        "ranks alternate; and V leaks: its random windows hold tokens that stand in E$": excerpts(
+            **HALVES, leak="never"
+        ),
+        "ranks alternate; and a window at the beginning is lost": excerpts(**HALVES, ends="lost"),
+        "stand in E; and a window at the beginning is lost": excerpts(leak="never", ends="lost"),
+        "ranks alternate; and V leaks.*; and a window at the beginning is lost": excerpts(
+            **HALVES, leak="never", ends="lost"
+        ),
+        "windows are cut short at the ends": excerpts(ends="cut"),
+        "a whole window leaves V": excerpts(leak="windows"),
+        "the tokens leave E instead of V": excerpts(leak="from E"),
+        "ranks 1, 3, 5, 7, 9 explain": excerpts(explain=slice(1, 10, 2), validate=slice(0, 10, 2)),
+        "the random windows are missing": excerpts(random=False),
+        "a token in two windows of V counts once": excerpts(once=True),
+    },
+    "8.D": {
+        "each excerpt is correlated on its own: string": excerpt_by_excerpt(None),
+        "each excerpt is correlated on its own, and a silent one counts as 0": excerpt_by_excerpt(0.0),
+        "places without text count": layer(padding=True),
+        "one correlation for the whole layer": whole_layer,
+        "the means are not subtracted": layer(of=lambda a, s: correlate(a, s, centre=False)),
+        "these are rank correlations": layer(of=ranks),
+        "count as 0 in both means": layer(then=lambda v: (summed_up(v)[1], *summed_up(v)[1:])),
+        "are left out of both means": layer(then=lambda v: (summed_up(v)[0], summed_up(v)[0], summed_up(v)[2])),
+        "the two means are exchanged": layer(then=lambda v: (summed_up(v)[1], summed_up(v)[0], summed_up(v)[2])),
+        "the third is a number of neurons": layer(then=lambda v: (*summed_up(v)[:2], len(v) * summed_up(v)[2])),
+        "the third is the share with a score": layer(then=lambda v: (*summed_up(v)[:2], 1 - summed_up(v)[2])),
+        "only silent neurons are taken for undefined": silent_only,
+        "the absolute values are averaged": layer(of=lambda a, s: abs(correlate(a, s))),
+        "simulations that are 0.1, 0.2, … 0.9 everywhere it takes [1-9] of 9 for varying": by_spread,
+        "returns numbers that are not finite": layer(then=lambda v: (torch.tensor(v).mean(), *summed_up(v)[1:])),
+    },
+    "8.E": {
+        "windows: windows overlap: one excerpt would be shown many times$": walk(apart="nothing"),
+        "windows: windows cross the ends of documents$": walk(ends="text"),
+        "windows: tokens count where the neuron is not positive$": walk(positive=False),
+        "windows overlap.*; and windows cross": walk(apart="nothing", ends="text"),
+        "windows cross.*; and tokens count": walk(ends="text", positive=False),
+        "places are kept apart instead of windows": walk(apart="centres"),
+        "places half a window apart": walk(apart="half"),
+        "only windows with one and the same start": walk(apart="same"),
+        "one window a document": walk(apart="document"),
+        "a window that was refused bars others": walk(bar="all"),
+        "the k strongest tokens are chosen first": walk(candidates=lambda k: k),
+        "windows are moved at the beginning of a document only": walk(ends="beginning"),
+        "by place: the strongest comes first": walk(by_place=True),
+    },
+}
