@@ -138,8 +138,7 @@ print(f"floor: {floor:.2f}")
 # Make the pairs of each document on its own and join them with `torch.cat` afterwards; the other order would make pairs of the end of one document and the beginning of the next. `table[a, b]`, with two tensors of integers, looks up all pairs at once.
 
 # %% [markdown] tags=["solution"]
-# On its training text the table is the better the smaller $\alpha$ is, always: there every pair has been seen, and what smoothing gives to others is lost. So a training loss can never choose $\alpha$, and it is a fiction besides. The table of four documents reports 1.04 nats and pays 7.46 for the next
-# document: unseen pairs cost $-\log q$ each, and a tiny $\alpha$ makes that a fortune. With 851 documents few pairs are new, and the two losses come close. Neither comes near the floor, for which one token of context is not enough.
+# On its training text the table is the better the smaller $\alpha$ is, always: there every pair has been seen, and what smoothing gives to others is lost. So a training loss can never choose $\alpha$, and it is a fiction besides. The table of four documents reports 1.04 nats and pays 7.46 on others: unseen pairs cost $-\log q$ each, and a tiny $\alpha$ makes that a fortune. With 851 documents few pairs are new, and the two losses come close. Neither comes near the floor: one token of context is not enough.
 #
 # Is the last held-out loss honest? Not quite. We chose $\alpha$ on the text on which we report the loss. One number out of sixteen, chosen on thousands of tokens, flatters very little; the clean way is a third part, the test split, that nobody looks at before the end.
 
@@ -205,7 +204,7 @@ plt.show()
 # What goes wrong most often: the weights stay those of the prior; or they already use the token that is to be guessed, which makes the loss better than it can be. Either gives plausible numbers.
 
 # %% [markdown]
-# ## Exercise 6.D: One merge, a million places
+# ## Exercise 6.D: One merge, everywhere at once
 #
 # - **Goal:** write the step of byte-pair encoding without a loop.
 # - **Difficulty:** 4 of 5
@@ -266,4 +265,4 @@ for merge in range(1, 401):
 #
 # Whether `aaa` counts once or twice hardly matters for a tokenizer, but it has to be fixed, like the rule for ties: two implementations that differ in either learn different merges from some point on, and then the same number stands for different text.
 #
-# The table shows a second thing. Each merge replaces fewer pairs than those before. Here it must come to an end: TinyWorld has a finite list of words, and once each is one symbol, no pair is left. Open text always brings new ones.
+# The demonstration shows a second thing: the later a merge, the fewer pairs it replaces. Here merging must come to an end: TinyWorld has a finite list of words, and once each is one symbol, no pair is left. Open text always brings new ones.
