@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from check_chapters import equation_labels
 from notebooks import BOOK
 
 
@@ -28,6 +29,14 @@ def test_pages_hold_outputs_and_links(html):
     assert f"/blob/main/book/{next(html.glob('01_*.html')).stem}.ipynb" in chapter  # the Colab button
     assert "#equation-eq-" in (html / "api" / "coding_rate.html").read_text(encoding="utf8")
     assert "<td" in (html / "status.html").read_text(encoding="utf8")
+
+
+def test_every_equation_is_listed_with_the_functions_that_cite_it(html):
+    page = (html / "equations.html").read_text(encoding="utf8")
+    labels = equation_labels()
+    assert len(labels) > 60 and page.count("#equation-eq-") == len(labels)
+    (row,) = (row for row in page.split("<tr") if "#equation-eq-01-3" in row)
+    assert "api/coding_rate.html#cratelab.coding_rate.coding_rate" in row
 
 
 def test_pages_in_a_browser(html):

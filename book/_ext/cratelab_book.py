@@ -1,6 +1,9 @@
 """What the book asks of Sphinx beyond its packages: a status table, links in docstrings, no failed cells."""
 
+import importlib
+import inspect
 import json
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -28,6 +31,43 @@ class ExecutionTable(SphinxDirective):
             machine = f"{entry['platform']}, {entry['cpu']}"
             lines.append(f"| [](/{slug}) | {entry['seconds']} | {entry['date']} | {versions} | {machine} |")
         return self.parse_text_to_nodes(StringList(lines, str(path)))
+
+
+class EquationTable(SphinxDirective):
+    """Table of all numbered equations: the chapter of each, and the functions that cite it."""
+
+    def run(self):
+        book = Path(self.env.srcdir)
+        self.env.note_reread()  # depends on every chapter and docstring
+        citing = citations()
+        lines = ["| equation | chapter | in the library |", "|---|---|---|"]
+        for label, (slug, *_) in sorted(equation_labels(book).items(), key=lambda item: natural(item[0])):
+            names = ", ".join(f"{{py:obj}}`~{name}`" for name in citing.get(label, []))
+            lines.append(f"| {{eq}}`{label}` | [](/{slug}) | {names} |")
+        return self.parse_text_to_nodes(StringList(lines, str(book / "equations.md")))
+
+
+def natural(label):
+    """eq-04-10 comes after eq-04-9."""
+    return [int(part) if part.isdigit() else part for part in label.split("-")]
+
+
+def citations():
+    """Equation label -> the public functions, classes and methods of the library whose docstrings cite it."""
+    found = {}
+    for entry in pkgutil.walk_packages(cratelab.__path__, "cratelab."):
+        if entry.name.endswith("__main__"):
+            continue
+        module = importlib.import_module(entry.name)
+        for name, member in vars(module).items():
+            if name.startswith("_") or getattr(member, "__module__", None) != entry.name:
+                continue
+            own = vars(member) if inspect.isclass(member) else {}
+            members = {name: member} | {f"{name}.{key}": value for key, value in own.items() if key[0] != "_"}
+            for path, each in members.items():
+                for label in dict.fromkeys(match[0] for match in LABEL.finditer(each.__doc__ or "")):
+                    found.setdefault(label, []).append(f"{entry.name}.{path}")
+    return found
 
 
 ONLY_LABELS = re.compile(rf"\(({LABEL.pattern}(?:, {LABEL.pattern})*)\)")
@@ -92,6 +132,7 @@ def refuse_failed_cells(app, docname, source):
 
 def setup(app):
     app.add_directive("execution-table", ExecutionTable)
+    app.add_directive("equation-table", EquationTable)
     app.connect("autodoc-process-docstring", read_docstring)
     app.connect("missing-reference", resolve_public_name)
     app.connect("source-read", refuse_failed_cells)
