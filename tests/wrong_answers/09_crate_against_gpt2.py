@@ -1,0 +1,132 @@
+"""Wrong answers to the exercises of chapter 9: what a check says -> a function with that mistake."""
+
+from scipy.stats import t as student
+
+
+def two_numbers(
+    live=lambda defined, drop: defined.sum(1) if drop else defined.shape[1],
+    keep=lambda S, last: S if last else S[:-1],
+    spread=lambda S: S.var(correction=0),
+    mask=True,
+    scale=100.0,
+):
+    """Mean and variance over layers with another count, choice of layers, or spread."""
+
+    def function(scores, defined, last, drop):
+        S = keep(scale * (scores * defined if mask else scores).sum(1) / live(defined, drop), last)
+        return S.mean(), spread(S)
+
+    return function
+
+
+def at_once(scores, defined, last, drop):
+    """The mean over all neurons of all layers."""
+    stop = len(scores) if last else len(scores) - 1
+    scores, alive = (scores * defined)[:stop], defined[:stop]
+    mean = 100 * scores.sum() / (alive.sum() if drop else alive.numel())
+    return mean, two_numbers()(scores, alive, True, drop)[1]
+
+
+def of_neurons(scores, defined, last, drop):
+    stop = len(scores) if last else len(scores) - 1
+    each = 100 * (scores[:stop][defined[:stop]] if drop else scores[:stop] * defined[:stop])
+    return two_numbers()(scores, defined, last, drop)[0], each.var(correction=0)
+
+
+def interval(quantile=lambda n: student.ppf(0.975, n - 1), correction=1, divide=lambda n: n**0.5, sign=1, flip=1):
+    """The interval with another quantile, standard deviation or divisor."""
+
+    def function(crate, gpt2):
+        d = sign * (crate - gpt2)
+        half = flip * quantile(len(d)) * d.std(correction=correction) / divide(len(d))
+        return d.mean() - half, d.mean() + half
+
+    return function
+
+
+def unpaired(pooled):
+    def function(crate, gpt2):
+        n = len(crate)
+        a, b = crate.var() / n, gpt2.var() / n
+        df = 2 * n - 2 if pooled else float((a + b) ** 2 / ((a**2 + b**2) / (n - 1)))
+        half = student.ppf(0.975, df) * (a + b).sqrt()
+        return crate.mean() - gpt2.mean() - half, crate.mean() - gpt2.mean() + half
+
+    return function
+
+
+def bootstrap(
+    draw=lambda scores, picks: scores.gather(1, picks.transpose(0, 1).flatten(1)).reshape(len(scores), len(picks), -1),
+    average=lambda drawn: drawn.mean((0, 2)),
+    spread=lambda means: means.std(correction=0),
+):
+    """The bootstrap with another way to draw (layers, resamples, neurons), to average, or to measure the spread."""
+    return lambda scores, picks: spread(average(draw(scores, picks)))
+
+
+def first_picks(scores, picks):
+    return scores[:, picks[:, 0]]
+
+
+def apart(off=lambda v, n, h: v / h, correction=1, within=1, sign=-1, over=lambda s, c: s.var(1, correction=c).mean()):
+    """The variance over seeds, and what is taken off it."""
+
+    def function(scores):
+        n, h = scores.shape
+        return scores.mean(1).var(correction=correction) + sign * off(over(scores, within), n, h)
+
+    return function
+
+
+WRONG = {
+    "9.A": {
+        "this is the sample variance": two_numbers(spread=lambda S: S.var()),
+        "over all neurons at once": at_once,
+        "the variance is one of neurons": of_neurons,
+        "this is the standard deviation": two_numbers(spread=lambda S: S.std(correction=0)),
+        "the factor 100 is missing": two_numbers(scale=1.0),
+        "100 times too small": two_numbers(spread=lambda S: S.var(correction=0) / 100),
+        "always count as zero": two_numbers(live=lambda defined, drop: defined.shape[1]),
+        "always dropped": two_numbers(live=lambda defined, drop: defined.sum(1)),
+        "entries that are not scores": two_numbers(mask=False, live=lambda defined, drop: defined.shape[1]),
+        "always in": two_numbers(keep=lambda S, last: S),
+        "always out": two_numbers(keep=lambda S, last: S[:-1]),
+        "the first layer is left out": two_numbers(keep=lambda S, last: S if last else S[1:]),
+    },
+    "9.B": {
+        "seeds are taken for unrelated.*seed by seed$": unpaired(pooled=False),
+        "seeds are taken for unrelated.*pooled variance": unpaired(pooled=True),
+        "1.96 belongs to a known spread": interval(quantile=lambda n: 1.96),
+        "1.96 belongs to a normal distribution": interval(quantile=lambda n: student.ppf(0.975, 1e12)),
+        "divided by n: ": interval(divide=lambda n: n),
+        "not divided by √n": interval(divide=lambda n: 1),
+        "the standard deviation divides by n": interval(correction=0),
+        "has n degrees of freedom": interval(quantile=lambda n: student.ppf(0.975, n)),
+        "the quantile at 0.95": interval(quantile=lambda n: student.ppf(0.95, n - 1)),
+        "this is GPT-2's lead": interval(sign=-1),
+        "low and high are exchanged": interval(flip=-1),
+    },
+    "9.C": {
+        "divided by √B": lambda scores, picks: bootstrap()(scores, picks) / len(picks) ** 0.5,
+        "this is the variance": bootstrap(spread=lambda means: means.var(correction=0)),
+        "divided by B − 1": bootstrap(spread=lambda means: means.std()),
+        "all neurons are drawn from the first layer": lambda scores, picks: (
+            scores.flatten()[picks].mean((1, 2)).std(correction=0)
+        ),
+        "all layers use the picks of the first": bootstrap(draw=first_picks),
+        "the spread of the layers' means": bootstrap(average=lambda drawn: drawn.mean(2)),
+        "the spread of single neurons": bootstrap(average=lambda drawn: drawn),
+        "half the width": bootstrap(spread=lambda means: 1.96 * means.std(correction=0)),
+    },
+    "9.D": {
+        "nothing is taken off": apart(off=lambda v, n, h: 0.0),
+        "the variance of one neuron is taken off": apart(off=lambda v, n, h: v),
+        r"1/\(n h\)": apart(off=lambda v, n, h: v / (n * h)),
+        "the neurons' part is added": apart(sign=1),
+        "the variance over seeds divides by n": apart(correction=0),
+        "the variance over neurons divides by h": apart(within=0),
+        "both variances": apart(correction=0, within=0),
+        "over all networks together": apart(over=lambda s, c: s.var()),
+        "this is the bootstrap's part": lambda scores: scores.var(1).mean() / scores.shape[1],
+    },
+}
