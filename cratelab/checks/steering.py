@@ -1,0 +1,328 @@
+"""Checks of the exercises of chapter 11: lift, off-target divergence, an auto-encoder spliced in, cost at a lift."""
+
+from collections.abc import Callable
+from decimal import Decimal
+from functools import partial, wraps
+
+import numpy as np
+import torch
+from scipy.optimize import brentq
+from scipy.special import log_softmax, logsumexp
+from scipy.stats import entropy
+from torch import Tensor, nn
+
+from cratelab.checks.grading import CheckFailed, as_tensor, call, grade, random
+
+
+def _pushed(n: int, v: int, k: int, seed: int, shift: float = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (n, v) before and after a push that raises k targets; `shift` is added to those of the targets."""
+    logits, push = 2 * random(n, v, seed=seed), random(v, seed=seed + 1)
+    targets = torch.zeros(v, dtype=torch.bool, device="cpu")
+    targets[push.topk(k).indices] = True
+    logits = logits + shift * targets
+    return logits, logits + push * (1 + random(n, 1, seed=seed + 2).abs()) + 0.3 * random(n, v, seed=seed + 3), targets
+
+
+PUSHES = [_pushed(5, 20, 4, seed=1), _pushed(7, 12, 3, seed=11), _pushed(3, 30, 9, seed=21)]
+
+
+def lift(function: Callable[[Tensor, Tensor, Tensor], float]) -> None:
+    """Exercise 11.A: the lift of a set, against sums of probabilities in decimal arithmetic."""
+
+    def decimal(logits: Tensor, steered: Tensor, targets: Tensor) -> float:
+        def log_share(row: list[float]) -> Decimal:
+            weights = [Decimal(x).exp() for x in row]
+            return (sum(w for w, chosen in zip(weights, targets.tolist(), strict=True) if chosen) / sum(weights)).ln()
+
+        pairs = zip(logits.tolist(), steered.tolist(), strict=True)
+        gains = [log_share(after) - log_share(before) for before, after in pairs]
+        return float(sum(gains) / len(gains))
+
+    def variant(of: Callable) -> Callable:
+        """`of` log p and log p′ of all words (n, v), and the targets."""
+        return lambda logits, steered, T: of(log_softmax(logits.numpy(), 1), log_softmax(steered.numpy(), 1), T.numpy())
+
+    def mass(p: np.ndarray, T: np.ndarray) -> np.ndarray:
+        return np.exp(p[:, T]).sum(1)
+
+    def odds(p: np.ndarray, T: np.ndarray) -> np.ndarray:
+        return np.log(mass(p, T) / mass(p, ~T))
+
+    def unnormalised(logits: Tensor, steered: Tensor, T: Tensor) -> float:
+        return (logsumexp(steered[:, T].numpy(), 1) - logsumexp(logits[:, T].numpy(), 1)).mean()
+
+    mistakes = {
+        "the mean of log p over the words of T: add their probabilities, then take the logarithm": variant(
+            lambda p, q, T: (q - p)[:, T].mean()
+        ),
+        "the sum of log p over the words of T: add their probabilities, then take the logarithm": variant(
+            lambda p, q, T: (q - p)[:, T].sum(1).mean()
+        ),
+        "the probability is averaged over positions before the logarithm: average last": variant(
+            lambda p, q, T: np.log(mass(q, T).mean() / mass(p, T).mean())
+        ),
+        "the mean ratio of probabilities: the lift is the mean of its logarithm": variant(
+            lambda p, q, T: (mass(q, T) / mass(p, T)).mean()
+        ),
+        "the logarithm of the mean ratio: average the logarithms": variant(
+            lambda p, q, T: np.log((mass(q, T) / mass(p, T)).mean())
+        ),
+        "the mean difference of probabilities: the lift is one of logarithms": variant(
+            lambda p, q, T: (mass(q, T) - mass(p, T)).mean()
+        ),
+        "these are log odds, p(T) against the rest: log p(T) is asked for": variant(
+            lambda p, q, T: (odds(q, T) - odds(p, T)).mean()
+        ),
+        "the logits are not normalised: a constant added to all of them would be a lift": unnormalised,
+        "the sign is reversed: a set that becomes likelier has a positive lift": lambda *case: -decimal(*case),
+        "in bits: take the natural logarithm": lambda *case: decimal(*case) / np.log(2),
+        "summed over positions: take their mean": lambda *case: decimal(*case) * len(case[0]),
+    }
+    grade(function, PUSHES, decimal, "decimal arithmetic", mistakes)
+    rare = _pushed(4, 10, 2, seed=31, shift=-900)
+    answer, right = float(as_tensor(call(function, *rare))), decimal(*rare)
+    if not abs(answer - right) <= 1e-6:
+        raise CheckFailed(
+            f"{function.__name__} is right for likely targets, but gives {answer:.3g} where {right:.3g} is right if "
+            "they are so rare that p(T) is 0 in floating point: stay in logarithms, log_softmax and logsumexp"
+        )
+    print("Targets whose probability is too small for floating point are lifted correctly too.")
+
+
+def off_target(function: Callable[[Tensor, Tensor, Tensor], float]) -> None:
+    """Exercise 11.B: the divergence off the targets, against scipy position by position."""
+
+    def by_scipy(logits: Tensor, steered: Tensor, T: Tensor, base: float | None = None) -> float:
+        rows = zip(logits[:, ~T].exp().numpy(), steered[:, ~T].exp().numpy(), strict=True)
+        return np.mean([entropy(*row, base=base) for row in rows])
+
+    def variant(of: Callable) -> Callable:
+        """`of` p, p′ (n, v) and the words that are no targets gives terms, to be added for each position."""
+
+        def mistake(logits: Tensor, steered: Tensor, T: Tensor) -> float:
+            p, q = (np.exp(log_softmax(x.numpy(), 1)) for x in (logits, steered))
+            return of(p, q, ~T.numpy()).sum(1).mean()
+
+        return mistake
+
+    def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        return p * np.log(p / q)
+
+    def normal(p: np.ndarray, rest: np.ndarray) -> np.ndarray:
+        return p[:, rest] / p[:, rest].sum(1, keepdims=True)
+
+    def zeroed(logits: Tensor, steered: Tensor, T: Tensor) -> float:
+        rows = zip((logits * ~T).exp().numpy(), (steered * ~T).exp().numpy(), strict=True)
+        return np.mean([entropy(*row) for row in rows])
+
+    mistakes = {
+        "not renormalised: p and p′ given that the word is no target sum to one outside T": variant(
+            lambda p, q, rest: kl(p, q)[:, rest]
+        ),
+        "p is renormalised and p′ is not: both are given that the word is no target": variant(
+            lambda p, q, rest: kl(normal(p, rest), q[:, rest])
+        ),
+        "p′ is renormalised and p is not: both are given that the word is no target": variant(
+            lambda p, q, rest: kl(p[:, rest], normal(q, rest))
+        ),
+        "weighted by the probability outside T: K has no such weight": variant(
+            lambda p, q, rest: kl(normal(p, rest), normal(q, rest)) * p[:, rest].sum(1, keepdims=True)
+        ),
+        "T is not removed: this is the divergence of everything, the lift that was ordered too": variant(
+            lambda p, q, rest: kl(p, q)
+        ),
+        "the divergence inside T: it is the other words that count": variant(
+            lambda p, q, rest: kl(normal(p, ~rest), normal(q, ~rest))
+        ),
+        "the divergence is reversed: the expectation is under p, the model as it is": variant(
+            lambda p, q, rest: kl(normal(q, rest), normal(p, rest))
+        ),
+        "p and p′ are averaged over positions first: average the divergences": variant(
+            lambda p, q, rest: kl(normal(p, rest).mean(0, keepdims=True), normal(q, rest).mean(0, keepdims=True))
+        ),
+        "in bits: take the natural logarithm": partial(by_scipy, base=2),
+        "summed over positions: take their mean": lambda *case: by_scipy(*case) * len(case[0]),
+        "averaged over words: a divergence is their sum, averaged over positions": lambda *case: (
+            by_scipy(*case) / int((~case[2]).sum())
+        ),
+        "the logits of T are set to 0, which leaves them in: take them out": zeroed,
+    }
+    grade(function, PUSHES, by_scipy, "scipy, position by position", mistakes)
+
+
+def _encoder(n: int, h: int, m: int, seed: int, feature: int, value: float) -> tuple:
+    shapes = (n, h), (h, m), (m,), (m, h), (h,)
+    return *(random(*shape, seed=seed + i) for i, shape in enumerate(shapes)), feature, value
+
+
+SPLICES = [_encoder(6, 5, 8, 1, 3, 2.5), _encoder(9, 4, 7, 11, 0, 0.0), _encoder(5, 8, 6, 21, 5, 4.0)]
+
+
+def spliced(function: Callable[..., Tensor]) -> None:
+    """Exercise 11.C: an auto-encoder spliced in and one feature set, against torch's layers and a push by one row."""
+
+    @torch.no_grad()
+    def layers(
+        x: Tensor, A: Tensor, c: Tensor, W: Tensor, b: Tensor, j: int, value: float, add: bool = False, act=nn.ReLU
+    ) -> Tensor:
+        encoder, decoder = nn.Linear(*A.shape), nn.Linear(*W.shape)
+        encoder.load_state_dict({"weight": A.mT, "bias": c})
+        decoder.load_state_dict({"weight": W.mT, "bias": b})
+        code = act()(encoder.double()(x))
+        change = value - code[:, j] * (not add)
+        push = torch.outer(change, W[j])  # what one feature's row adds
+        return torch.stack([decoder.double()(code) + push, x + push])
+
+    def variant(of: Callable) -> Callable:
+        """`of` x, Dec(f), Dec(f′) and b gives both results."""
+
+        def mistake(x: Tensor, A: Tensor, c: Tensor, W: Tensor, b: Tensor, j: int, value: float) -> Tensor:
+            steered, kept = layers(x, A, c, W, b, j, value)
+            return torch.stack(of(x, steered - (kept - x), steered, b))
+
+        return mistake
+
+    mistakes = {
+        "the error is that of the edited code: then Dec(f′) cancels and steering does nothing": variant(
+            lambda x, copy, steered, b: (steered, x)
+        ),
+        "the error term is dropped: the second is the first again": variant(
+            lambda x, copy, steered, b: (steered, steered)
+        ),
+        "the bias b counts twice with the error term: it is part of Dec(f), which is subtracted": variant(
+            lambda x, copy, steered, b: (steered, steered + x - (copy - b))
+        ),
+        "the bias b is missing: Dec(f′) has it": variant(lambda x, copy, steered, b: (steered - b, steered + x - copy)),
+        "the bias b is missing from Dec(f′) in both": variant(
+            lambda x, copy, steered, b: (steered - b, steered - b + x - copy)
+        ),
+        "the error has the wrong sign: what the copy has lost is x − Dec(f)": variant(
+            lambda x, copy, steered, b: (steered, steered + copy - x)
+        ),
+        "the whole of x is added to Dec(f′): only what the copy has lost": variant(
+            lambda x, copy, steered, b: (steered, steered + x)
+        ),
+        "only the error is left in the second: Dec(f′) is missing": variant(
+            lambda x, copy, steered, b: (steered, x - copy)
+        ),
+        "the two are exchanged: first without error term": variant(
+            lambda x, copy, steered, b: (steered + x - copy, steered)
+        ),
+        "the feature is not edited: set it to the value at all tokens": variant(lambda x, copy, steered, b: (copy, x)),
+        "the value is added to the feature: set it": partial(layers, add=True),
+        "negative features are kept: the code is max(0, xA + c)": partial(layers, act=nn.Identity),
+    }
+    grade(function, SPLICES, layers, "torch's layers and a push along one row of W", mistakes)
+
+
+def _curves(s: int, m: int, seed: int, level: float) -> tuple[Tensor, Tensor, float]:
+    """Lifts (s, m) that rise, in half of the neurons fall again at the end, and start high in one; and costs."""
+    steps, ends = random(s, m, seed=seed).abs(), torch.arange(m, device="cpu") % 2
+    lift, cost = steps.cumsum(0) - 0.5, random(s, m, seed=seed + 1).abs()
+    lift[-2:] -= ends * torch.tensor([[1.0], [3.0]], dtype=torch.float64, device="cpu")
+    lift[0, 0], lift[:, 1:3] = level + 0.5, 0.2 * lift[:, 1:3]
+    return lift, cost, level
+
+
+CURVES = [_curves(6, 12, 1, 1.3), _curves(5, 9, 11, 1.1), _curves(8, 16, 21, 2.2)]
+
+
+def cost_at(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    """Exercise 11.D: cost where a lift is first reached, against a search for the root, neuron by neuron."""
+
+    def searched(lift: Tensor, cost: Tensor, level: float) -> np.ndarray:
+        rows, out = np.arange(len(lift)), []
+        for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True):
+            if x.max() < level:
+                out.append(np.inf)
+            elif x[0] >= level:
+                out.append(y[0])
+            else:
+                at = next(i for i in rows if x[i] >= level)
+                root = brentq(lambda t, x=x: np.interp(t, rows, x) - level, at - 1, at, xtol=1e-14)
+                out.append(np.interp(root, rows, y))
+        return np.array(out)
+
+    def variant(
+        lift: Tensor,
+        cost: Tensor,
+        level: float,
+        never: Callable = lambda x, y, level: np.inf,
+        start: Callable = lambda y: y[0],
+        between: Callable = lambda share, low, high: low + share * (high - low),
+        last: bool = False,
+    ) -> np.ndarray:
+        out = []
+        for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True):
+            rising = np.flatnonzero((x >= level) & ~(np.append(False, x[:-1] >= level)))
+            if len(rising) == 0:
+                out.append(never(x, y, level))
+                continue
+            i = rising[0]
+            if last:  # where the lift is passed for the last time, up or down
+                i = max(k for k in range(len(x)) if k == 0 or (x[k] >= level) != (x[k - 1] >= level))
+            if i == 0:
+                out.append(start(y))
+            else:
+                out.append(between((level - x[i - 1]) / (x[i] - x[i - 1]), y[i - 1], y[i]))
+        return np.array(out)
+
+    def extrapolated(x: np.ndarray, y: np.ndarray, level: float) -> float:
+        return y[-2] + (level - x[-2]) / (x[-1] - x[-2]) * (y[-1] - y[-2])
+
+    def cheapest(lift: Tensor, cost: Tensor, level: float) -> np.ndarray:
+        return np.where(lift >= level, cost, np.inf).min(0)
+
+    nevers = {
+        "a neuron that never reaches the lift is extrapolated: its cost is infinite": extrapolated,
+        "a neuron that never reaches the lift gets the cost of its last row: it is infinite": lambda x, y, _: y[-1],
+        "a neuron that never reaches the lift gets the cost of its first row, as argmax of nothing is 0: it is "
+        "infinite": lambda x, y, _: y[0],
+        "a neuron that never reaches the lift costs 0: its cost is infinite": lambda x, y, _: 0,
+    }
+    mistakes = {message: partial(variant, never=never) for message, never in nevers.items()}
+    mistakes |= {
+        "the cost of the first row that reaches the lift: interpolate from the row before": partial(
+            variant, between=lambda share, low, high: high
+        ),
+        "the cost of the row before the lift is reached: interpolate to the next": partial(
+            variant, between=lambda share, low, high: low
+        ),
+        "the nearer row's cost: interpolate between the two": partial(
+            variant, between=lambda share, low, high: high if share > 0.5 else low
+        ),
+        "half-way between the two rows: the share of the way follows from the lift": partial(
+            variant, between=lambda share, low, high: (low + high) / 2
+        ),
+        "interpolated from the wrong end: the share is counted from the row before": partial(
+            variant, between=lambda share, low, high: high + share * (low - high)
+        ),
+        "where the lift is reached in the first row, the row before is taken, and −1 is the last": partial(
+            variant, start=lambda y: y[-1]
+        ),
+        "a lift reached in the first row costs nothing: its cost is that of the first row": partial(
+            variant, start=lambda y: 0
+        ),
+        "the last time that the lift is passed: the first is asked for": partial(variant, last=True),
+        "the cheapest row that reaches the lift: interpolate where it is first reached": cheapest,
+    }
+    grade(
+        _finite(function),
+        CURVES,
+        _finite(searched),
+        "a search for the root, neuron by neuron",
+        {message: _finite(mistake) for message, mistake in mistakes.items()},
+    )
+
+
+def _finite(function: Callable) -> Callable:
+    """The function with −1, which no cost is, in the place of infinity, so that it can be compared."""
+
+    def replaced(*case: object) -> object:
+        answer = function(*case)
+        if not isinstance(answer, (Tensor, np.ndarray, list)):
+            return answer
+        answer = as_tensor(answer)
+        return answer.masked_fill(answer == torch.inf, -1)
+
+    return wraps(function)(replaced) if hasattr(function, "__name__") else replaced

@@ -1,0 +1,209 @@
+# %% [markdown]
+# # Exercises to chapter 11: what does pushing a neuron do?
+#
+# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded. All numbers are in double precision, and all divergences in nats.
+# $p$ are the predictions of the model as it is, $p'$ those of the steered model, and $T$ is a set of words, the targets. Means are over positions:
+#
+# $$
+# L=\mathbb E\bigl[\log p'(T)-\log p(T)\bigr],\qquad K=\mathbb E\;\mathrm{KL}\bigl(p(\cdot|\bar T)\,\|\,p'(\cdot|\bar T)\bigr).
+# $$
+
+# %%
+import torch
+
+from cratelab.checks import steering as check
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
+
+# %% [markdown]
+# ## Exercise 11.A: How far a set is lifted
+#
+# - **Goal:** compute the lift of a set of words from logits, without underflow.
+# - **Difficulty:** 2 of 5
+# - **Time:** 15 minutes
+#
+# $p(T)$ is the total probability of the set. Compute $L$ from the logits before and after a push. Targets may be so unlikely that their probability is 0 in floating point; their logarithm is not $-\infty$.
+
+
+# %%
+def lift(logits, steered, targets):
+    """L in nats, a number; logits before and after (n, v), targets (v,) bool."""
+    # BEGIN SOLUTION
+    before, after = (x.log_softmax(1)[:, targets].logsumexp(1) for x in (logits, steered))
+    return (after - before).mean()
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.lift(lift)
+
+# %% [markdown] tags=["hint"]
+# The probability of a set is a sum, so its logarithm is $\log\sum_{x\in T}e^{\log p(x)}$. Which function of torch computes that without ever leaving the logarithms?
+
+# %% [markdown] tags=["hint"]
+# `log_softmax` first, over the whole vocabulary, then the columns of $T$. What would be missing if you took the logits themselves?
+
+# %% [markdown] tags=["solution"]
+# Two orders of sum and logarithm are easy to confuse. The mean of $\log p$ over the words of $T$ gives each word the same weight, however unlikely it is; the lift asks how often *any* of them is said. The cell below raises one hopeless target by a factor of a hundred. The mean of the
+# logarithms celebrates, the lift hardly moves, and the model says targets about as seldom as before. (To divide by the number of targets, on the other hand, is harmless: it cancels in the difference.)
+#
+# The mean over positions comes last. The logarithm of the mean of $p(T)$ would be decided by the few positions where targets are likely anyway. And an unnormalised `logsumexp` of the steered logits would call it a lift if a constant were added to all logits, which changes nothing.
+
+# %% tags=["solution"]
+p = torch.tensor([[0.2, 0.0001, 0.5, 0.2999]])
+T = torch.tensor([True, True, False, False])
+steered = p.log() + torch.tensor([0, 100, 1, 1]).clamp(min=1).log()
+mean_of_logs = (steered.log_softmax(1) - p.log())[:, T].mean()
+print(f"mean of the logarithms {float(mean_of_logs):.2f}, lift {float(lift(p.log(), steered, T)):.2f} nats")
+
+# %% [markdown]
+# ## Exercise 11.B: What else moves
+#
+# - **Goal:** take what was ordered out of a divergence, and measure the rest.
+# - **Difficulty:** 2 of 5
+# - **Time:** 15 minutes
+#
+# Compute $K$, the divergence of what the model says when it says no target, before and after a push. At least two words are no targets.
+
+
+# %%
+def off_target(logits, steered, targets):
+    """K in nats, a number; logits before and after (n, v), targets (v,) bool."""
+    # BEGIN SOLUTION
+    p, q = (x[:, ~targets].log_softmax(1) for x in (logits, steered))
+    return (p.exp() * (p - q)).sum(1).mean()
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.off_target(off_target)
+
+# %% [markdown] tags=["hint"]
+# $p(x|\bar T)=p(x)/p(\bar T)$ sums to one over the words outside $T$. What does a softmax over only some of the logits give?
+
+# %% [markdown] tags=["hint"]
+# Leave the columns of $T$ out. If you put $-\infty$ there instead, you will meet $0\cdot(\infty-\infty)$. The expectation in $\mathrm{KL}(p\,\|\,p')$ is under $p$.
+
+# %% [markdown] tags=["solution"]
+# The softmax of some of the logits *is* the conditional distribution: the factor $1/p(\bar T)$ is the same for all and goes into the normalisation. That makes the right answer the shortest one.
+#
+# Without renormalising, the sum over $\bar T$ of $p\log(p/p')$ holds $p(\bar T)\log\bigl(p(\bar T)/p'(\bar T)\bigr)$ as well, which is the lift again, under another name. A push that only trebles the targets, and takes from all others in proportion, does no damage; below, $K$ says so and two plausible variants do not. The
+# reversed divergence weighs words by what the steered model says. It charges much for words that it newly says, and next to nothing for those that it has given up.
+
+# %% tags=["solution"]
+p = torch.tensor([[0.05, 0.15, 0.4, 0.2, 0.1, 0.1]])
+T = torch.arange(6) < 2
+tripled = (p * torch.where(T, 3, 1)).log().log_softmax(1)
+terms = p * (p.log() - tripled)
+print(f"divergence of everything {float(terms.sum()):.3f}, not renormalised {float(terms[:, ~T].sum()):.3f}")
+print(f"off target {abs(float(off_target(p.log(), tripled, T))):.3f}")
+
+# %% [markdown]
+# ## Exercise 11.C: To steer by nothing
+#
+# - **Goal:** splice an auto-encoder into a layer so that what it cannot copy is not lost.
+# - **Difficulty:** 3 of 5
+# - **Time:** 20 minutes
+#
+# An auto-encoder copies the neurons $x$ of a layer: $f=\max(0,xA+c)$ and $\mathrm{Dec}(f)=fW+b$. To steer with it one sets one feature $f_j$ to a value, at all tokens. Return what the network goes on with in the place of $x$, stacked: first as it comes, $\mathrm{Dec}(f')$; then with the
+# **error term**, to which what the copy had lost is added back, so that an edit that changes no feature changes nothing.
+
+
+# %%
+def spliced(x, A, c, W, b, feature, value):
+    """(2, n, h): without and with error term; x (n, h), A (h, m), c (m,), W (m, h), b (h,), feature an integer."""
+    # BEGIN SOLUTION
+    code = (x @ A + c).clamp(min=0)
+    edited = code.clone()
+    edited[:, feature] = value
+    copy, steered = code @ W + b, edited @ W + b
+    return torch.stack([steered, steered + (x - copy)])
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.spliced(spliced)
+
+# %% [markdown] tags=["hint"]
+# The error is a property of the copy and not of the edit: what does the auto-encoder make of $x$ if nobody touches $f$?
+
+# %% [markdown] tags=["hint"]
+# After `edited = code` there is one tensor with two names. And what becomes of $b$ in $\mathrm{Dec}(f')-\mathrm{Dec}(f)$?
+
+# %% [markdown] tags=["solution"]
+# $\mathrm{Dec}(f')+x-\mathrm{Dec}(f)=x+(f'_j-f_j)w_j$: the bias has cancelled and so has every other feature. With the error term nothing remains of the auto-encoder but the direction $w_j$, and a number that says how far to go. Without it the network goes on with a copy.
+#
+# The most instructive slip is the error of the *edited* code. $\mathrm{Dec}(f')+x-\mathrm{Dec}(f')$ is $x$, whatever was edited: the splice is flawless and steering has no effect at all. `edited = code` without `clone` does just that, and a test that only steers by nothing passes. So test both: that nothing does nothing, and that something does something.
+#
+# Below, a decoder is fitted by least squares to a random code, and its copy is not perfect. Feature 0 never fires, so to set it to 0 is to steer by nothing. What do random predictions read from the layer lose?
+
+# %% tags=["solution"]
+x, E = torch.randn(400, 30) / 3, torch.randn(50, 30)
+A, c = torch.randn(30, 40), torch.zeros(40)
+c[0] = -100
+code = (x @ A + c).clamp(min=0)
+solution = torch.linalg.pinv(torch.cat([code, torch.ones(400, 1)], 1)) @ x
+W, b = solution[:-1], solution[-1]
+p = (x @ E.T).log_softmax(1)
+for name, z in zip(["without error term", "with"], spliced(x, A, c, W, b, 0, 0.0), strict=True):
+    fee = (p.exp() * (p - (z @ E.T).log_softmax(1))).sum(1).mean()
+    print(f"{name:18}: {abs(float(fee)):.1f} nats for steering by nothing")
+
+# %% [markdown]
+# ## Exercise 11.D: The cost at equal lift
+#
+# - **Goal:** compare neurons where they reach the same, and account for those that never do.
+# - **Difficulty:** 3 of 5
+# - **Time:** 20 minutes
+#
+# Of each of $m$ neurons the lift and the cost are known with nothing steered (the first row) and at rising strengths (the others). Between two rows both are linear. Return the cost where each neuron *first* reaches the lift `level`: that of the first row if it is reached there already, which an auto-encoder without
+# error term may do, and infinity if it is reached in no row. Lift need not rise all the way.
+
+
+# %%
+def cost_at(lift, cost, level):
+    """(m,) cost where each neuron first reaches the lift `level`; lift and cost are (s, m)."""
+    # BEGIN SOLUTION
+    result = torch.full(lift.shape[1:], torch.inf)
+    for j, (own, price) in enumerate(zip(lift.T, cost.T, strict=True)):
+        reached = (own >= level).nonzero()
+        if len(reached) == 0:
+            continue
+        i = int(reached[0, 0])
+        if i == 0:
+            result[j] = price[0]
+        else:
+            share = (level - own[i - 1]) / (own[i] - own[i - 1])
+            result[j] = price[i - 1] + share * (price[i] - price[i - 1])
+    return result
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.cost_at(cost_at)
+
+# %% [markdown] tags=["hint"]
+# For one neuron: let $i$ be the first row with a lift of at least `level`. Which share of the way from row $i-1$ to row $i$ is needed? The same share of the way is needed of the cost.
+
+# %% [markdown] tags=["hint"]
+# Two cases have no way from one row to the next. Which row does `argmax` name if all are false? Which row is row $i-1$ if $i$ is 0?
+
+# %% [markdown] tags=["solution"]
+# A loop over neurons is easy to read and fast enough for a hundred; the library does the same for all at once with `gather`. `argmax` of a row of falses is 0, so a neuron that never arrives gets the price of not being steered at all, which is nothing: the worst neurons come out as the cheapest. And row $-1$ is the last one.
+#
+# Why infinity? To extrapolate is to promise what the last layer's normalisation forbids, since the lift saturates. To leave such neurons out is the bias of chapter 8 again: those that remain are the better ones. Below, strong neurons are cheap and weak ones dear. As the level rises, weak ones drop out, and the median of those that are left is flattered. The median
+# over all takes infinity along, as long as fewer than half are infinite; beyond that it says, rightly, that the typical neuron cannot do it.
+
+# %% tags=["solution"]
+strength = torch.tensor([0, 0.5, 1, 2, 4, 8])[:, None]
+reach = torch.linspace(0.5, 6, 101)
+lifts = reach * (1 - torch.exp(-strength))
+costs = lifts**2 / reach**2
+for level in (1.0, 2.0, 4.0):
+    each = cost_at(lifts, costs, level)
+    kept = each[each.isfinite()]
+    print(
+        f"lift {level:.0f}: median of all {float(each.median()):.2f}, of the {len(kept)} that reach it {kept.median():.2f}"
+    )
