@@ -1,0 +1,192 @@
+"""Wrong answers to the exercises of chapter 10: what a check says -> a function with that mistake."""
+
+import torch
+import torch.nn.functional as F
+
+
+def switch(read=lambda x, b: x - b, code=lambda a, b: F.relu(a + b), off=None, write=lambda y, b: y + b):
+    """The reconstruction without a feature, with another step in one place."""
+
+    def silence(f, j):
+        return f.index_fill(1, torch.tensor([j]), 0.0)
+
+    def function(x, W_enc, b_enc, W_dec, b_dec, j):
+        f = code(read(x, b_dec) @ W_enc, b_enc)
+        return write((off or silence)(f, j) @ W_dec, b_dec)
+
+    return function
+
+
+def switched_off_early(x, W_enc, b_enc, W_dec, b_dec, j):
+    a = (x - b_dec) @ W_enc
+    a[:, j] = 0
+    return F.relu(a + b_enc) @ W_dec + b_dec
+
+
+def tied(x, W_enc, b_enc, W_dec, b_dec, j):
+    return switch()(x, W_dec.mT, b_enc, W_dec, b_dec, j)
+
+
+def silence_a_token(f, j):
+    f = f.clone()
+    f[j] = 0
+    return f
+
+
+def by_topk(p, k):
+    f = F.relu(p)
+    values, places = f.flatten().topk(min(k * len(f), f.numel()))
+    return torch.zeros(f.numel(), dtype=f.dtype).scatter(0, places, values).reshape(f.shape)
+
+
+def topk_along(dim):
+    def function(p, k):
+        f = F.relu(p)
+        values, places = f.topk(min(k, f.shape[dim]), dim)
+        return torch.zeros_like(f).scatter(dim, places, values)
+
+    return function
+
+
+def exceeds(index, compare=torch.gt, then=lambda f, kept, tau: f * kept, relu=F.relu):
+    """Keep what exceeds one entry of the sorted batch."""
+
+    def function(p, k):
+        f = relu(p)
+        values, at = f.flatten().sort(descending=True).values, index(k, *f.shape)
+        if at >= len(values):
+            tau = values[-1] - 1 if relu is not F.relu else torch.tensor(0.0)
+            return then(f, f > tau, tau)
+        return then(f, compare(f, values[at]), values[at])
+
+    return function
+
+
+def by_size(p, k):
+    size = p.abs().flatten().sort(descending=True).values
+    return torch.where(p.abs() > size[k * len(p)], p, 0.0) if k * len(p) < p.numel() else p
+
+
+def mean_of_values(weigh=False):
+    def function(batches):
+        total, weights = 0.0, 0
+        for x, x_hat in batches:
+            weight = len(x) if weigh else 1
+            total += weight * (1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum())
+            weights += weight
+        return total / weights
+
+    return function
+
+
+def sums(spread):
+    """Batch by batch, with another denominator."""
+
+    def function(batches):
+        e, s = 0.0, 0.0
+        for x, y in batches:
+            e, s = e + (x - y).square().sum(), s + spread(x)
+        return 1 - e / s
+
+    return function
+
+
+def streamed(of=lambda e, s, n, bias: 1 - e.sum() / s.sum(), one_mean=False, mean_of_means=False):
+    def function(batches):
+        n, pieces, error, total, squares, means, bias = 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0
+        for x, y in batches:
+            n, pieces, error, bias = n + len(x), pieces + 1, error + (x - y).square().sum(0), bias + (x - y).sum(0)
+            total, squares, means = total + x.sum(0), squares + x.square().sum(0), means + x.mean(0)
+        mean = means / pieces if mean_of_means else total / n
+        mean = mean.mean() if one_mean else mean
+        return of(error, squares - 2 * mean * total + n * mean**2, n, bias)
+
+    return function
+
+
+def last_only(batches):
+    for x, y in batches:
+        value = 1 - (x - y).square().sum() / (x - x.mean(0)).square().sum()
+    return value
+
+
+def gathered(batches):
+    x, y = (torch.cat(half) for half in zip(*batches, strict=True))
+    return 1 - (x - y).square().sum() / (x - x.mean(0)).square().sum()
+
+
+def rows(dim=1, unit=True, keep=lambda G, along: G - along, lever=lambda y, length: y / length):
+    def function(G, V):
+        length = V.norm(dim=dim, keepdim=True)
+        W = V / length if unit else V
+        return lever(keep(G, (G * W).sum(dim, keepdim=True) * W), length)
+
+    return function
+
+
+def one_vector(G, V):
+    W = V / V.norm()
+    return (G - (G * W).sum() * W) / V.norm()
+
+
+WRONG = {
+    "10.A": {
+        "b_dec is not subtracted from x": switch(read=lambda x, b: x),
+        "b_dec is added to x": switch(read=lambda x, b: x + b),
+        "b_dec is missing from the reconstruction": switch(write=lambda y, b: y),
+        "neither subtracted nor added": switch(read=lambda x, b: x, write=lambda y, b: y),
+        "b_dec is subtracted from the reconstruction": switch(write=lambda y, b: y - b),
+        "b_enc is missing": switch(code=lambda a, b: F.relu(a)),
+        "the ReLU is missing": switch(code=torch.add),
+        "the ReLU comes before b_enc": switch(code=lambda a, b: F.relu(a) + b),
+        "applied to the reconstruction instead": switch(code=torch.add, write=lambda y, b: F.relu(y + b)),
+        "rectified too": switch(write=lambda y, b: F.relu(y + b)),
+        "which switches it on again": switched_off_early,
+        "all features are active": switch(off=lambda f, j: f),
+        "only feature j is active": switch(off=lambda f, j: F.one_hot(torch.tensor(j), f.shape[1]) * f),
+        "a token is silenced": switch(off=silence_a_token),
+        "W_dec transposed encodes": tied,
+    },
+    "10.B": {
+        "that is TopK": topk_along(1),
+        "of each feature": topk_along(0),
+        "k entries of the whole batch": exceeds(lambda k, n, m: k),
+        "k·m entries": exceeds(lambda k, n, m: k * m),
+        "one entry too few": exceeds(lambda k, n, m: k * n - 1),
+        "one entry too many": exceeds(lambda k, n, m: k * n + 1),
+        "negative entries are kept": exceeds(lambda k, n, m: k * n, relu=lambda p: p),
+        "by absolute value": by_size,
+        "that is shrinkage": exceeds(lambda k, n, m: k * n, then=lambda f, kept, tau: (f - tau) * kept),
+        "says which entries": exceeds(lambda k, n, m: k * n, then=lambda f, kept, tau: kept.double()),
+        "keep the large entries": exceeds(lambda k, n, m: k * n, then=lambda f, kept, tau: f * ~kept),
+        "all are kept, more than the budget": exceeds(lambda k, n, m: k * n - 1, torch.ge),
+        "up to the sorting": by_topk,
+    },
+    "10.C": {
+        "^explained_variance: the mean of the batches' explained": mean_of_values(),
+        "the weighted mean": mean_of_values(weigh=True),
+        "only the last batch": last_only,
+        "centred on its own mean": sums(lambda x: (x - x.mean(0)).square().sum()),
+        "the mean of the batches' means": streamed(mean_of_means=True),
+        "not centred": sums(lambda x: x.square().sum()),
+        "one mean over all neurons": streamed(one_mean=True),
+        "mean of its neurons": sums(lambda x: (x - x.mean(1, keepdim=True)).square().sum()),
+        "mean of the neurons'": streamed(lambda e, s, n, bias: 1 - (e / s).mean()),
+        "the errors are centred": streamed(lambda e, s, n, bias: 1 - (e - bias**2 / n).sum() / s.sum()),
+        "not explained": streamed(lambda e, s, n, bias: e.sum() / s.sum()),
+        "batches are kept": gathered,
+    },
+    "10.D": {
+        "the lever is missing: the same": rows(lever=lambda y, length: y),
+        "multiplied by the length": rows(lever=lambda y, length: y * length),
+        "square of the length": rows(lever=lambda y, length: y / length**2),
+        "still there": rows(keep=lambda G, along: G),
+        "as it is": lambda G, V: G,
+        "is added instead": rows(keep=torch.add),
+        "the rest is wanted": rows(keep=lambda G, along: along),
+        "not of unit length$": rows(unit=False),
+        "unit length, and the lever": rows(unit=False, lever=lambda y, length: y),
+        "columns are treated": rows(dim=0),
+        "one long vector": one_vector,
+    },
+}
