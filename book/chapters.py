@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import exercises
 import jupytext
 import nbformat
 from nbformat.notebooknode import NotebookNode
 from notebooks import BOOK, assemble, compare
+
+import exercises
 
 
 def slugs(book: Path = BOOK) -> list[str]:

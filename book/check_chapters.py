@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import exercises
 import nbformat
 from chapters import differences, read, slugs
 from nbformat.notebooknode import NotebookNode
 from notebooks import BOOK, ROOT
+
+import exercises
 
 MAX_CELLS = 41
 # A misspelt tag would silently do nothing, so only these may be used. nbval-skip is not among them: every cell is run.

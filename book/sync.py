@@ -19,7 +19,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import exercises
 import nbformat
 from chapters import differences, generate, slugs
 from check_chapters import check_all
@@ -27,6 +26,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.notebooknode import NotebookNode
 from notebooks import BOOK
+
+import exercises
 
 CELL_TIMEOUT = 600  # seconds; a chapter is meant to take less than 60 in all
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
