@@ -41,6 +41,26 @@ if TYPE_CHECKING:
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def check_same_run(path: Path, facts: dict[str, dict]) -> None:
+    """Refuse a folder in which a run of these facts can neither begin nor go on.
+
+    What a kill left half-written, such as run.json.part, is in nobody's way.
+
+    Raises:
+        ValueError: the run.json in `path` states other facts, or there is none but other files.
+    """
+    if (path / "run.json").is_file():
+        begun = read_config(path / "run.json")
+        for part, ours in facts.items():
+            theirs = begun.get(part) or {}
+            differing = [name for name in ours if theirs.get(name) != ours[name]]
+            if differing:
+                listed = ", ".join(f"{name} was {theirs.get(name)}, now {ours[name]}" for name in differing)
+                raise ValueError(f"{path} holds a run with another {part} ({listed}): choose another folder")
+    elif path.is_dir() and any(entry.suffix != ".part" for entry in path.iterdir()):
+        raise ValueError(f"{path} is not empty and holds no run: choose another folder")
+
+
 class RunDirectory:
     """The folder of one run. All processes hold it; the main one writes."""
 
@@ -71,16 +91,7 @@ class RunDirectory:
             "validation": validation.facts(),
         }
         file = run.path / "run.json"
-        if file.is_file():
-            begun = read_config(file)
-            for part, ours in facts.items():
-                theirs = begun.get(part) or {}
-                differing = [name for name in ours if theirs.get(name) != ours[name]]
-                if differing:
-                    listed = ", ".join(f"{name} was {theirs.get(name)}, now {ours[name]}" for name in differing)
-                    raise ValueError(f"{run.path} holds a run with another {part} ({listed}): choose another folder")
-        elif run.path.is_dir() and any(entry.suffix != ".part" for entry in run.path.iterdir()):
-            raise ValueError(f"{run.path} is not empty and holds no run: choose another folder")
+        check_same_run(run.path, facts)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not file.is_file():
             with run._writing():

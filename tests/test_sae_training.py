@@ -359,6 +359,20 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
                 assert loaded.W_enc.equal(sae.W_enc.cpu()) and loaded.config == sae.config
 
 
+def test_a_kill_while_the_run_is_written_down_is_in_nobodys_way(tmp_path, monkeypatch):
+    arguments = dict(config=config("relu"), recipe=recipe(), run_dir=tmp_path)
+
+    def dying(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("cratelab.record.os.replace", dying)
+        train_saes(talkative(), corpus(), corpus(200), **arguments)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json.part"]
+    train_saes(talkative(), corpus(), corpus(200), **arguments)
+    assert (tmp_path / "layer-0" / "cfg.json").is_file()
+
+
 def test_a_finished_run_is_returned_as_it_is(tmp_path, monkeypatch):
     arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path
     done = train_saes(*arguments)

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.reading import pieces_of, watch_neurons
-from cratelab.language_model import LanguageModel, load_foreign, read_config
+from cratelab.language_model import LanguageModel, load_foreign
 from cratelab.record import provenance, write_json
+from cratelab.run_directory import check_same_run
 from cratelab.sae.autoencoder import Sae, SaeConfig
 from cratelab.sae.evaluation import SaeScores, evaluate_sae
 from cratelab.sae.learner import Learner
@@ -263,17 +264,8 @@ class _Run:
             "sae": asdict(config) | {"layers": layers},
             "recipe": asdict(recipe) | {"resample_at": list(recipe.resample_at)},
         }
-        if (path / "run.json").is_file():
-            begun = read_config(path / "run.json")
-            for part, ours in facts.items():
-                theirs = begun.get(part) or {}
-                if differing := [f"{k} was {theirs.get(k)}, now {ours[k]}" for k in ours if theirs.get(k) != ours[k]]:
-                    raise ValueError(
-                        f"{path} holds a run with another {part} ({', '.join(differing)}): choose another folder"
-                    )
-        elif path.is_dir() and any(path.iterdir()):
-            raise ValueError(f"{path} is not empty and holds no run: choose another folder")
-        else:
+        check_same_run(path, facts)
+        if not (path / "run.json").is_file():
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / "run.json", facts | {"provenance": provenance()})
 
