@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -35,6 +36,8 @@ def test_every_equation_is_listed_with_the_functions_that_cite_it(html):
     page = (html / "equations.html").read_text(encoding="utf8")
     labels = equation_labels()
     assert len(labels) > 60 and page.count("#equation-eq-") == len(labels)
+    numbers = [tuple(map(int, number)) for number in re.findall(r"\((\d+)\.(\d+)\)", page)]
+    assert numbers == sorted(numbers) and len(numbers) == len(labels)
     (row,) = (row for row in page.split("<tr") if "#equation-eq-01-3" in row)
     assert "api/coding_rate.html#cratelab.coding_rate.coding_rate" in row
 

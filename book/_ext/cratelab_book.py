@@ -41,15 +41,10 @@ class EquationTable(SphinxDirective):
         self.env.note_reread()  # depends on every chapter and docstring
         citing = citations()
         lines = ["| equation | chapter | in the library |", "|---|---|---|"]
-        for label, (slug, *_) in sorted(equation_labels(book).items(), key=lambda item: natural(item[0])):
+        for label, (slug, *_) in equation_labels(book).items():  # in the order of the text, which numbers them
             names = ", ".join(f"{{py:obj}}`~{name}`" for name in citing.get(label, []))
             lines.append(f"| {{eq}}`{label}` | [](/{slug}) | {names} |")
         return self.parse_text_to_nodes(StringList(lines, str(book / "equations.md")))
-
-
-def natural(label):
-    """eq-04-10 comes after eq-04-9."""
-    return [int(part) if part.isdigit() else part for part in label.split("-")]
 
 
 def citations():
