@@ -1,4 +1,7 @@
-"""From the text of a chapter (book/src/NN_slug.md) to the cells of its notebook (book/NN_slug.ipynb), unexecuted."""
+"""From the text of a chapter (book/src/NN_slug.md) to the cells of its notebook (book/NN_slug.ipynb), unexecuted.
+
+A code cell that draws states in words what its figure shows, `:alt: "…"` under its first line: the picture's alt text.
+"""
 
 from pathlib import Path
 
@@ -21,6 +24,9 @@ def generate(slug: str, book: Path = BOOK) -> NotebookNode:
     cells = jupytext.read(path, fmt="md:myst").cells
     if not cells or cells[0].cell_type != "markdown" or not cells[0].source.startswith("# "):
         raise ValueError(f"{path}: a chapter starts with a Markdown cell whose first line is its title, '# …'")
+    for cell in cells:
+        if "alt" in cell.metadata:  # where MyST-NB looks for it
+            cell.metadata["mystnb"] = {"image": {"alt": cell.metadata.pop("alt")}}
     if exercises.source(slug, book).exists():
         cells.append(nbformat.v4.new_markdown_cell(exercises.contents(slug, book)))
     return assemble(cells, book)

@@ -91,6 +91,21 @@ def check_cells(slug: str, book: Path = BOOK) -> Iterator[str]:
             )
 
 
+def check_figures(slug: str, book: Path = BOOK) -> Iterator[str]:
+    """Every cell that draws says in words what its figure shows, and no other does."""
+    notebook = read(slug, book)
+    if notebook is None:
+        return
+    for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
+        draws = any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {}))
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        where = f"book/src/{slug}.md, code cell {number}"
+        if draws and len(alt.split()) < 8:
+            yield f'{where}: a figure needs an alt text, a sentence or two: `:alt: "…"` under ```{{code-cell}} python'
+        if alt and not draws:
+            yield f"{where}: it has an alt text and draws nothing"
+
+
 def equation_labels(book: Path = BOOK) -> dict[str, list[str]]:
     """Equation label -> the chapters that define it (one, if all is well)."""
     found: dict[str, list[str]] = {}
@@ -138,7 +153,7 @@ def check_exercises(slug: str, book: Path = BOOK) -> Iterator[str]:
         yield f"exercises/{slug}.ipynb has outputs, which are the reader's to make. Run `make sync`."
 
 
-CHAPTER_CHECKS = (check_pair, check_executed, check_cells, check_exercises)
+CHAPTER_CHECKS = (check_pair, check_executed, check_cells, check_figures, check_exercises)
 
 
 def check_all(only: list[str] | None = None, book: Path = BOOK) -> list[str]:

@@ -1,34 +1,36 @@
 """Open every built page in headless Chromium and report what a reader would see go wrong.
 
     make book && python book/check_pages.py            every page, from a local server, with no other network
-    python book/check_pages.py --shots FOLDER          and a screenshot of each, light and dark
+    python book/check_pages.py --shots FOLDER          and screenshots of each: wide and narrow, light and dark
+    python book/check_pages.py 03_mssa intro           these pages only
 
-A page fails on a console error, a failed request, a request to another host, or a formula left untypeset.
+A page fails on a console error, a failed request, a request to another host, a formula left untypeset, a picture
+without alt text, a width beyond a phone's, or a link that leads nowhere. Links to other sites are judged by their
+form, and those to the book's repository by the file they name.
 """
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
+from notebooks import ROOT, repository_url
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
 HTML = Path(__file__).parent / "_build" / "html"
 GENERATED = {"genindex.html", "search.html", "py-modindex.html", "prf-prf.html", "index.html"}
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1400,1600"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
-)
 # Formulas: how many MathJax containers, how many errors in them, and text outside code that still shows its TeX.
+# Pictures: those without alt text, for which Sphinx puts the name of the file.
 READ_PAGE = """
 const raw = [...document.querySelectorAll('.math')].filter(e => !e.querySelector('mjx-container'));
 const text = document.createTreeWalker(document.querySelector('article'), NodeFilter.SHOW_TEXT);
@@ -36,15 +38,45 @@ let dollars = 0;
 while (text.nextNode())
     if (text.currentNode.data.includes('$$') && !text.currentNode.parentElement.closest('pre, code')) dollars++;
 return {formulas: document.querySelectorAll('mjx-container').length,
-        errors: document.querySelectorAll('mjx-merror, [data-mjx-error]').length, raw: raw.length + dollars};
+        errors: document.querySelectorAll('mjx-merror, [data-mjx-error]').length, raw: raw.length + dollars,
+        pictures: [...document.querySelectorAll('article img')].filter(e => !e.alt.includes(' ')).map(e => e.src),
+        anchors: [...document.querySelectorAll('[id]')].map(e => e.id),
+        links: [...new Set([...document.querySelectorAll('a[href]')].map(e => e.href))],
+        seconds: performance.getEntriesByType('navigation')[0].loadEventEnd / 1000,
+        megabytes: performance.getEntriesByType('resource').reduce((sum, e) => sum + e.decodedBodySize, 0) / 1e6};
 """
-
-
+# What sticks out at the right of a phone's screen, unless something around it scrolls or cuts it off.
+READ_WIDTH = """
+const wide = [...document.querySelectorAll('article *')].filter(element => {
+    if (element.getBoundingClientRect().right <= innerWidth + 1) return false;
+    for (let around = element.parentElement; around; around = around.parentElement)
+        if (getComputedStyle(around).overflowX !== 'visible') return false;
+    return getComputedStyle(element).overflowX === 'visible' && !element.closest('mjx-assistive-mml');
+});
+return wide.slice(0, 3).map(e => e.outerHTML.slice(0, 90));
+"""
 WAIT_FOR_FORMULAS = """
 const done = arguments[0];
 window.MathJax?.startup ? MathJax.startup.promise.then(() => done(true)) : done(true);
 """
 SET_MODE = "const data = document.documentElement.dataset; data.theme = data.mode = arguments[0]"
+DESKTOP, PHONE = (
+    (1400, 1500),
+    (390, 1500),
+)  # pixels: the browser's window, a phone held upright, and a screenshot's tile
+FLAGS = (
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--window-size={},{}".format(*DESKTOP),
+    ),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+)
+# What an address elsewhere must look like, beside https and a host with a dot.
+FORMS = {"arxiv.org": r"/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?", "doi.org": r"/10\.\d{4,9}/\S+"}
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -70,14 +102,51 @@ def chromium() -> tuple[str, str] | None:
     return (binary, driver) if binary and driver else None
 
 
-def inspect(driver: webdriver.Chrome, url: str) -> tuple[int, list[str]]:
-    """The number of formulas on a page, and what is wrong with it."""
+def inspect(driver: webdriver.Chrome, url: str) -> tuple[dict, list[str]]:
+    """What a page holds (formulas, links, anchors, seconds to load, megabytes), and what is wrong with it."""
     driver.get(url)
     WebDriverWait(driver, 30).until(lambda driver: driver.execute_async_script(WAIT_FOR_FORMULAS))
     page = driver.execute_script(READ_PAGE)
     problems = [f"{page[kind]} formulas: {kind}" for kind in ("errors", "raw") if page[kind]]
+    problems += [f"no alt text: {source}" for source in page["pictures"]]
     problems += [f"console: {entry['message']}" for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
-    return page["formulas"], problems + network_problems(driver, urlsplit(url).netloc)
+    problems += network_problems(driver, urlsplit(url).netloc)
+    with screen(driver, PHONE):
+        problems += [f"wider than a phone: {element}" for element in driver.execute_script(READ_WIDTH)]
+    return page, problems
+
+
+@contextmanager
+def screen(driver: webdriver.Chrome, size: tuple[int, int]) -> Iterator[None]:
+    """A screen of another width and height."""
+    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    yield
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def link_problems(html: Path, address: str, pages: dict[str, dict]) -> Iterator[tuple[str, str]]:
+    """Page and complaint for each link that leads nowhere, as far as one can see without a network."""
+    anchors = {name: set(page["anchors"]) for name, page in pages.items()}
+    ours = urlsplit(repository_url()).path
+    for name, page in pages.items():
+        for link in page["links"]:
+            parts = urlsplit(link)
+            path = unquote(parts.path).lstrip("/")
+            if link.startswith(f"{address}/"):
+                if not (html / path).exists():
+                    yield name, f"leads to no page: /{path}"
+                elif parts.fragment and path in anchors and unquote(parts.fragment) not in anchors[path]:
+                    yield name, f"leads to no place on its page: /{path}#{parts.fragment}"
+            elif parts.scheme in ("mailto", "javascript"):
+                continue
+            elif parts.scheme != "https" or not re.fullmatch(r"([\w-]+\.)+[a-z]{2,}", parts.netloc):
+                yield name, f"an odd address: {link}"
+            elif not re.fullmatch(FORMS.get(parts.netloc, ".*"), parts.path):
+                yield name, f"{parts.netloc} has no such address: {link}"
+            file = re.search(rf"{ours}/(?:blob|tree)/[^/]+/(.+)", unquote(parts.path))
+            if file and not (ROOT / file[1]).exists():
+                yield name, f"the repository has no {file[1]}"
 
 
 def network_problems(driver: webdriver.Chrome, host: str) -> list[str]:
@@ -99,33 +168,42 @@ def network_problems(driver: webdriver.Chrome, host: str) -> list[str]:
     return problems
 
 
-def shoot(driver: webdriver.Chrome, file: Path) -> None:
-    """A screenshot of the whole page in both modes: NAME-light.png and NAME-dark.png."""
-    for mode in ("light", "dark"):
-        driver.execute_script(SET_MODE, mode)
-        height = driver.execute_script("return document.documentElement.scrollHeight")
-        driver.set_window_size(1400, min(height + 150, 12000))
-        driver.save_screenshot(str(file.with_name(f"{file.name}-{mode}.png")))
-    driver.set_window_size(1400, 1600)
+def shoot(driver: webdriver.Chrome, folder: Path, name: str) -> None:
+    """Screenshots of a whole page, from top to bottom: NAME-{wide,phone}-{light,dark}-01.png and on."""
+    for size, (width, step) in {"wide": DESKTOP, "phone": PHONE}.items():
+        with screen(driver, (width, step)):
+            for mode in ("light", "dark"):
+                driver.execute_script(SET_MODE, mode)
+                height = driver.execute_script("return document.documentElement.scrollHeight")
+                for number, top in enumerate(range(0, height, step), start=1):
+                    driver.execute_script("scrollTo({top: arguments[0], behavior: 'instant'})", top)
+                    driver.save_screenshot(str(folder / f"{name}-{size}-{mode}-{number:02}.png"))
     driver.get_log("browser"), driver.get_log("performance")  # what the screenshots caused is no problem of the page
 
 
-def check(html: Path = HTML, shots: Path | None = None) -> dict[str, list[str]]:
+def check(html: Path = HTML, shots: Path | None = None, only: Sequence[str] = ()) -> dict[str, list[str]]:
     """Problems of each page; prints a table as it goes."""
-    pages = sorted(path for path in html.rglob("*.html") if path.name not in GENERATED and "_static" not in path.parts)
-    found = {}
-    print(f"{'page':32} formulas  problems")
+    paths = sorted(path for path in html.rglob("*.html") if path.name not in GENERATED and "_static" not in path.parts)
+    pages, found = {}, {}
+    print(f"{'page':32} formulas  load, s  MB    problems")
     with tempfile.TemporaryDirectory() as profile, served(html) as address:
         driver = browser(profile)
         try:
-            for path in pages:
+            for path in paths:
                 name = path.relative_to(html).as_posix()
-                formulas, found[name] = inspect(driver, f"{address}/{name}")
-                print(f"{name:32} {formulas:8}  {'; '.join(found[name]) or 'none'}")
+                if only and name.removesuffix(".html") not in only:
+                    continue
+                page, found[name] = inspect(driver, f"{address}/{name}")
+                pages[name] = page
+                speed = f"{page['seconds']:7.1f}  {page['megabytes']:4.1f}"
+                print(f"{name:32} {page['formulas']:8}  {speed}  {'; '.join(found[name]) or 'none'}")
                 if shots:
-                    shoot(driver, shots / name.removesuffix(".html").replace("/", "-"))
+                    shoot(driver, shots, name.removesuffix(".html").replace("/", "-"))
         finally:
             driver.quit()
+        for name, problem in link_problems(html, address, pages):
+            print(f"{name}: {problem}")
+            found[name].append(problem)
     return found
 
 
@@ -140,6 +218,7 @@ def served(folder: Path) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="*", help="names of pages, such as 03_mssa or api/ista")
     parser.add_argument("--shots", type=Path, help="folder for screenshots")
     options = parser.parse_args()
     if chromium() is None:
@@ -148,7 +227,7 @@ def main() -> int:
         sys.exit(f"{HTML} has no built book. Run `make book` first.")
     if options.shots:
         options.shots.mkdir(parents=True, exist_ok=True)
-    return any(check(shots=options.shots).values())
+    return any(check(shots=options.shots, only=options.pages).values())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Generate and execute the notebooks of the book, and those of its exercises and solutions, from their text.
 
-    python book/sync.py               every chapter and its exercises where text and notebook differ
+    python book/sync.py               every chapter and its exercises where text and notebook differ; executes those
+                                      whose code changed, and keeps the outputs of the others
     python book/sync.py 03_mssa       that chapter and its exercises, if they differ
-    python book/sync.py --all         every chapter and its exercises, whether they differ or not
+    python book/sync.py --all         executes every chapter and its exercises, whether they differ or not
     python book/sync.py --check       change nothing; say what is out of sync or broken, and fail
 
 Only book/src/*.md and solutions/*.py are edited by hand. Two runs on one machine give the same bytes.
@@ -53,11 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             for slug in chosen:
                 if options.all or differences(slug):
-                    print(f"book/{slug}.ipynb: executed in {update(slug):.1f} s")
+                    print(f"book/{slug}.ipynb: {outcome(update(slug, again=options.all))}")
                 else:
                     print(f"book/{slug}.ipynb: unchanged")
                 if slug in exercises.slugs() and (options.all or exercises.differences(slug)):
-                    print(f"exercises/ and solutions/{slug}.ipynb: executed in {update_exercises(slug):.1f} s")
+                    seconds = update_exercises(slug, again=options.all)
+                    print(f"exercises/ and solutions/{slug}.ipynb: {outcome(seconds)}")
         except (ChapterError, exercises.ExerciseError) as error:
             print(f"{error}\nIts notebooks were left as they were.", file=sys.stderr)
             return 1
@@ -69,23 +71,51 @@ def main(arguments: list[str] | None = None) -> int:
     return bool(messages)
 
 
-def update(slug: str, book: Path = BOOK) -> float:
-    """Generate and execute a chapter, write its notebook and its entry in execution.json; the seconds it took."""
-    notebook = generate(slug, book)
-    seconds = execute(notebook, f"book/src/{slug}.md", book)
-    write(book / f"{slug}.ipynb", nbformat.writes(notebook) + "\n")
-    record(slug, seconds, book)
+def outcome(seconds: float | None) -> str:
+    return "same code, outputs kept" if seconds is None else f"executed in {seconds:.1f} s"
+
+
+def update(slug: str, book: Path = BOOK, again: bool = True) -> float | None:
+    """Write the notebook of a chapter, executed, and its entry in execution.json.
+
+    Returns:
+        the seconds it took, or None where the code was not executed because only text had changed (and not `again`).
+    """
+    notebook, path = generate(slug, book), book / f"{slug}.ipynb"
+    seconds = None
+    if again or not keep_outputs(path, notebook):
+        seconds = execute(notebook, f"book/src/{slug}.md", book)
+        record(slug, seconds, book)
+    write(path, nbformat.writes(notebook) + "\n")
     return seconds
 
 
-def update_exercises(slug: str, book: Path = BOOK) -> float:
-    """Generate the notebooks of exercises and solutions, execute and write them; the seconds it took."""
+def update_exercises(slug: str, book: Path = BOOK, again: bool = True) -> float | None:
+    """Write the notebooks of exercises and solutions, the latter executed; returns as `update` does."""
     to_do, done = exercises.generate(slug, book)
-    seconds = execute(done, f"solutions/{slug}.py", book.parent / "solutions")
-    for path, notebook in zip(exercises.paths(slug, book), (to_do, done), strict=True):
+    paths = exercises.paths(slug, book)
+    seconds = None
+    if again or not keep_outputs(paths[1], done):
+        seconds = execute(done, f"solutions/{slug}.py", book.parent / "solutions")
+    for path, notebook in zip(paths, (to_do, done), strict=True):
         path.parent.mkdir(exist_ok=True)
         write(path, nbformat.writes(notebook) + "\n")
     return seconds
+
+
+def keep_outputs(path: Path, notebook: NotebookNode) -> bool:
+    """Take over the outputs of the notebook at `path`, if it was executed and its code is the same; whether it is."""
+    if not path.exists():
+        return False
+    old, new = (
+        [cell for cell in each.cells if cell.cell_type == "code"]
+        for each in (nbformat.read(path, as_version=4), notebook)
+    )
+    if [cell.source for cell in old] != [cell.source for cell in new] or None in [c.execution_count for c in old]:
+        return False
+    for before, after in zip(old, new, strict=True):
+        after.outputs, after.execution_count = before.outputs, before.execution_count
+    return True
 
 
 def execute(notebook: NotebookNode, text: str, folder: Path) -> float:

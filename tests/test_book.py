@@ -141,7 +141,7 @@ def messages(check, book: Path) -> str:
 
 
 def test_sample_passes_every_check(book):
-    assert [messages(check, book) for check in check_chapters.CHAPTER_CHECKS] == ["", "", "", ""]
+    assert [messages(check, book) for check in check_chapters.CHAPTER_CHECKS] == [""] * 5
     assert list(check_chapters.check_equations(book, library=book)) == []
 
 
@@ -149,6 +149,18 @@ def test_executing_again_gives_the_same_bytes(book):
     before = (book / "01_sample.ipynb").read_bytes()
     sync.update("01_sample", book)
     assert (book / "01_sample.ipynb").read_bytes() == before
+
+
+def test_new_text_keeps_outputs_and_new_code_does_not(book):
+    done = chapters.read("01_sample", book)
+    rewrite(book, "Some text.", "Other text.")
+    (book / "01_sample.ipynb").write_text(nbformat.writes(done))
+    assert sync.update("01_sample", book, again=False) is None
+    assert [messages(check, book) for check in check_chapters.CHAPTER_CHECKS] == [""] * 5
+    rewrite(book, "print(1 + 1)", "print(1 + 2)")
+    (book / "01_sample.ipynb").write_text(nbformat.writes(done))
+    assert sync.update("01_sample", book, again=False) > 0
+    assert chapters.read("01_sample", book).cells[2].outputs[0].text == "3\n"
 
 
 def test_failing_cell_is_named_and_leaves_the_notebook(book):
@@ -208,6 +220,17 @@ def output(kind: str, **fields):
 def test_unusable_output_is_noticed(book, change, complaint):
     edit(book, lambda notebook: notebook.cells[3].update(change))
     assert complaint in messages(check_chapters.check_executed, book)
+
+
+def test_figure_without_alt_text_and_alt_text_without_figure_are_noticed(book):
+    edit(book, lambda notebook: notebook.cells[2].update(outputs=output("display_data", data={"image/png": "iVBORw"})))
+    assert "code cell 2: a figure needs an alt text" in messages(check_chapters.check_figures, book)
+    rewrite(book, "print(1 + 1)", ':alt: "A line that rises from one to two, and a second: it stays where it is."\n\n1')
+    assert "code cell 2: it has an alt text and draws nothing" in messages(check_chapters.check_figures, book)
+    (cell,) = (cell for cell in chapters.read("01_sample", book).cells if "mystnb" in cell.metadata)
+    assert cell.metadata == {"mystnb": {"image": {"alt": cell.metadata.mystnb.image.alt}}} and cell.source == "1"
+    edit(book, lambda notebook: notebook.cells[2].update(outputs=output("display_data", data={"image/png": "iVBORw"})))
+    assert messages(check_chapters.check_figures, book) == ""
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class OpenAIEndpoint:
     Use as a context manager, or `close` it.
 
     Args:
-        base_url: up to the version, such as "https://api.openai.com/v1" or "http://localhost:8000/v1".
+        base_url: up to the version, such as `https://api.openai.com/v1` or `http://localhost:8000/v1`.
         model: the name that the server gives it.
         api_key: sent as bearer token. Unless given, the variable OPENAI_API_KEY, to api.openai.com alone.
         chat: ask /chat/completions, for models that reply; False asks /completions, for models that continue a text.
