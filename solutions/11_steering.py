@@ -9,10 +9,21 @@
 # $$
 
 # %%
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from scipy.stats import spearmanr
 
+from cratelab import plots, steering_cost
+from cratelab.checks import experiment as experiment_check
 from cratelab.checks import steering as check
+from cratelab.corpora import tinyworld
+from cratelab.interpret.evaluation import collect_for_protocols, evaluate
+from cratelab.interpret.explainers import TokenExplainer
+from cratelab.reference_models import load_reference
+from cratelab.steering import neuron_maxima
 
+plots.use_style()
 torch.set_num_threads(1)
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -207,3 +218,114 @@ for level in (1.0, 2.0, 4.0):
     print(
         f"lift {level:.0f}: median of all {float(each.median()):.2f}, of the {len(kept)} that reach it {kept.median():.2f}"
     )
+
+# %% [markdown]
+# ## Exercise 11.E: An experiment of your own: does a good explanation tell how to steer?
+#
+# - **Goal:** put a claim about neurons to a test that it could fail.
+# - **Difficulty:** 5 of 5
+# - **Time:** 120 minutes
+#
+# Chapters 8 to 10 score neurons by how well an explanation foretells when they fire; chapter 11 sets them and watches what the network says. One would hope that the two go together: a neuron whose explanation scores high should, when it is set, raise the words that its explanation names. Does it? Or take
+# another question about part IV, such as: does a neuron keep its score on another text? Are neurons that score high under one protocol the ones that score high under another? Does it cost more to steer at some places of a text than at others? Are two neurons pushed together cheaper than one? Do the
+# neurons that a concept names matter for the loss where that concept holds? Any will do whose answer you do not know yet.
+#
+# Write `experiment(seed)`. It returns a dictionary of numbers: what you measure, under names of your choice, and under `"control"` the same measurement where the effect cannot be there. It takes a few seconds at most, and every random number in it
+# comes from `seed`. `load_reference("crate", "toy", seed)` has trained models for seeds 0 to 2, and `"gpt2"` too. The check looks only at this. What you find is judged by a reader:
+#
+# | | 0 | 1 | 2 |
+# |---|---|---|---|
+# | question | none, or one that no result could answer | answerable, but the answer is clear beforehand | one sentence, and a prediction written down before measuring |
+# | control | none | present, but differs in more than one way | differs in nothing but the effect |
+# | numbers | one run | several seeds, mean only | several trained models and texts, each with a spread; none left out, and it is said what varies |
+# | figure or table | cannot be read alone | axes and units are named | shows control and effect so that one sees the answer |
+# | conclusion | says more than was measured | says what was measured | says also what would have changed it, and what it does not show |
+
+
+# %%
+def experiment(seed):
+    """{what you measure: number, …, "control": number}"""
+    # BEGIN SOLUTION
+    scores, lifts = scores_and_lifts("crate", seed)
+    others = np.random.default_rng(seed).permutation(scores)
+    return {
+        "correlation": spearmanr(scores, lifts).statistic,
+        "control": spearmanr(others, lifts).statistic,
+    }
+
+
+def scores_and_lifts(name, seed, n_tokens=20_000, layer=1):
+    """For 100 live neurons: the score of the explanation, and the lift of the ten words it names, less the controls'."""
+    model = load_reference(name, "toy", seed % 3).requires_grad_(False)
+    corpus = tinyworld.generate(n_tokens, seed=100 + seed, context=128).corpus()
+    v = model.config.vocab_size
+    records = collect_for_protocols(model, corpus, ["top-and-random"], seed=seed)
+    (found,) = evaluate(records, {"token": TokenExplainer()})
+    maxima = neuron_maxima(model, corpus)[layer]
+    neurons = steering_cost.draw_live(maxima, 100, seed)
+    named = steering_cost.named_tokens(found.explanations, layer, neurons, 10, v)
+    controls = steering_cost.control_tokens(named, steering_cost.token_counts(corpus, v), seed=seed)
+    spans = [corpus.document_span(i) for i in range(corpus.n_documents)]
+    starts = [start for start, stop in spans if stop - start >= 64][:4]
+    contexts = torch.from_numpy(np.stack([corpus[start : start + 64] for start in starts]).astype("int64"))
+    at_maximum = steering_cost.frontier(
+        model, contexts, layer, neurons, maxima[neurons], named, controls, strengths=[1.0]
+    )
+    scores = found.scores.correlation[layer, neurons].nan_to_num(0)
+    return scores.numpy(), (at_maximum.lift - at_maximum.control_lift)[1].numpy()
+    # END SOLUTION
+
+
+# %% tags=["check"]
+experiment_check.conduct(experiment)
+
+# %% [markdown] tags=["hint"]
+# You need two numbers for each neuron, one from chapter 8 and one from chapter 11, and then something that says whether they go together without caring about their units. The control gives each neuron the first number of another neuron.
+
+# %% [markdown] tags=["hint"]
+# `evaluate(collect_for_protocols(model, corpus, ["top-and-random"], seed=seed), {"token": TokenExplainer()})` has scores and explanations of all neurons. `steering_cost.named_tokens` turns explanations into words, `control_tokens` draws words that are as frequent, and `frontier(…, strengths=[1.0])` sets each neuron to its
+# maximum and measures both. Leave the words' own frequency out: take the lift of the controls off.
+
+# %% [markdown] tags=["solution"]
+# One answer among many. **Question:** among the neurons of one layer, do those with the better score raise the words of their explanation more? **Prediction:** yes in CRATE, where one column reads and writes, so that a neuron that reads some words purely should write them purely; no in GPT-2, where reading and writing are two matrices.
+# **Effect:** the rank correlation, over a hundred neurons of the second layer, of the score (top-and-random, token explainer) and the lift of the ten named words, less that of equally frequent ones, with the neuron set to its maximum. **Control:** the same lifts with the scores of other neurons, two hundred times. **What varies:** six texts that the
+# models have not seen, each with its own draw of neurons; three models of each kind, each of which reads two texts.
+
+# %% tags=["solution"]
+fig, axs = plt.subplots(1, 2, figsize=(8.4, 3.2))
+rows = {}
+for place, (name, colour) in enumerate([("crate", plots.CRATE), ("gpt2", plots.GPT2)]):
+    label = {"crate": "CRATE", "gpt2": "GPT-2"}[name]
+    rows[label] = []
+    for seed in range(6):
+        scores, lifts = scores_and_lifts(name, seed)
+        own, draw = spearmanr(scores, lifts).statistic, np.random.default_rng(seed)
+        shuffled = [spearmanr(draw.permutation(scores), lifts).statistic for _ in range(200)]
+        rows[label].append((own, np.quantile(shuffled, 0.95), np.median(lifts)))
+        if seed == 0:
+            axs[0].plot(scores, lifts, ".", color=colour, ms=5, alpha=0.7, label=label)
+        at = place + 0.12 * (seed - 2.5)
+        axs[1].plot([at, at], np.quantile(shuffled, [0.025, 0.975]), color="0.75", lw=4, solid_capstyle="butt")
+        axs[1].plot(at, own, "D", color=colour, ms=5)
+axs[0].axhline(0, color="black", lw=0.8)
+axs[0].set(
+    xlabel="score of the explanation", ylabel="net lift of its words, nats", title="the neurons of the first run"
+)
+axs[0].legend()
+axs[1].axhline(0, color="black", lw=0.8)
+axs[1].set(
+    xticks=[0, 1], xticklabels=["CRATE", "GPT-2"], ylabel="rank correlation", title="six runs; grey: shuffled, 95 %"
+)
+plt.show()
+for name, found in rows.items():
+    print(f"{name:5} rank correlation      :", "  ".join(f"{row[0]:5.2f}" for row in found))
+    print(f"{name:5} median net lift, nats :", "  ".join(f"{row[2]:5.2f}" for row in found))
+    print(f"{name:5} above 95 % of shuffles:", sum(row[0] > row[1] for row in found), "of 6 runs")
+
+# %% [markdown] tags=["solution"]
+# Each column of the table is a run: models 0, 1, 2 with one text, then with another. **The prediction fails for CRATE.** In no run of either does the score foretell the lift better than the scores of other neurons do; the diamonds lie inside the grey bars. At the same time CRATE's neurons do
+# lift the words that their explanations name, by half a nat and more in the middle, and GPT-2's do not, as the chapter found. So the tie between reading and writing is a property of the architecture, of all neurons alike, and not one of the neurons that are well explained. Who wants a neuron to steer with gains nothing by
+# choosing a high score.
+#
+# **What would have changed the conclusion:** diamonds above the bars for CRATE, in most runs. **What this does not show:** that there is no connection. With a hundred neurons a run, a correlation below 0.2 cannot be told from none. The scores of one layer are alike, most between 0.5 and 0.9, and over a wider range, or between layers, more might be
+# seen. The token explainer names words that the neuron fires *on*; an explainer that names what comes *after* might score differently and steer better. And these are two layers, one world, three models.
