@@ -14,9 +14,9 @@ class Kept:
     """The k windows of highest priority of each of h neurons, so far, in no order. Priority −inf is an empty place."""
 
     def __init__(self, h: int, k: int, window: int, device: torch.device):
-        self.priority = torch.full((h, k), -torch.inf, device=device)
+        self.priority = torch.full((h, k), -torch.inf, dtype=torch.float32, device=device)
         self.tokens = torch.full((h, k, window), NO_TOKEN, dtype=torch.int32, device=device)
-        self.activations = torch.zeros(h, k, window, device=device)
+        self.activations = torch.zeros(h, k, window, dtype=torch.float32, device=device)
         self.starts = torch.full((h, k), -1, device=device)
         self.offsets = torch.zeros((h, k), dtype=torch.long, device=device)
 

@@ -222,7 +222,7 @@ class _Layer:
 
     def __init__(self, h: int, window: int, n_top: int, n_random: int, n_active: int, device: torch.device):
         self.top, self.active = Kept(h, n_top, window, device), Kept(h, n_active, window, device)
-        self.random = torch.zeros(h, n_random, window, device=device)
+        self.random = torch.zeros(h, n_random, window, dtype=torch.float32, device=device)
         self.sum, self.squares, self.positive = torch.zeros(3, h, dtype=torch.float64, device=device)
         self.maximum = torch.full((h,), -torch.inf, dtype=torch.float64, device=device)
 

@@ -269,3 +269,16 @@ def test_wrong_arguments_are_refused():
         collect_records(new_model(vocab_size=7), corpus())
     with pytest.raises(ValueError, match="no token"):
         collect_records(new_model(), TokenizedCorpus.from_arrays(np.zeros(0, int), np.zeros(0, int), [], 3))
+
+
+def test_records_do_not_depend_on_the_default_precision(model):
+    text = random_text(400, 4)
+    expected = collect_records(model, text, window=8, n_top=3, n_random=4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = collect_records(model, text, window=8, n_top=3, n_random=4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.top.activations.dtype == found.random.activations.dtype == torch.float32
+    torch.testing.assert_close(found.top.activations, expected.top.activations, rtol=0, atol=0)
+    torch.testing.assert_close(found.random.activations, expected.random.activations, rtol=0, atol=0)
