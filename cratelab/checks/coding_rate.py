@@ -76,6 +76,7 @@ def mended_rate(function: Callable[[Tensor, float], Tensor]) -> None:
         for subset in left
     }
     mistakes["the factor ½ is lost"] = lambda z, eps: 2 * _rate(z, eps)
+    mistakes["this is what all n tokens cost together: the rate is per token"] = lambda z, eps: len(z) * _rate(z, eps)
     grade(function, CASES, _rate, "a sum over singular values", mistakes)
 
 
@@ -94,6 +95,7 @@ def seen_dimensions(function: Callable[[Tensor, float], Tensor]) -> None:
         "half of what is right: ε² = exp(2 log ε), so its derivative brings a 2 that uses up the ½": lambda z, eps: (
             shares(z, eps).sum() / 2
         ),
+        "twice what is right: the ½ of R is lost": lambda z, eps: 2 * shares(z, eps).sum(),
         "the sign: R falls as ε grows, and minus its slope is asked for": lambda z, eps: -shares(z, eps).sum(),
         "this is dR/dε: by the logarithm of ε there is one more factor ε": lambda z, eps: shares(z, eps).sum() / eps,
         "this is the trace without the inverse: the derivative of log det B is tr(B⁻¹ dB)": lambda z, eps: (
@@ -116,7 +118,7 @@ def worth(function: Callable[[Tensor, float], Tensor]) -> None:
         return torch.autograd.grad(rate, w)[0]
 
     def quadratic(z: Tensor, eps: float, power: int) -> Tensor:
-        """zᵢᵀ B^power zᵢ, by eigenvectors."""
+        """d/ε² zᵢᵀ B^power zᵢ, by eigenvectors."""
         n, d = z.shape
         values, vectors = np.linalg.eigh(np.eye(d) + d / (n * eps**2) * z.T.numpy() @ z.numpy())
         return torch.from_numpy(((z.numpy() @ vectors) ** 2 * values**power).sum(1)) * d / eps**2
@@ -127,6 +129,9 @@ def worth(function: Callable[[Tensor, float], Tensor]) -> None:
         "there is no B⁻¹: this is only the squared length of each token": lambda z, eps: quadratic(z, eps, 0) / 2,
         "this is divided by n: the derivative is by wᵢ, and dB/dwᵢ has no 1/n": lambda z, eps: (
             quadratic(z, eps, -1) / (2 * len(z))
+        ),
+        "each token weighs 1 in your B: at equal weights it is 1/n, since they sum to 1": lambda z, eps: (
+            quadratic(z, eps / len(z) ** 0.5, -1) / (2 * len(z))
         ),
         "the factor d/ε² is lost: dB/dwᵢ = d/ε² zᵢzᵢᵀ": lambda z, eps: quadratic(z, eps, -1) / 2 * eps**2 / z.shape[1],
     }

@@ -66,10 +66,12 @@ WRONG = {
         "twice; and there is still ε where ε² is meant": rate(lambda n, d, e: n / (d * e)),
         "subtracted: .*; and n and d .*; and there is still ε": rate(lambda n, d, e: n / (d * e), centre=True),
         "the factor ½ is lost": rate(right, half=1),
+        "what all n tokens cost together": lambda z, eps: len(z) * rate(right)(z, eps),
         "No common mistake explains it": rate(lambda n, d, e: 1 / (n * e**2)),
     },
     "1.C": {
         "half of what is right": lambda z, eps: seen(z, eps) / 2,
+        "twice what is right": lambda z, eps: 2 * seen(z, eps),
         "the sign": lambda z, eps: -seen(z, eps),
         "this is dR/dε": lambda z, eps: seen(z, eps) / eps,
         "the trace without the inverse": lambda z, eps: torch.trace(matrices(z, eps)[0]),
@@ -85,6 +87,7 @@ WRONG = {
         "only the squared length": lambda z, eps: z.shape[1] / eps**2 / 2 * z.square().sum(1),
         "this is divided by n": lambda z, eps: z.shape[1] / eps**2 / 2 * leverage(z, eps) / len(z),
         "the factor d/ε² is lost": lambda z, eps: leverage(z, eps) / 2,
+        "each token weighs 1 in your B": lambda z, eps: z.shape[1] / eps**2 / 2 * leverage(z, eps / len(z) ** 0.5),
         r"returns the shape \(\)": lambda z, eps: z.shape[1] / eps**2 / 2 * leverage(z, eps).sum(),
     },
 }
