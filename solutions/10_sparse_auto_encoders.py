@@ -48,7 +48,7 @@ check.without_feature(without_feature)
 # Which axis of $f$ are the features? And is $f_j$ still 0 after the ReLU if it was set to 0 before $b_{\text{enc}}$ was added?
 
 # %% [markdown] tags=["solution"]
-# $b_{\text{dec}}$ is the activity that needs no explanation, and it is taken out and put back, so that features describe how a token *differs* from it. With all features off the reconstruction is $b_{\text{dec}}$, not 0. Nothing rectifies $\hat x$: after a GELU, as in GPT-2, neurons can be negative.
+# $b_{\text{dec}}$ is the activity that needs no explanation, and it is taken out and put back, so that features describe how a token *differs* from it. With all features off the reconstruction is $b_{\text{dec}}$, not 0. Nothing rectifies $\hat x$. The neurons of this book are never negative, but those of OpenAI's GPT-2, with its GELU, can be.
 #
 # There is a second way to switch a feature off: subtract $f_j\,w_j$ from $x$ itself. Both remove the same vector. But the first also replaces $x$ by its reconstruction, and whatever the auto-encoder gets wrong is then blamed on the feature, as below, where the error is much larger than the feature's part.
 
@@ -99,7 +99,7 @@ check.batch_topk(batch_topk)
 # %% [markdown] tags=["solution"]
 # $\tau$ is the first entry that is *not* kept. With the threshold at the last that is, the comparison would have to be $\ge$, and ties would break the budget. With $>$ the budget is an upper limit: of equals at its edge all go. Which of them `topk` would keep depends on its implementation, so that a result would not be the same on two machines.
 #
-# What is kept is kept whole. A soft threshold, $\max(f-\tau,0)$, has the same support and takes $\tau$ off every entry: that is the shrinkage of the penalty, which counting was meant to avoid. And $k$ *for each token* is TopK, another method: below, half the tokens have much to say and half have little; with one budget for all, the first get more.
+# What is kept is kept whole. A soft threshold, $\max(f-\tau,0)$, has the same support and takes $\tau$ off every entry: that is the shrinkage of the penalty, which counting was meant to avoid. And $k$ *for each token* is TopK, another method: below, half the tokens are loud and half are quiet, and with one budget for all the loud ones get more of it.
 
 # %% tags=["solution"]
 p = torch.randn(200, 64) * torch.tensor([0.3, 1.0]).repeat(100)[:, None]

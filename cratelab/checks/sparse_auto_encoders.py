@@ -73,6 +73,7 @@ def without_feature(function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, 
         relu: str = "code",
         off: str = "code",
         tied: bool = False,
+        kept_error: bool = False,
     ) -> np.ndarray:
         x, W_enc, b_enc, W_dec, b_dec = (a.numpy() for a in (x, W_enc, b_enc, W_dec, b_dec))
         f = (x + sign_in * b_dec) @ (W_dec.T if tied else W_enc)
@@ -81,6 +82,8 @@ def without_feature(function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, 
         f = np.maximum(f, 0) + b_enc if relu == "early" else f + enc_bias * b_enc
         if relu in ("code", "both"):
             f = np.maximum(f, 0)
+        if kept_error:
+            return x - f[:, [j]] * W_dec[j]
         if off == "token":
             f[j % len(f)] = 0
         elif off == "only":
@@ -102,12 +105,15 @@ def without_feature(function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, 
         "the ReLU is missing: features would have negative activations": partial(variant, relu="none"),
         "the ReLU comes before b_enc is added: it has to come after": partial(variant, relu="early"),
         "the ReLU is applied to the reconstruction instead of the code": partial(variant, relu="output"),
-        "the reconstruction is rectified too: neurons may be negative": partial(variant, relu="both"),
+        "the reconstruction is rectified too: in other networks neurons may be negative": partial(variant, relu="both"),
         "the feature is switched off before b_enc is added, which switches it on again": partial(variant, off="early"),
         "all features are active: feature j should be 0": partial(variant, off="never"),
         "only feature j is active: it is the one to be switched off": partial(variant, off="only"),
         "a token is silenced instead of a feature: tokens are rows, features columns": partial(variant, off="token"),
         "W_dec transposed encodes: the encoder has a matrix of its own": partial(variant, tied=True),
+        "the feature's part is subtracted from x: start from the reconstruction, not from x": partial(
+            variant, kept_error=True
+        ),
     }
     grade(function, SAES, one_by_one, "adding up features one by one", mistakes)
 
@@ -234,7 +240,12 @@ def explained_variance(function: Callable[[Iterator[tuple[Tensor, Tensor]]], flo
         centre = np.mean([a.mean(0).numpy() for a in x.split(batch)], 0)
         return variant(x, x_hat, batch, centre=lambda x: centre)
 
+    def counted_in_batches(x: Tensor, x_hat: Tensor, batch: int) -> float:
+        n_batches, x, x_hat = len(x.split(batch)), x.numpy(), x_hat.numpy()
+        return 1 - ((x - x_hat) ** 2).sum() / ((x**2).sum() - (x.sum(0) ** 2).sum() / n_batches)
+
     mistakes = {
+        "n counts batches: it is the number of tokens": counted_in_batches,
         "the mean of the batches' explained variances: take the ratio of two sums over all tokens": partial(
             batchwise, weigh=False
         ),
@@ -298,7 +309,13 @@ def gradient_of_rows(function: Callable[[Tensor, Tensor], Tensor]) -> None:
         along = (G * W).sum(axis, keepdims=True) * W
         return ((G if across else 0) + sign * along) * length**lever
 
+    def all_rows(G: Tensor, V: Tensor) -> np.ndarray:
+        G, V = G.numpy(), V.numpy()
+        length = np.sqrt((V**2).sum(1, keepdims=True))
+        return (G - G @ (V / length).T @ (V / length)) / length
+
     mistakes = {
+        "a row loses its parts along all rows: only the part along itself has to go": all_rows,
         "the lever is missing: the same step turns a long row less, so divide by the length": partial(variant, lever=0),
         "multiplied by the length: the same step turns a long row less, so divide": partial(variant, lever=1),
         "divided by the square of the length: w has unit length already": partial(variant, lever=-2),

@@ -104,6 +104,14 @@ def streamed(of=lambda e, s, n, bias: 1 - e.sum() / s.sum(), one_mean=False, mea
     return function
 
 
+def counts_batches(batches):
+    n, error, total, squares = 0, 0.0, 0.0, 0.0
+    for x, y in batches:
+        n, error = n + 1, error + (x - y).square().sum()
+        total, squares = total + x.sum(0), squares + x.square().sum()
+    return 1 - error / (squares - total.square().sum() / n)
+
+
 def last_only(batches):
     for x, y in batches:
         value = 1 - (x - y).square().sum() / (x - x.mean(0)).square().sum()
@@ -122,6 +130,11 @@ def rows(dim=1, unit=True, keep=lambda G, along: G - along, lever=lambda y, leng
         return lever(keep(G, (G * W).sum(dim, keepdim=True) * W), length)
 
     return function
+
+
+def along_all_rows(G, V):
+    W = F.normalize(V, dim=1)
+    return (G - G @ W.mT @ W) / V.norm(dim=1, keepdim=True)
 
 
 def one_vector(G, V):
@@ -146,6 +159,9 @@ WRONG = {
         "only feature j is active": switch(off=lambda f, j: F.one_hot(torch.tensor(j), f.shape[1]) * f),
         "a token is silenced": switch(off=silence_a_token),
         "W_dec transposed encodes": tied,
+        "start from the reconstruction": lambda x, W_enc, b_enc, W_dec, b_dec, j: (
+            x - torch.outer(F.relu((x - b_dec) @ W_enc + b_enc)[:, j], W_dec[j])
+        ),
     },
     "10.B": {
         "that is TopK": topk_along(1),
@@ -174,6 +190,7 @@ WRONG = {
         "mean of the neurons'": streamed(lambda e, s, n, bias: 1 - (e / s).mean()),
         "the errors are centred": streamed(lambda e, s, n, bias: 1 - (e - bias**2 / n).sum() / s.sum()),
         "not explained": streamed(lambda e, s, n, bias: e.sum() / s.sum()),
+        "n counts batches": counts_batches,
         "batches are kept": gathered,
     },
     "10.D": {
@@ -188,5 +205,6 @@ WRONG = {
         "unit length, and the lever": rows(unit=False, lever=lambda y, length: y),
         "columns are treated": rows(dim=0),
         "one long vector": one_vector,
+        "along all rows": along_all_rows,
     },
 }
