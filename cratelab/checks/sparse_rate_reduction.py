@@ -40,7 +40,8 @@ def change_of_reduction(function: Callable[[], dict[str, str]]) -> None:
         "split": (
             z,
             torch.cat([U[:, :, :2], U[:, :, 2:]]),
-            "the ceiling (d/2) log K grows with K: R^c has p in the place of d, and p is halved",
+            "the ceiling (d/2) log K grows with K: R^c has p in the place of d, and p is halved. The correlations "
+            "within the old subspaces, which now count against it, are too weak here",
         ),
         "twice": (z, torch.cat([U, U]), "every token is coded in every subspace of the list, so R^c doubles"),
         "dropped": (
@@ -85,6 +86,9 @@ def mended_subspace_rate(function: Callable[[Tensor, Tensor, float], Tensor]) ->
             lambda z, U, eps: joined(z, U, eps, U.shape[2])
         ),
         "one book for all coordinates together, and d where p belongs": lambda z, U, eps: joined(z, U, eps, z.shape[1]),
+        "d/K stands where p belongs: here the subspaces need not fill the space": lambda z, U, eps: _subspace_rate(
+            z, U, eps, width=z.shape[1] / len(U)
+        ),
         "the factor ½ is lost": lambda z, U, eps: 2 * _subspace_rate(z, U, eps),
     }
     grade(function, CASES, _subspace_rate, "sums over singular values", mistakes)
@@ -160,6 +164,7 @@ def subspace_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> No
         "I − sWWᵀ stands for the inverse of I + sWWᵀ: that is chapter 3's approximation": lambda z, U, eps: spectral(
             z, U, eps, lambda x: 2 - x
         ),
+        "the factor s = p/(nε²) in front is lost": lambda z, U, eps: gradient(z, U, eps) * len(z) * eps**2 / U.shape[2],
         "the sign: this is the step down": lambda z, U, eps: -gradient(z, U, eps),
     }
     grade(function, CASES, gradient, "automatic differentiation", mistakes)
@@ -176,10 +181,10 @@ def _slogdet_rate(w: Tensor, width: int, eps: float) -> Tensor:
     return torch.linalg.slogdet(torch.eye(n, dtype=w.dtype, device=w.device) + width / (n * eps**2) * w @ w.T)[1] / 2
 
 
-def _rate(w: Tensor, width: int, eps: float) -> float:
+def _rate(w: Tensor, width: float, eps: float) -> float:
     values = np.linalg.svd(w.numpy(), compute_uv=False)
     return float(np.log1p(width / (len(w) * eps**2) * values**2).sum() / 2)
 
 
-def _subspace_rate(z: Tensor, U: Tensor, eps: float, width: int | None = None) -> float:
+def _subspace_rate(z: Tensor, U: Tensor, eps: float, width: float | None = None) -> float:
     return sum(_rate(z @ basis, width or U.shape[2], eps) for basis in U)
