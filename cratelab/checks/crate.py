@@ -244,13 +244,16 @@ def push(function: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) ->
         logits = lambda x: F.layer_norm(x, x.shape[-1:], weight, eps=norm_eps) @ E.T  # noqa: E731
         return torch.autograd.functional.jvp(logits, x, atom.expand_as(x))[1]
 
-    def variant(x, atom, weight, E, norm_eps, centre=True, still=False, plain=False, power=0.5, ddof=0, eps=True):
+    def variant(
+        x, atom, weight, E, norm_eps, centre=True, still=False, plain=False, power=0.5, ddof=0, eps=True, d=None
+    ):
         """The two terms of the quotient rule, with mistakes."""
         middle = x - x.mean(1, keepdim=True)
         variance = middle.square().sum(1, keepdim=True) / (x.shape[1] - ddof) + norm_eps * eps
         atom = atom - atom.mean() if centre else atom
         first = atom / variance**power
-        second = 0 * x if still else middle * (middle @ atom)[:, None] / x.shape[1] / variance ** (power + 1)
+        along = middle * (middle @ atom)[:, None] / (d or x.shape[1])
+        second = 0 * x if still else along / variance ** (power + 1)
         return ((first - second) * (1 if plain else weight)) @ E.T
 
     cases = [
@@ -269,6 +272,9 @@ def push(function: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) ->
             lambda *case: variant(*case, still=True)
         ),
         "mean and standard deviation are taken as fixed": lambda *case: variant(*case, centre=False, still=True),
+        "the part along the token is taken off d times: u has the squared length d, not 1": (
+            lambda *case: variant(*case, d=1)
+        ),
         "LayerNorm's weight is lost": lambda *case: variant(*case, plain=True),
         "divided by the variance: LayerNorm divides by its root": lambda *case: variant(*case, power=1),
         "the variance of LayerNorm is a mean over d; torch.std and torch.var divide by d − 1": (

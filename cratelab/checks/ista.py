@@ -101,7 +101,7 @@ def best_entry(function: Callable[[Tensor, float, float, float], Tensor]) -> Non
             left, right = low + (high - low) / 3, high - (high - low) / 3
             left_cost, right_cost = ((a - x) ** 2 / 2 + theta * a + mu * a**2 / 2 for a in (left, right))
             low, high = torch.where(left_cost > right_cost, left, low), torch.where(left_cost > right_cost, high, right)
-        return (low + high) / 2
+        return torch.where(low > 0, (low + high) / 2, 0)  # a bound that never moved is the minimum
 
     mistakes = {
         "the threshold comes after the division: set the slope to zero and solve for a": lambda x, theta, mu, cap: (
@@ -110,6 +110,9 @@ def best_entry(function: Callable[[Tensor, float, float, float], Tensor]) -> Non
         "not clamped at zero: a < 0 is not allowed": lambda x, theta, mu, cap: np.minimum((x - theta) / (1 + mu), cap),
         "two-sided: a < 0 is not allowed": lambda x, theta, mu, cap: np.clip(
             np.sign(x) * np.maximum(abs(x) - theta, 0) / (1 + mu), -cap, cap
+        ),
+        "two-sided, and capped above only: a < 0 is not allowed": lambda x, theta, mu, cap: np.minimum(
+            np.sign(x) * np.maximum(abs(x) - theta, 0) / (1 + mu), cap
         ),
         "the cap is missing: a neuron fires at most at cap": lambda x, theta, mu, cap: np.maximum(
             (x - theta) / (1 + mu), 0
@@ -121,6 +124,9 @@ def best_entry(function: Callable[[Tensor, float, float, float], Tensor]) -> Non
             np.clip(x - theta, 0, cap) / (1 + mu)
         ),
         "the squared price has no effect: it divides": lambda x, theta, mu, cap: np.clip(x - theta, 0, cap),
+        "the squared price shifts, as a price a unit does: its slope at a is μa, so it divides": (
+            lambda x, theta, mu, cap: np.clip(x - theta - mu, 0, cap)
+        ),
         "twice the squared price: ½μa² has the slope μa": lambda x, theta, mu, cap: np.clip(
             (x - theta) / (1 + 2 * mu), 0, cap
         ),

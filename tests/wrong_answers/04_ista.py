@@ -93,6 +93,8 @@ WRONG = {
         "the threshold comes after the division": lambda x, theta, mu, cap: (x / (1 + mu) - theta).clamp(0, cap),
         "not clamped at zero": lambda x, theta, mu, cap: ((x - theta) / (1 + mu)).clamp(max=cap),
         "two-sided": lambda x, theta, mu, cap: (F.softshrink(x, theta) / (1 + mu)).clamp(-cap, cap),
+        "and capped above only": lambda x, theta, mu, cap: (F.softshrink(x, theta) / (1 + mu)).clamp(max=cap),
+        "the squared price shifts": lambda x, theta, mu, cap: (F.relu(x - theta) - mu).clamp(0, cap),
         "the cap is missing": lambda x, theta, mu, cap: F.relu(x - theta) / (1 + mu),
         "x is capped": lambda x, theta, mu, cap: F.relu(x.clamp(max=cap) - theta) / (1 + mu),
         "capped before the division": lambda x, theta, mu, cap: (x - theta).clamp(0, cap) / (1 + mu),

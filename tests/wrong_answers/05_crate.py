@@ -100,7 +100,7 @@ def where_it_fires(codes, i, value):
     return codes
 
 
-def logits_along(centre=True, still=False, weighted=True, power=1, ddof=0, use_eps=True):
+def logits_along(centre=True, still=False, weighted=True, power=1, ddof=0, use_eps=True, unit=False):
     """The derivative of LayerNorm's quotient, with one thing wrong."""
 
     def function(x, atom, weight, E, norm_eps):
@@ -108,7 +108,7 @@ def logits_along(centre=True, still=False, weighted=True, power=1, ddof=0, use_e
         c = atom - atom.mean() if centre else atom
         s = (x.var(1, correction=ddof, keepdim=True) + (norm_eps if use_eps else 0)).sqrt()
         u = x / s
-        du = c - (0 if still else u * (u @ c)[:, None] / x.shape[1])
+        du = c - (0 if still else u * (u @ c)[:, None] / (1 if unit else x.shape[1]))
         return du / s**power * (weight if weighted else 1) @ E.T
 
     return function
@@ -176,6 +176,7 @@ WRONG = {
         "the atom's mean is not taken off": logits_along(centre=False),
         "the standard deviation is taken as fixed": logits_along(still=True),
         "mean and standard deviation are taken as fixed": logits_along(centre=False, still=True),
+        "is taken off d times": logits_along(unit=True),
         "LayerNorm's weight is lost": logits_along(weighted=False),
         "torch.std and torch.var divide by d": logits_along(ddof=1),
         "norm_eps is lost": logits_along(use_eps=False),
