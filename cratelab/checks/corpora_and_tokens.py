@@ -69,8 +69,8 @@ def nats_a_byte(function: Callable[[Sequence[Tensor], Sequence[str]], float]) ->
 def bigram_loss(function: Callable[[Sequence[Tensor], Sequence[Tensor], int, float], float]) -> None:
     """Exercise 6.B: the loss of a smoothed bigram model on documents, against counts in a dictionary."""
 
-    def pairs(documents: Iterable[Tensor]) -> list[tuple[int, int]]:
-        return [pair for d in documents for pair in pairwise(d.tolist())]
+    def pairs(documents: Iterable[Tensor], kind: type = list) -> list[tuple[int, int]]:
+        return [pair for d in documents for pair in kind(pairwise(d.tolist()))]
 
     def glued(documents: Sequence[Tensor]) -> list[Tensor]:
         return [torch.cat(list(documents))]
@@ -82,9 +82,10 @@ def bigram_loss(function: Callable[[Sequence[Tensor], Sequence[Tensor], int, flo
         bottom: float | None = None,
         back: bool = False,
         given: Callable = lambda a: a,
+        counted: Callable = pairs,
     ) -> Callable[[tuple[int, int]], float]:
         """The loss of a pair; smoothing adds `bottom` to the denominator, and `given` makes a context of a token."""
-        seen = [pair[::-1] if back else pair for pair in pairs(train)]
+        seen = [pair[::-1] if back else pair for pair in counted(train)]
         both = Counter((given(a), b) for a, b in seen)
         left = Counter(given(a) for a, _ in seen)
 
@@ -159,6 +160,12 @@ def bigram_loss(function: Callable[[Sequence[Tensor], Sequence[Tensor], int, flo
         "divide by the number of tokens that are scored: the first of a document is not": all_tokens,
         "these are bits: nats were asked for": lambda *case: mean_loss(*case) / log(2),
         "the sign: a loss is −log q": lambda *case: -mean_loss(*case),
+        "a pair that a document has several times counts once: N[a, b] += 1 adds 1 for all of them; use bincount": (
+            partial(mean_loss, counted=partial(pairs, kind=set))
+        ),
+        "a pair that comes several times counts once: N[a, b] += 1 adds 1 for all of them; use bincount": (
+            partial(mean_loss, counted=lambda documents: set(pairs(documents)))
+        ),
         "add alpha, not 1": lambda train, text, v, alpha: mean_loss(train, text, v, 1.0),
     }
     grade(function, cases, mean_loss, "counts in a dictionary", mistakes)

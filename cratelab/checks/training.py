@@ -44,6 +44,12 @@ def reach(function: Callable[[int, int, float, float], float]) -> None:
         "the descent's mean is not quite the middle: it starts at the peak, and stops one step before the final rate": (
             lambda s, w, top, low: total(s, w, top, low) - (top - low) / 2
         ),
+        "the warm-up's rates are 1, 2, …, t_w times η_max/t_w, which is not the area of a triangle: add them up": (
+            lambda s, w, top, low: total(s, w, top, low) - top / 2
+        ),
+        "both sums are taken as areas under the curve: each differs from its area by half a step at the ends": (
+            lambda s, w, top, low: total(s, w, top, low) - top / 2 - (top - low) / 2
+        ),
         "one step too many: t runs to t_end − 1, and no step is taken with the final rate": (
             lambda s, w, top, low: total(s, w, top, low) + low
         ),
@@ -77,6 +83,12 @@ def floor_and_gap(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     def every_floor(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
         return torch.stack([-log_p.mean(), walk(log_p, log_q, document)[1]])
 
+    def unasked_floor(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+        return torch.stack([-log_p[~first(document)].mean(), walk(log_p, log_q, document)[1]])
+
+    def first_floor(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+        return torch.stack([-log_p[~log_q.isnan()].mean(), walk(log_p, log_q, document)[1]])
+
     def of_losses(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
         floor, gap = _columns(log_p, log_q, document)
         return torch.stack([-log_p.mean(), (floor + gap).mean() + log_p.mean()])
@@ -103,6 +115,8 @@ def floor_and_gap(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     mistakes = {
         "the first token of each document is counted: the model guessed it from the document before": with_firsts,
         "the floor is over all tokens, the gap over some: take the same ones for both": every_floor,
+        "the floor is also over tokens for which the model was not asked: take the same ones for both": unasked_floor,
+        "the first token of each document is in the floor: take the same ones for both": first_floor,
         "loss and floor are means over different tokens: subtract token by token": of_losses,
         "documents are averaged first, so that a token of a short one counts more": by_document,
         "the terms are weighted by p: the tokens were drawn from p, so that the plain mean is an expectation": weighted,
@@ -136,7 +150,18 @@ def mended_adamw(function: Callable[[Tensor, Tensor, Tensor, tuple[float, float]
         return parameter.detach()
 
     def unrolled(
-        w, gradients, rates, betas, decay, eps, correction="power", coupled=False, inside=False, by_rate=True, first=0
+        w,
+        gradients,
+        rates,
+        betas,
+        decay,
+        eps,
+        correction="power",
+        coupled=False,
+        inside=False,
+        by_rate=True,
+        first=0,
+        late=False,
     ):
         """AdamW with the running averages written out as weighted sums, and with mistakes."""
         w = w.clone()
@@ -150,7 +175,8 @@ def mended_adamw(function: Callable[[Tensor, Tensor, Tensor, tuple[float, float]
                 averages.append(sum(kept) / weights)
             m, v = averages
             step = m / (v + eps).sqrt() if inside else m / (v.sqrt() + eps)
-            w = w - (0 if coupled else (rate if by_rate else 1) * decay * w) - rate * step
+            decayed = w - rate * step if late else w
+            w = w - (0 if coupled else (rate if by_rate else 1) * decay * decayed) - rate * step
         return w
 
     cases = []
@@ -172,6 +198,7 @@ def mended_adamw(function: Callable[[Tensor, Tensor, Tensor, tuple[float, float]
     } | {
         "the averages are not corrected: they start from zero": {"correction": "none"},
         "the decay is not multiplied by the rate": {"by_rate": False},
+        "the decay comes after the step: both are taken from the weights before": {"late": True},
         "t is one too large in 1 − βᵗ: the first step is t = 1": {"first": 1},
     }
     wrong = {text: (lambda *case, options=options: unrolled(*case, **options)) for text, options in mistakes.items()}

@@ -45,6 +45,18 @@ def unigram(train, text, v, alpha):
     return -(counts / counts.sum()).log()[torch.cat([d[1:] for d in text])].mean()
 
 
+def repeated_once(train, text, v, alpha, joined=False):
+    """Adds to a table by index, which adds once where an index is repeated."""
+    counts = torch.full((v, v), alpha)
+    a, b = ([x[part] for x in train] for part in (slice(None, -1), slice(1, None)))
+    if joined:
+        a, b = [torch.cat(a)], [torch.cat(b)]
+    for x, y in zip(a, b, strict=True):
+        counts[x, y] += 1
+    nats = -(counts / counts.sum(1, keepdim=True)).log()
+    return torch.cat([nats[d[:-1], d[1:]] for d in text]).mean()
+
+
 def averaged_by_document(train, text, v, alpha):
     return sum(bigram()(train, [d], v, alpha) for d in text) / len(text)
 
@@ -194,6 +206,8 @@ WRONG = {
         "counted and scored across documents": bigram(
             train=lambda train, text: glued(train), text=lambda train, text: glued(text)
         ),
+        "a pair that a document has several times": repeated_once,
+        "a pair that comes several times": lambda *case: repeated_once(*case, joined=True),
         "the probabilities do not sum to 1": bigram(below=lambda alpha: alpha),
         "the probabilities sum to more than 1": bigram(below=lambda alpha: 1e-300),
         "not the words that training has seen": lambda train, text, v, alpha: bigram(

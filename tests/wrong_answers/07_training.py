@@ -47,7 +47,7 @@ def by_document(log_p, log_q, document):
     return torch.stack(parts).mean(0)
 
 
-def adamw(correction=lambda b, t: 1 - b**t, coupled=False, inside=False, by_rate=True, swapped=False):
+def adamw(correction=lambda b, t: 1 - b**t, coupled=False, inside=False, by_rate=True, swapped=False, late=False):
     """AdamW with something wrong."""
 
     def function(w, gradients, rates, betas, decay, eps):
@@ -58,9 +58,12 @@ def adamw(correction=lambda b, t: 1 - b**t, coupled=False, inside=False, by_rate
             m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
             m_hat, v_hat = m / correction(b1, t), v / correction(b2, t)
             step = m_hat / ((v_hat + eps).sqrt() if inside else v_hat.sqrt() + eps)
+            if late:
+                w = w - rate * step
             if not coupled:
                 w = w - (rate if by_rate else 1) * decay * w
-            w = w - rate * step
+            if not late:
+                w = w - rate * step
         return w
 
     return function
@@ -88,6 +91,8 @@ WRONG = {
     "7.A": {
         "the warm-up's first step has the rate": off(lambda s, w, top, low: -top),
         "the descent's mean is not quite the middle": off(lambda s, w, top, low: -(top - low) / 2),
+        "not the area of a triangle": off(lambda s, w, top, low: -top / 2),
+        "both sums are taken as areas": lambda s, w, top, low: w * top / 2 + (s - w) * (top + low) / 2,
         "one step too many": off(lambda s, w, top, low: low),
         "the warm-up is missing": lambda *recipe: sum(rates(*recipe)[1]),
         "the descent is missing": lambda *recipe: sum(rates(*recipe)[0]),
@@ -100,6 +105,12 @@ WRONG = {
     "7.B": {
         "the first token of each document is counted": scored(firsts=True),
         "the floor is over all tokens, the gap over some": scored(floor=lambda p, q, c: -p.mean()),
+        "for which the model was not asked": lambda p, q, document: torch.stack(
+            [-p[counting(0 * p, document)].mean(), scored()(p, q, document)[1]]
+        ),
+        "the first token of each document is in the floor": lambda p, q, document: torch.stack(
+            [-p[~q.isnan()].mean(), scored()(p, q, document)[1]]
+        ),
         "means over different tokens": scored(lambda p, q, c: -p.mean(), lambda p, q, c: p.mean() - q[c].mean()),
         "documents are averaged first": by_document,
         "the terms are weighted by p": scored(gap=lambda p, q, c: (p.exp() * (p - q))[c].mean()),
@@ -125,6 +136,7 @@ WRONG = {
         "for the first alone; and the decay .*; and ε stands": adamw(once, coupled=True, inside=True),
         "the averages are not corrected": adamw(lambda b, t: 1),
         "the decay is not multiplied by the rate": adamw(by_rate=False),
+        "the decay comes after the step": adamw(late=True),
         "the first step is t = 1": adamw(lambda b, t: 1 - b ** (t + 1)),
         "No common mistake": adamw(swapped=True),
     },
