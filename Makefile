@@ -1,17 +1,24 @@
 # make book | test | lint | bench | sync | browse | env | clean. Each creates what it needs; none repeats what is there.
+# make -B test repeats all the same.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PASSED := $(VENV)/.passed
 # Two processes at once, each with one thread (conftest.py); one file's tests stay together because a notebook's cells share a kernel.
 WORKERS ?= 2
+# What the notebooks run on, the notebooks, and all else that a test may read. Folders are among them: a file may go.
+CODE := pyproject.toml constraints.txt conftest.py $(shell find cratelab -not -path '*__pycache__*')
+NOTEBOOKS := $(wildcard book/*.ipynb solutions/*.ipynb)
+REST := Makefile $(shell find tests book exercises solutions benchmarks .ci *.md *.yml *.cff -type f \
+	-not -path '*__pycache__*' -not -path '*/_build/*' -not -path '*/.*' -not -name '*.pyc')
 
 .DEFAULT_GOAL := help
 .PHONY: help env book test lint bench sync browse clean
 
 help:
 	@echo "make book    build the book into book/_build/html"
-	@echo "make test    every test, and every notebook executed and compared"
+	@echo "make test    every test, and every notebook executed and compared; again only what a change concerns"
 	@echo "make lint    ruff: style and format"
 	@echo "make sync    regenerate the notebooks whose text in book/src or solutions changed"
 	@echo "make bench   speed and memory (benchmarks/bench_*.py)"
@@ -33,8 +40,14 @@ book: $(STAMP)
 	$(BIN)/python book/sync.py --check
 	$(BIN)/jupyter-book build book/ -W -n --keep-going
 
-test: $(STAMP)
-	$(BIN)/python -m pytest --nbval tests book solutions -n $(WORKERS) --dist loadfile
+test: $(PASSED)
+	$(if $(RAN),,@echo "All tests passed on $$(cat $(PASSED)), and nothing has changed since. make -B test repeats them.")
+
+# Changed code: everything. Else the tests, and the notebooks that changed.
+$(PASSED): $(STAMP) $(CODE) $(NOTEBOOKS) $(REST)
+	$(BIN)/python -m pytest --nbval -n $(WORKERS) --dist loadfile \
+	  $(if $(filter $(STAMP) $(CODE),$?),tests book solutions,tests $(filter $(NOTEBOOKS),$?))
+	@date > $@$(eval RAN := yes)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

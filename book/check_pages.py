@@ -48,7 +48,7 @@ return {formulas: document.querySelectorAll('mjx-container').length,
 # What sticks out at the right of a phone's screen, unless something around it scrolls or cuts it off.
 READ_WIDTH = """
 const wide = [...document.querySelectorAll('article *')].filter(element => {
-    if (element.getBoundingClientRect().right <= innerWidth + 1) return false;
+    if (element.getBoundingClientRect().right <= arguments[0] + 1) return false;
     for (let around = element.parentElement; around; around = around.parentElement)
         if (getComputedStyle(around).overflowX !== 'visible') return false;
     return getComputedStyle(element).overflowX === 'visible' && !element.closest('mjx-assistive-mml');
@@ -112,7 +112,7 @@ def inspect(driver: webdriver.Chrome, url: str) -> tuple[dict, list[str]]:
     problems += [f"console: {entry['message']}" for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     problems += network_problems(driver, urlsplit(url).netloc)
     with screen(driver, PHONE):
-        problems += [f"wider than a phone: {element}" for element in driver.execute_script(READ_WIDTH)]
+        problems += [f"wider than a phone: {element}" for element in driver.execute_script(READ_WIDTH, PHONE[0])]
     return page, problems
 
 

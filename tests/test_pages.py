@@ -42,13 +42,51 @@ def test_every_equation_is_listed_with_the_functions_that_cite_it(html):
     assert "api/coding_rate.html#cratelab.coding_rate.coding_rate" in row
 
 
-def test_pages_in_a_browser(html):
+@pytest.fixture
+def check_pages():
+    """book/check_pages.py, where there is a browser."""
     pytest.importorskip("selenium", reason="the extra `browse` is not installed")
-    import check_pages
-
-    if check_pages.chromium() is None:
+    module = importlib.import_module("check_pages")
+    if module.chromium() is None:
         pytest.skip("no Chromium")
+    return module
+
+
+def test_pages_in_a_browser(html, check_pages):
     assert {page: problems for page, problems in check_pages.check(html).items() if problems} == {}
+
+
+GOOD = """<p id="here"><a href="#here">a</a> <a href="https://arxiv.org/abs/2410.16443">b</a>
+<a href="{ours}/blob/main/README.md">c</a> <img alt="a blue dot" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">
+<span style="display: block; overflow: auto"><b style="display: block; width: 3000px">scrolls</b></span></p>"""
+
+
+def test_faults_of_a_page_are_named(check_pages, tmp_path):
+    faults = {
+        '<img alt="_images/1.png" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">': "no alt text: data:image/gif",
+        '<p style="width: 900px">wide</p>': "wider than a phone: <p style",
+        '<a href="other.html#nowhere">x</a>': "leads to no place on its page: /other.html#nowhere",
+        '<a href="missing.html">x</a>': "leads to no page: /missing.html",
+        '<a href="http://example.org">x</a>': "an odd address: http://example.org/",
+        '<a href="https://localhost:8000/v1">x</a>': "an odd address: https://localhost:8000/v1",
+        '<a href="https://arxiv.org/abs/24101.6443">x</a>': "arxiv.org has no such address",
+        '<a href="{ours}/blob/main/book/no.md">x</a>': "the repository has no book/no.md",
+        '<span class="math">x</span>': "1 formulas: raw",
+        "<p>$$ x $$</p>": "1 formulas: raw",
+        '<script>console.error("broken")</script>': "broken",
+        '<script src="gone.js"></script>': "status 404",
+    }
+    head = '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+    page = f"<!doctype html>{head}<article>{{}}</article>"
+    bodies = [GOOD, *(GOOD + fault for fault in faults)]
+    for number, body in enumerate(bodies):
+        text = page.format(body.replace("{ours}", check_pages.repository_url()))
+        (tmp_path / f"{number:02}.html").write_text(text)
+    (tmp_path / "other.html").write_text(page.format("<p>nothing</p>"))
+    found = check_pages.check(tmp_path)
+    assert found.pop("00.html") == found.pop("other.html") == []
+    for message, problems in zip(faults.values(), found.values(), strict=True):
+        assert message in problems[-1] and len(problems) <= 2, problems  # what does not load is in the console, too
 
 
 @pytest.fixture

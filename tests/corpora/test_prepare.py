@@ -91,7 +91,9 @@ def test_a_wrong_name_is_refused_before_anything_is_read(name, tokenizer, messag
 
 
 def test_without_the_hub_it_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)  # the variable of that name is read on import only
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="hf download"):
         prepare("pile", "bytes", cache=tmp_path)
 
