@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 from math import log
+from numbers import Real
 
 import numpy as np
 import torch
@@ -53,6 +54,8 @@ def exponents(function: Callable[[], dict[str, float]]) -> None:
     answer = call(function)
     if not isinstance(answer, dict) or set(answer) != set(maps):
         raise CheckFailed(f"{function.__name__} should return a dict with the keys {', '.join(maps)}")
+    if empty := [key for key in maps if not isinstance(answer[key], Real)]:
+        raise CheckFailed(f"{empty[0]}: the exponent should be a number; got {answer[empty[0]]!r}")
     for key, (attention, at, scale, reason) in maps.items():
         measured = log(attention(2 * scale * at, U).norm() / attention(scale * at, U).norm()) / log(2)
         if abs(float(answer[key]) - measured) > 0.05:
@@ -73,6 +76,7 @@ def mended_mssa(function: Callable[[Tensor, Tensor], Tensor]) -> None:
         for subset in left
     }
     mistakes["there is no 1/√p before the softmax"] = partial(_mssa, width="none")
+    mistakes["the scale is 1/p: the root is missing"] = partial(_mssa, width="no root")
     mistakes["the mean over the heads: MSSA is their sum"] = lambda z, U: _mssa(z, U) / len(U)
     grade(function, ATTENTION, _mssa, "a sum written token by token", mistakes)
 
@@ -118,6 +122,9 @@ def first_order_step(function: Callable[[Tensor, Tensor, float, float], Tensor])
             -variant(z, U, 1.0, eps, start=0)
         ),
         "the step size κ is missing": lambda z, U, step_size, eps: variant(z, U, 1.0, eps),
+        "κ is missing from the attended part: it multiplies the whole gradient": lambda z, U, step_size, eps: variant(
+            z, U, step_size, eps, attend=1 / step_size
+        ),
         "the sign: this step goes up": lambda z, U, step_size, eps: variant(z, U, -step_size, eps),
         "this is the exact step: cut the series after its first order": lambda z, U, step_size, eps: (
             z - step_size * _gradient(z, U, eps)
@@ -158,6 +165,15 @@ def causal_layer(function: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tenso
         ),
         "the heads are interleaved on the way in, (p k) for (k p)": partial(_layer, split="p k"),
         "the heads are interleaved on the way out, (p k) for (k p)": partial(_layer, join="p k"),
+        "the heads are cut across tokens, in and out: reshape to (b, n, k, p), then swap the axes n and k": (
+            partial(_layer, split="across", join="across")
+        ),
+        "the heads are cut across tokens: reshape to (b, n, k, p), then swap the axes n and k": (
+            partial(_layer, split="across")
+        ),
+        "the heads are joined across tokens: swap the axes n and k back before the reshape to (b, n, d)": (
+            partial(_layer, join="across")
+        ),
         "the projection is transposed: tokens are rows, so it is z @ projection.T": lambda z, projection, *rest: _layer(
             z, projection.T, *rest
         ),
@@ -207,12 +223,26 @@ def largest_stretch(function: Callable[[Tensor, Tensor, float, int, float], floa
         root: float = 0.5,
         more: int = 1,
         axis: int = 2,
+        square: int = 2,
     ) -> float:
         s = U.shape[axis] / (len(z) * eps**2)
-        strength = heads([s * np.linalg.norm(z.numpy() @ basis, norm) ** 2 for basis in U.numpy()])
+        strength = heads([s * np.linalg.norm(z.numpy() @ basis, norm) ** square for basis in U.numpy()])
         return (tolerance ** (1 / (order + more)) / strength) ** root
 
+    def absolute(z: Tensor, U: Tensor, eps: float, order: int, tolerance: float) -> float:
+        """Where the error, not divided by 1/(1 + x), is the tolerance."""
+        low, high = 0.0, 1e6
+        for _ in range(100):
+            x = (low + high) / 2
+            low, high = (x, high) if x ** (order + 1) / (1 + x) < tolerance else (low, x)
+        return low**0.5 * from_strengths(z, U, eps, order, 1.0)
+
     mistakes = {
+        "the error is absolute: relative to 1/(1 + x) it is larger": absolute,
+        "the norm is not squared: the strength is s‖Wₖ‖²": partial(from_strengths, square=1),
+        "the norm is not squared, and there is no root: the strength is s‖Wₖ‖²": partial(
+            from_strengths, square=1, root=1
+        ),
         "the square root is missing: the strength is quadratic in the tokens": partial(from_strengths, root=1),
         "after order m the error starts with x to the power m + 1, not m": partial(from_strengths, more=0),
         "this is where the series begins to diverge: at a given tolerance it must stop earlier": (
@@ -256,9 +286,11 @@ def _softmax(z: Tensor, U: Tensor) -> Tensor:
 def _mssa(z: Tensor, U: Tensor, over: str = "keys", width: str = "p", whole: bool = False) -> Tensor:
     """One query and one head after the other, with plain sums of exponentials."""
     out = np.zeros(z.shape)
+    d, p = U.shape[1:]
+    divisor = {"p": p**0.5, "d": d**0.5, "no root": p, "none": 1}[width]
     for basis in U.numpy():
         w = z.numpy() @ basis
-        score = w @ w.T / {"p": basis.shape[1], "d": basis.shape[0], "none": 1}[width] ** 0.5
+        score = w @ w.T / divisor
         weight = _weights(score, over)
         for i in range(len(w)):
             for j in range(len(w)):
@@ -302,14 +334,20 @@ def _layer(
     out = np.zeros((b, n, d))
     for text in range(b):
         for k in range(n_heads):
-            w = z[text].numpy() @ projection.numpy()[list(heads[split](k))].T
+            w = z[text].numpy() @ projection.numpy().T
+            w = w.reshape(n_heads, n, p)[k] if split == "across" else w[:, list(heads[split](k))]
             score = w @ w.T / {"p": p, "d": d, "none": 1}[width] ** 0.5
             if mask != "after":
                 score[hidden[mask]] = 0 if mask == "zero" else -np.inf
             weight = _weights(score, over)
             if mask == "after":
                 weight[hidden[mask]] = 0
+            attended = np.zeros((n, p))
             for i in range(n):
                 for j in range(n):
-                    out[text, i, list(heads[join](k))] += weight[i, j] * w[j]
+                    attended[i] += weight[i, j] * w[j]
+            if join == "across":
+                out[text].reshape(n_heads, n, p)[k] = attended
+            else:
+                out[text][:, list(heads[join](k))] = attended
     return torch.from_numpy(out @ output.numpy().T) + bias

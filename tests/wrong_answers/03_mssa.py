@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from einops import einsum, rearrange
 
@@ -81,13 +82,34 @@ def layer(weigh=lambda scores: hide(scores).softmax(-1), split="(k p)", join="(k
     return function
 
 
-def stretch(norm=2, over_heads=torch.max, root=0.5, power=lambda m: 1 / (m + 1), width=2):
+def plain_torch(swap_in=True, swap_out=True):
+    """The layer with reshapes in the place of einops, with or without swapping the axes of tokens and heads."""
+
+    def function(z, projection, output, bias, n_heads):
+        b, n, d = z.shape
+        w = z @ projection.T
+        w = w.view(b, n, n_heads, -1).transpose(1, 2) if swap_in else w.view(b, n_heads, n, -1)
+        attended = hide(w @ w.mT / w.shape[-1] ** 0.5).softmax(-1) @ w
+        attended = attended.transpose(1, 2) if swap_out else attended
+        return attended.reshape(b, n, d) @ output.T + bias
+
+    return function
+
+
+def stretch(norm=2, over_heads=torch.max, root=0.5, power=lambda m: 1 / (m + 1), width=2, square=2):
     def function(z, U, eps, order, tolerance):
         w = einsum(z, U, "n d, k d p -> k n p")
-        strengths = U.shape[width] / (len(z) * eps**2) * torch.linalg.matrix_norm(w, norm).square()
+        strengths = U.shape[width] / (len(z) * eps**2) * torch.linalg.matrix_norm(w, norm) ** square
         return (tolerance ** power(order) / over_heads(strengths)) ** root
 
     return function
+
+
+def absolute_error(z, U, eps, order, tolerance):
+    """The largest c with (c²x)^(m+1)/(1 + c²x) below the tolerance, as a root of a polynomial in c²x."""
+    radius = stretch(power=lambda m: 0)(z, U, eps, order, tolerance)
+    roots = np.roots([1] + [0] * (order - 1) + [-tolerance, -tolerance])
+    return radius * float(roots.real[abs(roots.imag) < 1e-9].max()) ** 0.5
 
 
 def whole_tokens(z, U, eps, order, tolerance):
@@ -103,6 +125,7 @@ WRONG = {
         "softmax_small: .* the mean token": say(softmax_small=3),
         "softmax_centred: .* two factors": say(softmax_centred=1),
         "softmax_large: .* takes all the weight": say(softmax_large=0),
+        "gram: the exponent should be a number; got None": say(gram=None),
         "a dict with the keys": lambda: {"exact": 1, "gram": 3, "softmax": 1},
     },
     "3.B": {
@@ -114,6 +137,7 @@ WRONG = {
         "mended_mssa: the scale is 1/√d .*; and the values are whole": attend(width=1, whole=True),
         "softmax over queries .*; and the scale .*; and the values": attend(axis=-2, width=1, whole=True),
         "there is no 1/√p before the softmax": attend(scale=1.0),
+        "the scale is 1/p: the root is missing": lambda z, U: attend(scale=1 / U.shape[2])(z, U),
         "the mean over the heads": attend(over_heads=torch.mean),
         r"returns the shape \(3, 7, 2\)": lambda z, U: z @ U,
     },
@@ -126,6 +150,7 @@ WRONG = {
         "d stands where p belongs": stepped(first_order, width=1),
         "this is the gradient": stepped(first_order, factor=lambda kappa: -1, start=0),
         "the step size κ is missing": stepped(first_order, factor=lambda kappa: 1),
+        "κ is missing from the attended part": stepped(lambda z, w, U, s, kappa: s * w - s**2 / kappa * w @ w.mT @ w),
         "this step goes up": stepped(first_order, factor=lambda kappa: -kappa),
         "this is the exact step": stepped(exact),
         "the attended part has a factor 2": stepped(lambda z, w, U, s, kappa: s * w - 2 * s**2 * w @ w.mT @ w),
@@ -150,6 +175,9 @@ WRONG = {
         r"interleaved, \(p k\) for \(k p\)": layer(split="(p k)", join="(p k)"),
         "interleaved on the way in": layer(split="(p k)"),
         "interleaved on the way out": layer(join="(p k)"),
+        "the heads are cut across tokens, in and out": plain_torch(swap_in=False, swap_out=False),
+        r"the heads are cut across tokens: reshape to \(b, n, k, p\)": plain_torch(swap_in=False),
+        "the heads are joined across tokens": plain_torch(swap_out=False),
         "the projection is transposed": lambda z, projection, *rest: layer()(z, projection.T, *rest),
         "the output matrix is transposed": lambda z, projection, output, *rest: layer()(z, projection, output.T, *rest),
         "both matrices are transposed": lambda z, projection, output, *rest: layer()(z, projection.T, output.T, *rest),
@@ -158,6 +186,9 @@ WRONG = {
         "the tokens are added": lambda z, *rest: z + layer()(z, *rest),
     },
     "3.E": {
+        "the error is absolute": absolute_error,
+        "the norm is not squared: the": stretch(square=1),
+        "the norm is not squared, and there is no root": stretch(square=1, root=1),
         "the square root is missing": stretch(root=1),
         "the power m \\+ 1, not m": stretch(power=lambda m: 1 / m),
         "where the series begins to diverge": stretch(power=lambda m: 0),
