@@ -28,7 +28,7 @@ torch.set_default_dtype(torch.float64)
 # %% [markdown]
 # ## Exercise 3.A: If tokens become twice as long
 #
-# - **Goal:** predict how the exact step, its series and softmax attention grow with the tokens.
+# - **Goal:** predict how the exact step, Gram attention and softmax attention grow with the tokens.
 # - **Difficulty:** 1 of 5
 # - **Time:** 10 minutes
 #
