@@ -20,7 +20,7 @@ TAGS = {
     *("hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell"),
     *("nbval-ignore-output", "raises-exception", "full-width", "margin", "scroll-output"),
 }
-EQUATION = re.compile(r"^\$\$(?:(?!^\s*$).)*?\$\$[ \t]*\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
+EQUATION = re.compile(r"^\$\$((?:(?!^\s*$).)*?)\$\$[ \t]*\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
 LABEL = re.compile(r"eq-(\d\d)-[a-z0-9]+(?:-[a-z0-9]+)*")
 REFERENCE = re.compile(r"\{eq\}`(?:[^`<]*<)?([^`>]+)>?`")
 # Outputs that hold a path would change from machine to machine.
@@ -110,7 +110,7 @@ def equation_labels(book: Path = BOOK) -> dict[str, list[str]]:
     """Equation label -> the chapters that define it (one, if all is well)."""
     found: dict[str, list[str]] = {}
     for slug in slugs(book):
-        for label in EQUATION.findall(source(slug, book)):
+        for _, label in EQUATION.findall(source(slug, book)):
             found.setdefault(label, []).append(slug)
     return found
 

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -174,6 +175,7 @@ def shoot(driver: webdriver.Chrome, folder: Path, name: str) -> None:
         with screen(driver, (width, step)):
             for mode in ("light", "dark"):
                 driver.execute_script(SET_MODE, mode)
+                time.sleep(0.6)  # menus slide and colours fade
                 height = driver.execute_script("return document.documentElement.scrollHeight")
                 for number, top in enumerate(range(0, height, step), start=1):
                     driver.execute_script("scrollTo({top: arguments[0], behavior: 'instant'})", top)

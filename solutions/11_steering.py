@@ -118,8 +118,8 @@ print(f"off target {abs(float(off_target(p.log(), tripled, T))):.3f}")
 # - **Difficulty:** 3 of 5
 # - **Time:** 20 minutes
 #
-# An auto-encoder copies the neurons $x$ of a layer: $f=\max(0,xA+c)$ and $\mathrm{Dec}(f)=fW+b$. To steer with it one sets one feature $f_j$ to a value, at all tokens. Return what the network goes on with in the place of $x$, stacked: first as it comes, $\mathrm{Dec}(f')$; then with the
-# **error term**, to which what the copy had lost is added back, so that an edit that changes no feature changes nothing.
+# An auto-encoder copies the neurons $x$ of a layer: $f=\max(0,xA+c)$ and $\mathrm{Dec}(f)=fW+b$. To steer with it one sets one feature $f_j$ to a value, at all tokens. Return, stacked, what the network goes on with in the place of $x$: first the copy with the edit, $\mathrm{Dec}(f')$; then the same with the
+# **error term**: what the copy had lost is added back, so that an edit that changes no feature changes nothing.
 
 
 # %%

@@ -306,6 +306,15 @@ def test_answer_is_described(answer, complaint):
         graded(answer)
 
 
+def test_missing_values_and_lists_are_fine_as_arguments():
+    case = (torch.tensor([1.0, torch.nan]), ["a"])
+    grade(lambda x, names: x.nan_to_num(0), [case], lambda x, names: x.nan_to_num(0), "zeros", {})
+    with pytest.raises(CheckFailed, match=r"returns numbers that are not finite for a tensor \(2,\)"):
+        grade(lambda x, names: x, [case], lambda x, names: x.nan_to_num(0), "zeros", {})
+    with pytest.raises(CheckFailed, match="for its arguments it gives 2 where 1 is right"):
+        grade(lambda names: 2 * len(names), [(["a"],)], lambda names: len(names), "counting", {})
+
+
 def test_right_answers_pass_and_leave_the_seed_alone(capsys):
     state = torch.get_rng_state()
     graded(lambda x: x + x)

@@ -16,7 +16,8 @@ from sphinx.util.nodes import make_refnode
 import cratelab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # book/, where the chapters' own code is
-from check_chapters import LABEL, equation_labels
+from chapters import slugs
+from check_chapters import EQUATION, LABEL, equation_labels, source
 
 
 class ExecutionTable(SphinxDirective):
@@ -34,16 +35,20 @@ class ExecutionTable(SphinxDirective):
 
 
 class EquationTable(SphinxDirective):
-    """Table of all numbered equations: the chapter of each, and the functions that cite it."""
+    """All numbered equations, a table a chapter, each with the functions that cite it."""
 
     def run(self):
         book = Path(self.env.srcdir)
         self.env.note_reread()  # depends on every chapter and docstring
         citing = citations()
-        lines = ["| equation | chapter | in the library |", "|---|---|---|"]
-        for label, (slug, *_) in equation_labels(book).items():  # in the order of the text, which numbers them
-            names = ", ".join(f"{{py:obj}}`~{name}`" for name in citing.get(label, []))
-            lines.append(f"| {{eq}}`{label}` | [](/{slug}) | {names} |")
+        lines = []
+        for slug in slugs(book):
+            lines += [f"**[](/{slug})**", "", "```{list-table}", ":widths: 14 58 28", ":class: equations", ""]
+            for formula, label in EQUATION.findall(source(slug, book)):
+                names = ", ".join(f"{{py:obj}}`~{name}`" for name in citing.get(label, []))
+                formula = " ".join(formula.split()).rstrip(".,; ")
+                lines += [f"* - {{eq}}`{label}` `{label}`", f"  - $\\displaystyle {formula}$", f"  - {names}"]
+            lines += ["```", ""]
         return self.parse_text_to_nodes(StringList(lines, str(book / "equations.md")))
 
 

@@ -273,6 +273,16 @@ def cost_at(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     def cheapest(lift: Tensor, cost: Tensor, level: float) -> np.ndarray:
         return np.where(lift >= level, cost, np.inf).min(0)
 
+    def looked_up(lift: Tensor, cost: Tensor, level: float) -> list[float]:
+        return [np.interp(level, x, y) for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True)]
+
+    def crossed(lift: Tensor, cost: Tensor, level: float) -> list[float]:
+        out = []
+        for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True):
+            i = next((i for i in range(1, len(x)) if x[i - 1] < level <= x[i]), None)
+            out.append(np.inf if i is None else np.interp(level, x[i - 1 : i + 1], y[i - 1 : i + 1]))
+        return out
+
     nevers = {
         "a neuron that never reaches the lift is extrapolated: its cost is infinite": extrapolated,
         "a neuron that never reaches the lift gets the cost of its last row: it is infinite": lambda x, y, _: y[-1],
@@ -304,13 +314,19 @@ def cost_at(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
             variant, start=lambda y: 0
         ),
         "the last time that the lift is passed: the first is asked for": partial(variant, last=True),
+        "np.interp needs lifts that rise all the way, and repeats the last cost where the lift is never reached": (
+            looked_up
+        ),
+        "neurons that have reached the lift in the first row are passed over: their cost is that of the first row": (
+            crossed
+        ),
         "the cheapest row that reaches the lift: interpolate where it is first reached": cheapest,
     }
     grade(
         _finite(function),
         CURVES,
         _finite(searched),
-        "a search for the root, neuron by neuron",
+        "a search for the root, neuron by neuron (−1 stands for infinity)",
         {message: _finite(mistake) for message, mistake in mistakes.items()},
     )
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 
@@ -74,6 +75,16 @@ def first_reached(never=lambda x, y, L: math.inf, way=None, before=lambda y: y[0
         return torch.tensor(out)
 
     return function
+
+
+def upward(lift, cost, level):
+    """The first pair of rows between which the lift is passed upwards."""
+    out = []
+    for x, y in zip(lift.T.tolist(), cost.T.tolist(), strict=True):
+        pairs = [i for i in range(1, len(x)) if x[i] >= level > x[i - 1]]
+        share = (level - x[pairs[0] - 1]) / (x[pairs[0]] - x[pairs[0] - 1]) if pairs else 0
+        out.append((1 - share) * y[pairs[0] - 1] + share * y[pairs[0]] if pairs else math.inf)
+    return torch.tensor(out)
 
 
 def last_passed(lift, cost, level):
@@ -153,6 +164,10 @@ WRONG = {
         "and −1 is the last": first_reached(before=lambda y: y[-1]),
         "reached in the first row costs nothing": first_reached(before=lambda y: 0.0),
         "the last time that the lift is passed": last_passed,
+        "np.interp needs lifts that rise": lambda lift, cost, level: torch.tensor(
+            [np.interp(level, x, y) for x, y in zip(lift.T.numpy(), cost.T.numpy(), strict=True)]
+        ),
+        "are passed over: their cost is that of the first row": upward,
         "the cheapest row": lambda lift, cost, level: cost.masked_fill(lift < level, math.inf).amin(0),
         "numbers that are not finite": first_reached(never=lambda x, y, L: math.nan),
     },
