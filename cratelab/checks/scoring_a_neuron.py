@@ -167,6 +167,13 @@ def simulate_by_table(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
         known = {x: np.mean([table[x] for table in held if x in table]) for table in held for x in table}
         return np.array([known.get(x, 0.0) for x in unread.numpy().flat]).reshape(unread.shape)
 
+    def unguarded(*case: Tensor) -> np.ndarray:
+        """As it should be where E has a positive activation; elsewhere a negative one over a negative M is positive."""
+        words, activations, unread, _ = (x.numpy() for x in case)
+        n = np.floor(10 * activations / activations.max()).clip(0, 10)
+        table = {word: n[words == word].mean() for word in np.unique(words)}
+        return np.array([table.get(word, 0.0) for word in unread.flat]).reshape(unread.shape)
+
     def over_firing(n: np.ndarray) -> float:
         return n[n > 0].mean() if (n > 0).any() else 0.0
 
@@ -182,6 +189,7 @@ def simulate_by_table(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
             variant, scale=lambda E, V: abs(E).max()
         ),
         "negative activations are kept: they count as 0": partial(variant, lowest=-np.inf),
+        "M is negative where all of E is, and turns the signs round: the simulation is then 0 everywhere": unguarded,
         "rounded to the nearest integer: it is rounded down": partial(variant, integer=np.round),
         "rounded up: it is rounded down": partial(variant, integer=np.ceil),
         "not rounded: the integers 0 to 10 are averaged": partial(variant, integer=lambda x: x),

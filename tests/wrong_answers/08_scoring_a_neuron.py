@@ -186,6 +186,9 @@ WRONG = {
         "each excerpt has an M of its own": table(scale=lambda E, V: E.amax(1, keepdim=True)),
         "M is the largest absolute value": table(scale=lambda E, V: E.abs().max()),
         "negative activations are kept": table(clamp=lambda a: a),
+        "M is negative where all of E is": table(
+            clamp=lambda a: a, guard=False, integer=lambda x: x.floor().clamp(min=0)
+        ),
         "rounded to the nearest integer": table(integer=torch.round),
         "rounded up": table(integer=torch.ceil),
         "not rounded": table(integer=lambda x: x),

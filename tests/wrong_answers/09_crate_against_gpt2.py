@@ -128,5 +128,6 @@ WRONG = {
         "both variances": apart(correction=0, within=0),
         "over all networks together": apart(over=lambda s, c: s.var()),
         "this is the bootstrap's part": lambda scores: scores.var(1).mean() / scores.shape[1],
+        "cut off at 0": lambda scores: apart()(scores).clamp(min=0),
     },
 }
