@@ -1,0 +1,60 @@
+"""The pages that summarise the parts and the glossary say nothing that their chapters do not."""
+
+import re
+
+import nbformat
+import pytest
+from chapters import BOOK, slugs
+
+HEADING = re.compile(r"^## ", re.MULTILINE)
+SOURCE = re.compile(r"\*\[Chapter (\d+)\]\((\w+)\.ipynb\)\.\*")
+NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w-])")
+ENTRY = re.compile(r"^(\S.*)\n  (.+) \[Chapter (\d+)\]\((\w+)\.ipynb\)$", re.MULTILINE)
+
+
+def words_and_numbers(slug: str) -> str:
+    """All that a chapter says and prints."""
+    notebook = nbformat.read(BOOK / f"{slug}.ipynb", as_version=4)
+    outputs = (output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    return "\n".join([*(cell.source for cell in notebook.cells), *outputs])
+
+
+def sections() -> list[tuple[str, str, str]]:
+    """Page, chapter and text of every section that summarises a chapter."""
+    found = []
+    for page in sorted(BOOK.glob("summary_*.md")):
+        for section in HEADING.split(page.read_text(encoding="utf8"))[1:]:
+            if source := SOURCE.search(section):
+                assert source[2].startswith(f"{int(source[1]):02}_")
+                found.append((page.stem, source[2], SOURCE.sub("", section)))
+    return found
+
+
+def test_every_chapter_is_summarised_once():
+    assert [slug for _, slug, _ in sections()] == slugs()
+
+
+def missing(text: str, source: str) -> list[str]:
+    """Numbers of a text, small integers apart, that its source does not have."""
+    text = re.sub(r"\{eq\}`[^`]+`|\]\([^)]+\)", "", text)
+    numbers = [number for number in NUMBER.findall(text) if not (number.isdigit() and int(number) < 10)]
+    return [number for number in numbers if number not in NUMBER.findall(source)]
+
+
+@pytest.mark.parametrize(("page", "slug", "text"), sections(), ids=lambda value: value if len(value) < 40 else "")
+def test_numbers_of_a_summary_stand_in_its_chapter(page, slug, text):
+    assert missing(text, words_and_numbers(slug)) == []
+    assert missing(f"{text} 0.7391 and 77,777", words_and_numbers(slug)) == ["0.7391", "77,777"]
+
+
+@pytest.mark.parametrize(("term", "meaning", "number", "slug"), ENTRY.findall((BOOK / "glossary.md").read_text()))
+def test_a_term_of_the_glossary_is_used_in_its_chapter(term, meaning, number, slug):
+    assert slug.startswith(f"{int(number):02}_") and meaning[0].isupper() | (meaning[0] in "$3") and meaning[-1] in ".]"
+    stem = term.lower().rstrip("s")
+    assert stem in re.sub(r"\s+", " ", words_and_numbers(slug)).lower(), f"{term!r} does not occur in {slug}"
+
+
+def test_the_glossary_holds_each_term_once_and_in_order():
+    text = (BOOK / "glossary.md").read_text(encoding="utf8")
+    terms = [term.lower() for term, *_ in ENTRY.findall(text)]
+    assert terms == sorted(set(terms)) and len(terms) == text.count("](") > 60
