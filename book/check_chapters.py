@@ -3,18 +3,24 @@
 Each check yields messages that name the file, what is wrong and what to do. No message: all is well.
 """
 
+import base64
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from chapters import differences, read, slugs
+from matplotlib.image import imread
 from nbformat.notebooknode import NotebookNode
 from notebooks import BOOK, ROOT
 
 import exercises
+from cratelab import plots
 
 MAX_CELLS = 41
+BOTH = "05"  # from this chapter on there are two networks, each with a colour of its own
 # A misspelt tag would silently do nothing, so only these may be used. nbval-skip is not among them: every cell is run.
 TAGS = {
     *("hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell"),
@@ -92,7 +98,7 @@ def check_cells(slug: str, book: Path = BOOK) -> Iterator[str]:
 
 
 def check_figures(slug: str, book: Path = BOOK) -> Iterator[str]:
-    """Every cell that draws says in words what its figure shows, and no other does."""
+    """Every cell that draws says in words what its figure shows, and no other does; a network's colour means it."""
     notebook = read(slug, book)
     if notebook is None:
         return
@@ -104,6 +110,21 @@ def check_figures(slug: str, book: Path = BOOK) -> Iterator[str]:
             yield f'{where}: a figure needs an alt text, a sentence or two: `:alt: "…"` under ```{{code-cell}} python'
         if alt and not draws:
             yield f"{where}: it has an alt text and draws nothing"
+        for name, colour in {"CRATE": plots.CRATE, "GPT-2": plots.GPT2}.items():
+            if slug >= BOTH and name not in alt and colour in colours(cell.outputs):
+                yield f"{where}: the colour of {name} ({colour}) is used, and the alt text does not speak of {name}"
+
+
+def colours(outputs: list) -> set[str]:
+    """The named colours, such as #0072B2, that fill a hundredth of a per cent of some PNG of a cell."""
+    found = set()
+    for output in outputs:
+        if png := output.get("data", {}).get("image/png"):
+            pixels = imread(io.BytesIO(base64.b64decode(png)))[..., :3].reshape(-1, 3)
+            codes = (255 * pixels).round().astype(int) @ [1 << 16, 1 << 8, 1]
+            values, counts = np.unique(codes, return_counts=True)
+            found |= {f"#{value:06X}" for value in values[counts > 1e-4 * len(codes)]}
+    return found
 
 
 def equation_labels(book: Path = BOOK) -> dict[str, list[str]]:

@@ -119,7 +119,7 @@ for ax, n in zip(axs, (4, len(training)), strict=True):
         name: [float(bigram_loss(few, text, v, a)) for a in alphas]
         for name, text in [("its training text", few), ("held-out text", held_out)]
     }
-    for (name, values), color in zip(losses.items(), (plots.PALETTE[1], plots.CRATE), strict=True):
+    for (name, values), color in zip(losses.items(), plots.PALETTE[2:4], strict=True):
         ax.semilogx(alphas, values, color=color, marker="o", label=name)
         best = min(range(len(alphas)), key=values.__getitem__)
         print(f"{n:3} documents, α chosen on {name:17}:", end=" ")
@@ -180,7 +180,7 @@ for author, like in enumerate(likes):
     ones = (torch.rand(1000) < like)[:, None]
     log_given = torch.where(ones, likes, 1 - likes).log()
     price = (log_given[:, author] - next_log_prob(torch.full((5,), 1 / 5).log(), log_given)).cumsum(0)
-    ax.semilogx(range(1, 1001), price, color=plots.PALETTE[author], label=f"{like:.1f}")
+    ax.semilogx(range(1, 1001), price, color=plots.PALETTE[2:][author], label=f"{like:.1f}")
     paid = ", ".join(f"{price[n - 1]:5.2f} after {n}" for n in (10, 100, 1000))
     print(f"the author who likes 1 to {like:.1f}: {paid} tokens")
 ax.axhline(float(torch.tensor(5.0).log()), color="black", ls="--", label="log 5")

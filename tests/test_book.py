@@ -1,6 +1,8 @@
 """The book is whole: notebooks in sync with their text, executed, labelled; and each check fails when it should."""
 
 import ast
+import base64
+import io
 import json
 import shutil
 import subprocess
@@ -14,8 +16,10 @@ import notebooks
 import pytest
 import sync
 import yaml
+from matplotlib.figure import Figure
 
 import cratelab
+from cratelab import plots
 
 ROOT, BOOK = notebooks.ROOT, notebooks.BOOK
 
@@ -231,6 +235,23 @@ def test_figure_without_alt_text_and_alt_text_without_figure_are_noticed(book):
     assert cell.metadata == {"mystnb": {"image": {"alt": cell.metadata.mystnb.image.alt}}} and cell.source == "1"
     edit(book, lambda notebook: notebook.cells[2].update(outputs=output("display_data", data={"image/png": "iVBORw"})))
     assert messages(check_chapters.check_figures, book) == ""
+
+
+def test_a_network_s_colour_used_for_something_else_is_noticed(book):
+    shutil.copy(book / "01_sample.ipynb", book / "05_sample.ipynb")
+    notebook = chapters.read("05_sample", book)
+    figure, drawn = Figure(), io.BytesIO()
+    figure.add_subplot().plot([0, 1], color=plots.GPT2)
+    figure.savefig(drawn, format="png")
+    notebook.cells[2].outputs = output("display_data", data={"image/png": base64.b64encode(drawn.getvalue()).decode()})
+    for alt, complaints in {
+        "A line that rises from nothing to one, from left to right.": ["the colour of GPT-2 (#D55E00)"],
+        "A line for GPT-2 that rises from nothing to one.": [],
+    }.items():
+        notebook.cells[2].metadata = {"mystnb": {"image": {"alt": alt}}}
+        nbformat.write(notebook, book / "05_sample.ipynb")
+        found = list(check_chapters.check_figures("05_sample", book))
+        assert len(found) == len(complaints) and all(part in one for part, one in zip(complaints, found, strict=True))
 
 
 @pytest.mark.parametrize(
