@@ -98,6 +98,8 @@ def test_losses():
 @pytest.mark.parametrize(
     ("claim", "slug", "quoted"),
     [
+        ("Neurons of CRATE score higher", "09_crate_against_gpt2", ["+0.6 ± 3.1", "+3.2 ± 2.7", "-1.0 ± 1.7"]),
+        ("Interpretability is steady", "09_crate_against_gpt2", ["3.2", "6.5", "1.0", "2.7"]),
         ("Steering costs no fidelity", "11_steering", ["1.96 [1.61, 2.38]", "1.06 [0.95, 1.19]"]),
         ("Built-in sparse coding", "10_sparse_auto_encoders", ["0.006", "0.08"]),
     ],
