@@ -116,7 +116,7 @@ def summarise(runs: list[dict]) -> list[dict]:
 
 
 def interval(values: list[float]) -> float | None:
-    """Half-width of the 95 % interval of the mean by Student's t distribution; None with fewer than two values."""
+    """Half-width of the 95 % interval of the mean by Student's t (eq-09-3); None with fewer than two values."""
     from scipy.stats import t
 
     n = len(values)

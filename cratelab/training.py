@@ -103,7 +103,7 @@ def train(
     on_step: Callable[[dict], None] | None = None,
     command: dict | None = None,
 ) -> list[dict]:
-    """Train `model` in place. With a `run_dir` nothing is lost: the same call goes on where a killed one stopped.
+    """Train `model` in place by AdamW (eq-07-2). With a `run_dir` the same call goes on where a killed one stopped.
 
     Args:
         model: CRATE or GPT-2, with the weights to start from. It is moved to the device that Accelerate chooses.
@@ -202,7 +202,7 @@ def validation_loss(model: LanguageModel, windows: Tensor, batch: int = 16) -> f
 
 @torch.no_grad()
 def document_log_probs(model: LanguageModel, corpus: TokenizedCorpus, batch: int = 16) -> np.ndarray:
-    """Nats of each token of a corpus given all before it in its document: what TinyWorld's `log_prob` bounds.
+    """Nats of each token of a corpus given all before it in its document: what the gap is made of (eq-07-4).
 
     Args:
         model: on any device.

@@ -34,7 +34,7 @@ class Explainer(Protocol):
 
 
 def discretise(activations: Tensor) -> Tensor:
-    """Activations (l, h, k, w) on the explainers' scale: 0 to 10 tenths of the neuron's maximum, rounded down.
+    """Activations (l, h, k, w) in tenths of each neuron's maximum, rounded down, so 0 to 10 (eq-08-1).
 
     Source: Bills et al. (2023).
     """
@@ -44,7 +44,7 @@ def discretise(activations: Tensor) -> Tensor:
 
 
 class TokenExplainer:
-    """Each neuron as a table: the mean of its discretised activation at every token seen; 0 at others."""
+    """Each neuron as a table: the mean of its discretised activation at every token seen; 0 at others (eq-08-2)."""
 
     def explain(self, excerpts: Excerpts) -> "SuffixExplanations":
         return SuffixExplanations(excerpts, order=1, shrinkage=0.0)

@@ -87,7 +87,7 @@ def crop(excerpts: Excerpts, width: int) -> Excerpts:
 
 
 def correlation(actual: Tensor, simulated: Tensor, present: Tensor) -> Tensor:
-    """Pearson's correlation over the last axis, (…, n) to (…,) float64; NaN where either is constant.
+    """Pearson's correlation over the last axis (eq-08-3), (…, n) to (…,) float64; NaN where either is constant.
 
     Args:
         actual: activations.
@@ -193,7 +193,7 @@ def summarise(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> LayerMeans:
-    """Mean and variance over layers of a model's scores.
+    """Mean and variance over layers of a model's scores (eq-09-1).
 
     Args:
         scores: of all its neurons.
