@@ -14,7 +14,7 @@ import numpy as np
 from chapters import differences, read, slugs
 from matplotlib.image import imread
 from nbformat.notebooknode import NotebookNode
-from notebooks import BOOK, ROOT
+from notebooks import BOOK, ROOT, address_problem
 
 import exercises
 from cratelab import plots
@@ -29,6 +29,7 @@ TAGS = {
 EQUATION = re.compile(r"^\$\$((?:(?!^\s*$).)*?)\$\$[ \t]*\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
 LABEL = re.compile(r"eq-(\d\d)-[a-z0-9]+(?:-[a-z0-9]+)*")
 REFERENCE = re.compile(r"\{eq\}`(?:[^`<]*<)?([^`>]+)>?`")
+LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 # Outputs that hold a path would change from machine to machine.
 PATHS = re.compile(r"/(?:home|Users|root|tmp)/\S+|/ipykernel_\S+")
 
@@ -174,6 +175,21 @@ def check_exercises(slug: str, book: Path = BOOK) -> Iterator[str]:
         yield f"exercises/{slug}.ipynb has outputs, which are the reader's to make. Run `make sync`."
 
 
+def check_links(root: Path = ROOT) -> Iterator[str]:
+    """Links of the files that are read outside the book lead somewhere; those of its pages are for check_pages.py."""
+    for path in [*root.glob("*.md"), *(root / "book" / "reference").glob("*.md"), *root.glob("*s/*.ipynb")]:
+        text = path.read_text(encoding="utf8")
+        if path.suffix == ".ipynb":
+            text = "\n".join(c.source for c in nbformat.reads(text, as_version=4).cells if c.cell_type == "markdown")
+        for link in LINK.findall(text):
+            if "://" in link:
+                problem = address_problem(link)
+            else:
+                problem = None if (path.parent / link.split("#")[0]).exists() else f"there is no {link}"
+            if problem:
+                yield f"{path.relative_to(root)}: {problem}"
+
+
 CHAPTER_CHECKS = (check_pair, check_executed, check_cells, check_figures, check_exercises)
 
 
@@ -190,4 +206,4 @@ def check_all(only: list[str] | None = None, book: Path = BOOK) -> list[str]:
     for slug in exercises.slugs(book):
         if slug not in slugs(book):
             messages.append(f"solutions/{slug}.py belongs to no chapter book/src/{slug}.md")
-    return messages + list(check_equations(book))
+    return [*messages, *check_equations(book), *check_links(book.parent)]

@@ -11,7 +11,6 @@ form, and those to the book's repository by the file they name.
 
 import argparse
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from notebooks import ROOT, repository_url
+from notebooks import address_problem
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -76,8 +75,6 @@ FLAGS = (
     ),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
 )
-# What an address elsewhere must look like, beside https and a host with a dot.
-FORMS = {"arxiv.org": r"/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?", "doi.org": r"/10\.\d{4,9}/\S+"}
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -129,25 +126,17 @@ def screen(driver: webdriver.Chrome, size: tuple[int, int]) -> Iterator[None]:
 def link_problems(html: Path, address: str, pages: dict[str, dict]) -> Iterator[tuple[str, str]]:
     """Page and complaint for each link that leads nowhere, as far as one can see without a network."""
     anchors = {name: set(page["anchors"]) for name, page in pages.items()}
-    ours = urlsplit(repository_url()).path
     for name, page in pages.items():
         for link in page["links"]:
             parts = urlsplit(link)
             path = unquote(parts.path).lstrip("/")
-            if link.startswith(f"{address}/"):
-                if not (html / path).exists():
-                    yield name, f"leads to no page: /{path}"
-                elif parts.fragment and path in anchors and unquote(parts.fragment) not in anchors[path]:
-                    yield name, f"leads to no place on its page: /{path}#{parts.fragment}"
-            elif parts.scheme in ("mailto", "javascript"):
-                continue
-            elif parts.scheme != "https" or not re.fullmatch(r"([\w-]+\.)+[a-z]{2,}", parts.netloc):
-                yield name, f"an odd address: {link}"
-            elif not re.fullmatch(FORMS.get(parts.netloc, ".*"), parts.path):
-                yield name, f"{parts.netloc} has no such address: {link}"
-            file = re.search(rf"{ours}/(?:blob|tree)/[^/]+/(.+)", unquote(parts.path))
-            if file and not (ROOT / file[1]).exists():
-                yield name, f"the repository has no {file[1]}"
+            if not link.startswith(f"{address}/"):
+                if problem := address_problem(link):
+                    yield name, problem
+            elif not (html / path).exists():
+                yield name, f"leads to no page: /{path}"
+            elif parts.fragment and path in anchors and unquote(parts.fragment) not in anchors[path]:
+                yield name, f"leads to no place on its page: /{path}#{parts.fragment}"
 
 
 def network_problems(driver: webdriver.Chrome, host: str) -> list[str]:

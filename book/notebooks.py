@@ -4,7 +4,9 @@ The same cells always give the same bytes: nothing names a machine or a moment.
 """
 
 import hashlib
+import re
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import nbformat
 import yaml
@@ -12,6 +14,9 @@ from nbformat.notebooknode import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "book"
+
+# What an address elsewhere must look like, beside https and a host with a dot.
+FORMS = {"arxiv.org": r"/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?", "doi.org": r"/10\.\d{4,9}/\S+"}
 
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 SETUP = """\
@@ -38,6 +43,21 @@ def colab_url(path: str, book: Path = BOOK) -> str:
 
 def _repository(book: Path) -> dict:
     return yaml.safe_load((book / "_config.yml").read_text(encoding="utf8"))["repository"]
+
+
+def address_problem(link: str) -> str | None:
+    """What is wrong with an address on the web, by its form, or by the file if it names one of the repository's."""
+    parts = urlsplit(link)
+    file = re.search(rf"{urlsplit(repository_url()).path}/(?:blob|tree)/[^/]+/(.+)", unquote(parts.path))
+    if parts.scheme in ("mailto", "javascript"):
+        return None
+    if parts.scheme != "https" or not re.fullmatch(r"([\w-]+\.)+[a-z]{2,}", parts.netloc):
+        return f"an odd address: {link}"
+    if not re.fullmatch(FORMS.get(parts.netloc, ".*"), parts.path):
+        return f"{parts.netloc} has no such address: {link}"
+    if file and not (ROOT / file[1]).exists():
+        return f"the repository has no {file[1]}"
+    return None
 
 
 def assemble(cells: list[NotebookNode], book: Path = BOOK) -> NotebookNode:

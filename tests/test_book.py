@@ -60,6 +60,24 @@ def test_equations_and_references():
     assert list(check_chapters.check_equations()) == []
 
 
+def test_links_outside_the_pages(tmp_path):
+    assert list(check_chapters.check_links()) == []
+    ours = notebooks.repository_url()
+    (tmp_path / "README.md").write_text(
+        f"[a](README.md#here) [b](docs/gone.md) [c](https://arxiv.org/abs/2410.16443) [d](http://arxiv.org/abs/2410.1) "
+        f"[e]({ours}/blob/main/gone.py) [f]({notebooks.colab_url('exercises/01_coding_rate.ipynb')})"
+    )
+    cell = nbformat.v4.new_markdown_cell("[g](https://arxiv.org/abs/24101.6443)")
+    (tmp_path / "exercises").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "exercises" / "01.ipynb")
+    assert list(check_chapters.check_links(tmp_path)) == [
+        "README.md: there is no docs/gone.md",
+        "README.md: an odd address: http://arxiv.org/abs/2410.1",
+        "README.md: the repository has no gone.py",
+        "exercises/01.ipynb: arxiv.org has no such address: https://arxiv.org/abs/24101.6443",
+    ]
+
+
 def test_every_chapter_is_in_the_table_of_contents_and_on_the_status_page():
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
     listed = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]

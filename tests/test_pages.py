@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from check_chapters import equation_labels
-from notebooks import BOOK
+from notebooks import BOOK, repository_url
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_faults_of_a_page_are_named(check_pages, tmp_path):
     page = f"<!doctype html>{head}<article>{{}}</article>"
     bodies = [GOOD, *(GOOD + fault for fault in faults)]
     for number, body in enumerate(bodies):
-        text = page.format(body.replace("{ours}", check_pages.repository_url()))
+        text = page.format(body.replace("{ours}", repository_url()))
         (tmp_path / f"{number:02}.html").write_text(text)
     (tmp_path / "other.html").write_text(page.format("<p>nothing</p>"))
     found = check_pages.check(tmp_path)
