@@ -91,7 +91,7 @@ def test_losses():
         [mean(run["gap"] for run in runs("tinyworld", model=m, n_layers=n, steps=2000)) for n in (1, 2, 3)]
         for m in ("crate", "gpt2")
     ]
-    crate, gpt2 = (", ".join(f"{gap:.2f}" for gap in each) for each in gaps)
+    crate, gpt2 = (", ".join(f"{gap:.3f}" for gap in each) for each in gaps)
     assert f"{crate} nats above TinyWorld's floor against {gpt2}" in row_of("Performance is comparable")
 
 
