@@ -204,11 +204,16 @@ def without_markers(code: str) -> str:
     return re.sub(r"^[ \t]+# (BEGIN|END) SOLUTION\n?", "", code, flags=re.MULTILINE).rstrip()
 
 
+def table(exercises: list[Exercise]) -> list[str]:
+    """Lines of a Markdown table."""
+    rows = [f"| {e.number} {e.title} | {e.goal} | {e.difficulty} of 5 | {e.minutes} |" for e in exercises]
+    return ["| exercise | you will | difficulty | minutes |", "|---|---|---|--:|", *rows]
+
+
 def contents(slug: str, book: Path = BOOK) -> str:
     """What closes a chapter: a table of its exercises, and links to both notebooks."""
     _, exercises = read(slug, book)
     minutes = sum(exercise.minutes for exercise in exercises)
-    rows = [f"| {e.number} {e.title} | {e.goal} | {e.difficulty} of 5 | {e.minutes} |" for e in exercises]
     links = [
         f"**{name}**: [read]({github_url(path, book)}), [![Open in Colab](_static/colab.svg)]({colab_url(path, book)})"
         for name, path in [("Exercises", f"exercises/{slug}.ipynb"), ("Solutions", f"solutions/{slug}.ipynb")]
@@ -220,9 +225,7 @@ def contents(slug: str, book: Path = BOOK) -> str:
             f"About {minutes} minutes in a notebook that needs nothing but itself. Each exercise has hints, and a "
             "check that compares your function with one computed in another way and says what is likely to be wrong.",
             "",
-            "| exercise | you will | difficulty | minutes |",
-            "|---|---|---|--:|",
-            *rows,
+            *table(exercises),
             "",
             f"{links[0]} · {links[1]}",
         ]

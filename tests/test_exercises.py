@@ -90,6 +90,11 @@ def test_three_to_five_exercises_a_chapter(slug):
     assert set(WRONG[slug]) == {exercise.number for exercise in SOURCES[slug][1]}
 
 
+def test_exercises_that_teachers_are_told_of_exist():
+    named = set(re.findall(r"\b\d+\.[A-E]\b", (BOOK / "teaching.md").read_text(encoding="utf8")))
+    assert len(named) > 20 and named <= {exercise.number for _, exercise in ALL}
+
+
 @pytest.mark.parametrize("slug", SOURCES)
 def test_exercises_hold_no_solution_and_hints_are_folded(slug):
     to_do, done = exercises.generate(slug)

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # book/, where the chapters'
 from chapters import slugs
 from check_chapters import EQUATION, LABEL, equation_labels, source
 
+import exercises
+
 
 class ExecutionTable(SphinxDirective):
     """Table of execution.json: when and where each chapter was executed, and how long it took."""
@@ -50,6 +52,18 @@ class EquationTable(SphinxDirective):
                 lines += [f"* - {{eq}}`{label}` `{label}`", f"  - $\\displaystyle {formula}$", f"  - {names}"]
             lines += ["```", ""]
         return self.parse_text_to_nodes(StringList(lines, str(book / "equations.md")))
+
+
+class ExerciseTable(SphinxDirective):
+    """All exercises, a table a chapter."""
+
+    def run(self):
+        book = Path(self.env.srcdir)
+        lines = []
+        for slug in exercises.slugs(book):
+            self.env.note_dependency(str(exercises.source(slug, book)))
+            lines += [f"**[](/{slug})**", "", *exercises.table(exercises.read(slug, book)[1]), ""]
+        return self.parse_text_to_nodes(StringList(lines, str(book / "teaching.md")))
 
 
 def citations():
@@ -133,6 +147,7 @@ def refuse_failed_cells(app, docname, source):
 def setup(app):
     app.add_directive("execution-table", ExecutionTable)
     app.add_directive("equation-table", EquationTable)
+    app.add_directive("exercise-table", ExerciseTable)
     app.connect("autodoc-process-docstring", read_docstring)
     app.connect("missing-reference", resolve_public_name)
     app.connect("source-read", refuse_failed_cells)
