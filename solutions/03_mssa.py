@@ -277,7 +277,7 @@ for factor, color in [(0.95, plots.CRATE), (1.05, plots.PALETTE[1])]:
     for _ in range(8):
         moved = moved - 2 * cl.neumann_gradient(moved, U, 0.5, order=1)
         rates.append(float(cl.subspace_rate(moved, U, 0.5)))
-    print(f"{factor} of the radius, Rᶜ after 0 to 8 steps:", [round(rate, 1) for rate in rates])
+    print(f"{factor} of the radius, Rᶜ after 0 to 8 steps:", ", ".join(f"{float(f'{rate:.1g}'):g}" for rate in rates))
     axs[1].semilogy(rates, color=color, marker="o", label=f"{factor} of the radius")
 axs[1].set(xlabel="first-order steps", ylabel="$R^c$ (nats)")
 for ax in axs:
