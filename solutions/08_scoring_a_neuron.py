@@ -293,8 +293,8 @@ apart = strongest_windows(smooth, document, width, 10)
 fig, ax = plt.subplots(figsize=(8.4, 2.6))
 ax.plot(smooth, color="0.6", lw=0.8)
 for starts, height, color, name in [
-    (overlapping, 1.1, plots.PALETTE[1], "ten strongest tokens"),
-    (apart, 1.3, plots.CRATE, "ten strongest windows apart"),
+    (overlapping, 1.1, plots.PALETTE[4], "ten strongest tokens"),
+    (apart, 1.3, plots.PALETTE[2], "ten strongest windows apart"),
 ]:
     y = height * float(smooth.max())
     ax.hlines([y] * 10, starts, starts + width, color=color, lw=5, label=name)

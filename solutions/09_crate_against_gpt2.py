@@ -201,7 +201,7 @@ for h in widths:
     for name, middle, half in zip(held, [means[:, 0], means.mean(1)], halves, strict=True):
         held[name].append(100 * float(((middle - truth).abs() <= half).double().mean()))
 fig, ax = plt.subplots(figsize=(5.4, 3))
-for (name, shares), color in zip(held.items(), [plots.PALETTE[1], plots.CRATE], strict=True):
+for (name, shares), color in zip(held.items(), plots.PALETTE[2:4], strict=True):
     ax.plot(widths, shares, "o-", color=color, label=name)
 ax.axhline(95, color="0.6", ls="--", lw=0.8)
 ax.set(xscale="log", xlabel="neurons", ylabel="intervals with the truth, %", ylim=(0, 105), xticks=widths)
