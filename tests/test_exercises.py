@@ -298,12 +298,12 @@ def changed_in_place(x):
         (lambda x: None, "does it end in `return`"),
         (lambda x: "two", "returns a str"),
         (lambda x: 2 * x.T, "is it transposed"),
-        (summed, r"the shape \(\) for a tensor \(3, 4\); \(3, 4\) was expected"),
+        (summed, r"the shape \(\) for x of shape \(3, 4\); \(3, 4\) was expected"),
         (lambda x: x / 0, "not finite"),
         (changed_in_place, "in place"),
         (lambda x: x / 2, "halved$"),
         (lambda x: 3 * x, r"gives .* where .* is right \(entry \d+ of \d+\)\. No common mistake"),
-        (lambda x: 2 * x + (len(x) == 5) * 1e-5, r"for a tensor \(5, 2\)"),
+        (lambda x: 2 * x + (len(x) == 5) * 1e-5, r"for x of shape \(5, 2\) it gives"),
     ],
 )
 def test_answer_is_described(answer, complaint):
@@ -314,8 +314,10 @@ def test_answer_is_described(answer, complaint):
 def test_missing_values_and_lists_are_fine_as_arguments():
     case = (torch.tensor([1.0, torch.nan]), ["a"])
     grade(lambda x, names: x.nan_to_num(0), [case], lambda x, names: x.nan_to_num(0), "zeros", {})
-    with pytest.raises(CheckFailed, match=r"returns numbers that are not finite for a tensor \(2,\)"):
+    with pytest.raises(CheckFailed, match=r"returns numbers that are not finite for x of shape \(2,\)"):
         grade(lambda x, names: x, [case], lambda x, names: x.nan_to_num(0), "zeros", {})
+    with pytest.raises(CheckFailed, match=r"for x of shape .*, n = 3 it gives 3 where 4 is right"):
+        grade(lambda x, n: n, [(torch.ones(2), 3)], lambda x, n: n + 1, "adding", {})
     with pytest.raises(CheckFailed, match="for its arguments it gives 2 where 1 is right"):
         grade(lambda names: 2 * len(names), [(["a"],)], lambda names: len(names), "counting", {})
 

@@ -1,6 +1,7 @@
 """What all checks share: asking a reader's function, comparing its answers, and saying what is wrong in one line."""
 
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -78,9 +79,10 @@ def grade(
     worst = max(range(len(cases)), key=errors.__getitem__)
     got, target = answers[worst].flatten(), expected[worst].flatten()
     entry = int((got - target).abs().argmax())
+    where = f" (entry {entry} of {len(got)})" if len(got) > 1 else ""
     raise CheckFailed(
-        f"{name} differs from {by}: for {describe(cases[worst])} it gives {got[entry]:.6g} where {target[entry]:.6g} "
-        f"is right{f' (entry {entry} of {len(got)})' if len(got) > 1 else ''}. No common mistake explains it."
+        f"{name} differs from {by}: for {describe(function, cases[worst])} it gives {got[entry]:.6g} "
+        f"where {target[entry]:.6g} is right{where}. No common mistake explains it."
     )
 
 
@@ -102,11 +104,11 @@ def ask(function: Callable, case: tuple, shape: torch.Size) -> Tensor:
     if answer.shape != shape:
         transposed = answer.ndim == 2 and answer.mT.shape == shape
         raise CheckFailed(
-            f"{name} returns the shape {tuple(answer.shape)} for {describe(case)}; {tuple(shape)} was expected"
-            + (": is it transposed? Tokens are rows." if transposed else "")
+            f"{name} returns the shape {tuple(answer.shape)} for {describe(function, case)}; "
+            f"{tuple(shape)} was expected" + (": is it transposed? Tokens are rows." if transposed else "")
         )
     if not answer.isfinite().all():
-        raise CheckFailed(f"{name} returns numbers that are not finite for {describe(case)}")
+        raise CheckFailed(f"{name} returns numbers that are not finite for {describe(function, case)}")
     if any(isinstance(a, Tensor) and not _same(a, b) for a, b in zip(case, own, strict=True)):
         raise CheckFailed(f"{name} changes its arguments in place: compute with copies")
     return answer
@@ -124,19 +126,21 @@ def as_tensor(value: object) -> Tensor:
     return torch.as_tensor(value).detach().to("cpu", torch.float64)
 
 
-def describe(case: tuple) -> str:
-    """The arguments in a few words: shapes of tensors, and numbers."""
-    words = [f"a tensor {tuple(a.shape)}" if isinstance(a, Tensor) else f"{a:g}" for a in case if _is_plain(a)]
+def describe(function: Callable, case: tuple) -> str:
+    """The arguments in a few words, by their names: shapes of tensors, and numbers."""
+    names = list(signature(function).parameters)
+    names = names if len(names) >= len(case) else ["an argument"] * len(case)
+    words = [
+        f"{name} of shape {tuple(argument.shape)}" if isinstance(argument, Tensor) else f"{name} = {argument:g}"
+        for name, argument in zip(names, case, strict=False)
+        if isinstance(argument, (Tensor, int, float))
+    ]
     return ", ".join(words) or "its arguments"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal, with NaN equal to NaN."""
     return a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())
-
-
-def _is_plain(argument: object) -> bool:
-    return isinstance(argument, (Tensor, int, float))
 
 
 def _copy(argument: object) -> object:
