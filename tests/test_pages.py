@@ -56,6 +56,22 @@ def test_pages_in_a_browser(html, check_pages):
     assert {page: problems for page, problems in check_pages.check(html).items() if problems} == {}
 
 
+def test_a_tap_enlarges_a_figure_within_its_column(html, check_pages, tmp_path):
+    with check_pages.served(html) as address:
+        driver = check_pages.browser(str(tmp_path))
+        try:
+            with check_pages.screen(driver, check_pages.PHONE):
+                driver.get(f"{address}/{next(html.glob('01_*.html')).name}")
+                look = """const figure = document.querySelector('.cell_output img');
+                    if (arguments[0]) figure.click();
+                    return [figure.getBoundingClientRect().width, document.documentElement.scrollWidth]"""
+                widths = [driver.execute_script(look, tap) for tap in (False, True, True)]
+        finally:
+            driver.quit()
+    assert widths[0] == widths[2] and widths[0][0] <= 390 < 700 < widths[1][0]
+    assert {page for _, page in widths} == {390}
+
+
 GOOD = """<p id="here"><a href="#here">a</a> <a href="https://arxiv.org/abs/2410.16443">b</a>
 <a href="{ours}/blob/main/README.md">c</a> <img alt="a blue dot" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">
 <span style="display: block; overflow: auto"><b style="display: block; width: 3000px">scrolls</b></span></p>"""
