@@ -1,14 +1,13 @@
 """Checks of the exercises of chapter 1: the coding rate, its slope and its gradient."""
 
 from collections.abc import Callable
-from itertools import combinations
 from math import log
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, call, grade, random, tokens
+from cratelab.checks.grading import CheckFailed, call, grade, random, tokens, unmended
 
 CASES = [(tokens(30, 6, seed=1), 0.5), (tokens(5, 9, seed=2), 1.7), (tokens(12, 4, seed=3), 0.08)]
 
@@ -68,13 +67,7 @@ def mended_rate(function: Callable[[Tensor, float], Tensor]) -> None:
         "n and d are still the wrong way round: try listing every token twice": {"swap": True},
         "there is still ε where ε² is meant: try centimetres in the place of metres": {"power": 1},
     }
-    left = [subset for size in (1, 2, 3) for subset in combinations(bugs, size)]
-    mistakes = {
-        "; and ".join(subset): lambda z, eps, subset=subset: _rate(
-            z, eps, **{k: v for b in subset for k, v in bugs[b].items()}
-        )
-        for subset in left
-    }
+    mistakes = unmended(_rate, bugs)
     mistakes["the factor ½ is lost"] = lambda z, eps: 2 * _rate(z, eps)
     mistakes["this is what all n tokens cost together: the rate is per token"] = lambda z, eps: len(z) * _rate(z, eps)
     grade(function, CASES, _rate, "a sum over singular values", mistakes)

@@ -2,8 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from functools import wraps
-from itertools import combinations
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cratelab as cl
-from cratelab.checks.grading import CheckFailed, call, grade, random
+from cratelab.checks.grading import CheckFailed, call, grade, random, unmended
 
 SIZES = [(16, 64, 2, 50, 12), (12, 24, 3, 31, 7), (8, 40, 1, 19, 30)]
 
@@ -158,21 +157,15 @@ def mended_forward(function: Callable[[SimpleNamespace, Tensor], Tensor]) -> Non
         "both halves use attention_norm: ISTA has a LayerNorm of its own": {"second_norm": "attention_norm"},
         "MSSA's output bias is lost": {"bias": False},
     }
-    mistakes = {
-        "; and ".join(subset): {k: v for bug in subset for k, v in bugs[bug].items()}
-        for size in (1, 2, 3)
-        for subset in combinations(bugs, size)
-    } | {
+    others = {
         "the tokens are added to DA: there is no residual around ISTA": {"around_ista": True},
         "nothing is carried around MSSA: Z + MSSA(LN(Z))": {"carry": "nothing"},
         "the LayerNorms stand behind the sums, not before the halves": {"behind": True},
         "the codes do not pass through block.neurons, so that no hook sees them": {"neurons": False},
         "what is decoded has not gone through the last threshold": {"threshold": False},
     }
-    wrong = {
-        text: (lambda block, z, options=options: _by_hand(block, z, **options)) for text, options in mistakes.items()
-    }
-    grade(function, cases, _by_hand, "an evaluation token by token", wrong)
+    mistakes = unmended(_by_hand, bugs) | {text: partial(_by_hand, **options) for text, options in others.items()}
+    grade(function, cases, _by_hand, "an evaluation token by token", mistakes)
 
 
 def with_neuron(function: Callable[[nn.Module, Tensor, int, int, float], Tensor]) -> None:

@@ -1,7 +1,9 @@
 """What all checks share: asking a reader's function, comparing its answers, and saying what is wrong in one line."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from inspect import signature
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -84,6 +86,23 @@ def grade(
         f"{name} differs from {by}: for {describe(function, cases[worst])} it gives {got[entry]:.6g} "
         f"where {target[entry]:.6g} is right{where}. No common mistake explains it."
     )
+
+
+def unmended(variant: Callable, bugs: Mapping[str, Mapping]) -> dict[str, Callable]:
+    """The mistakes of a reader who was to mend several bugs: some, or all, are still there.
+
+    Args:
+        variant: the answer to a case, with a bug where its keywords say so.
+        bugs: what to say of each -> the keywords.
+
+    Returns:
+        What to say -> the answer, as `grade` takes it, for every set of bugs, single ones first.
+    """
+    sets = [some for size in range(1, len(bugs) + 1) for some in combinations(bugs, size)]
+    return {
+        "; and ".join(some): partial(variant, **{key: value for bug in some for key, value in bugs[bug].items()})
+        for some in sets
+    }
 
 
 def ask(function: Callable, case: tuple, shape: torch.Size) -> Tensor:

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from itertools import combinations
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cratelab.checks.grading import CheckFailed, call, grade, random
+from cratelab.checks.grading import CheckFailed, call, grade, random, unmended
 
 SQUARE = [
     (random(6, 5, seed=1), random(5, 5, seed=2), 0.1, 0.3, 3),
@@ -76,11 +75,7 @@ def mended_ista(function: Callable[[Tensor, Tensor, float, float, int], Tensor])
         "the threshold is λ instead of ηλ: try another step size than 1": {"threshold": "λ"},
         "the code is not clamped at zero: try a token that points away from an atom": {"shrink": "both"},
     }
-    left = [subset for size in (1, 2, 3) for subset in combinations(bugs, size)]
-    mistakes = {
-        "; and ".join(subset): partial(_ista, **{k: v for bug in subset for k, v in bugs[bug].items()})
-        for subset in left
-    }
+    mistakes = unmended(_ista, bugs)
     mistakes |= {
         "it starts from the tokens: here a code starts from zero": partial(_ista, start="tokens"),
         "what exceeds the threshold is kept whole: it should be reduced by the threshold": partial(

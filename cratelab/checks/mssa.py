@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from itertools import combinations
 from math import log
 from numbers import Real
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cratelab.checks.grading import CheckFailed, call, grade, random, subspaces, tokens
+from cratelab.checks.grading import CheckFailed, call, grade, random, subspaces, tokens, unmended
 
 ATTENTION = [
     (tokens(7, 6, seed=1), subspaces(3, 6, 2, seed=2)),
@@ -70,11 +69,7 @@ def mended_mssa(function: Callable[[Tensor, Tensor], Tensor]) -> None:
         "the scale is 1/√d instead of 1/√p: try two subspaces": {"width": "d"},
         "the values are whole tokens: a head returns what it sees of them, UₖUₖᵀz": {"whole": True},
     }
-    left = [subset for size in (1, 2, 3) for subset in combinations(bugs, size)]
-    mistakes = {
-        "; and ".join(subset): partial(_mssa, **{k: v for bug in subset for k, v in bugs[bug].items()})
-        for subset in left
-    }
+    mistakes = unmended(_mssa, bugs)
     mistakes["there is no 1/√p before the softmax"] = partial(_mssa, width="none")
     mistakes["the scale is 1/p: the root is missing"] = partial(_mssa, width="no root")
     mistakes["the mean over the heads: MSSA is their sum"] = lambda z, U: _mssa(z, U) / len(U)

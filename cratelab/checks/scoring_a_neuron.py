@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from itertools import combinations
 
 import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, call, grade, random
+from cratelab.checks.grading import CheckFailed, call, grade, random, unmended
 
 
 def _words(*shape: int, n: int, seed: int) -> Tensor:
@@ -255,11 +254,7 @@ def mended_split(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None
         "V leaks: its random windows hold tokens that stand in E": {"leak": "never"},
         "a window at the beginning is lost, and one at the end cut short: they should be moved": {"ends": "lost"},
     }
-    left = [subset for size in (1, 2, 3) for subset in combinations(bugs, size)]
-    mistakes = {
-        "; and ".join(subset): partial(tried, **{k: v for bug in subset for k, v in bugs[bug].items()})
-        for subset in left
-    }
+    mistakes = unmended(tried, bugs)
     mistakes |= {
         "windows are cut short at the ends of the text: they should be moved": partial(tried, ends="cut"),
         "a whole window leaves V for a few tokens: take out these tokens and keep the rest": partial(
@@ -413,11 +408,7 @@ def strongest_windows(function: Callable[[Tensor, Tensor, int, int], Tensor]) ->
         "windows cross the ends of documents": {"ends": "cross"},
         "tokens count where the neuron is not positive": {"least": -np.inf},
     }
-    left = [subset for size in (1, 2, 3) for subset in combinations(bugs, size)]
-    mistakes = {
-        "; and ".join(subset): partial(variant, **{k: v for bug in subset for k, v in bugs[bug].items()})
-        for subset in left
-    }
+    mistakes = unmended(variant, bugs)
     mistakes |= {
         "places are kept apart instead of windows: two that were moved from the end of a document can overlap": partial(
             variant, apart="centres"

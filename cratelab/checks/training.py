@@ -1,8 +1,7 @@
 """Checks of the exercises of chapter 7: the reach of a schedule, gap and floor, AdamW, the arithmetic of a token."""
 
 from collections.abc import Callable
-from functools import wraps
-from itertools import combinations
+from functools import partial, wraps
 from math import log
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cratelab as cl
-from cratelab.checks.grading import CheckFailed, call, grade, random
+from cratelab.checks.grading import CheckFailed, call, grade, random, unmended
 
 
 def reach(function: Callable[[int, int, float, float], float]) -> None:
@@ -191,18 +190,14 @@ def mended_adamw(function: Callable[[Tensor, Tensor, Tensor, tuple[float, float]
         "the decay is still a part of the gradient, and divided by its size": {"coupled": True},
         "ε stands inside the root": {"inside": True},
     }
-    mistakes = {
-        "; and ".join(subset): {k: v for bug in subset for k, v in bugs[bug].items()}
-        for size in (1, 2, 3)
-        for subset in combinations(bugs, size)
-    } | {
+    others = {
         "the averages are not corrected: they start from zero": {"correction": "none"},
         "the decay is not multiplied by the rate": {"by_rate": False},
         "the decay comes after the step: both are taken from the weights before": {"late": True},
         "t is one too large in 1 − βᵗ: the first step is t = 1": {"first": 1},
     }
-    wrong = {text: (lambda *case, options=options: unrolled(*case, **options)) for text, options in mistakes.items()}
-    grade(function, cases, torch_adamw, "torch.optim.AdamW", wrong)
+    mistakes = unmended(unrolled, bugs) | {text: partial(unrolled, **options) for text, options in others.items()}
+    grade(function, cases, torch_adamw, "torch.optim.AdamW", mistakes)
 
 
 def products(function: Callable[[int, int, int, int, int, int], dict[str, int]]) -> None:
