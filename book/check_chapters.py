@@ -7,6 +7,7 @@ import base64
 import io
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import nbformat
@@ -177,7 +178,8 @@ def check_exercises(slug: str, book: Path = BOOK) -> Iterator[str]:
 
 def check_links(root: Path = ROOT) -> Iterator[str]:
     """Links of the files that are read outside the book lead somewhere; those of its pages are for check_pages.py."""
-    for path in [*root.glob("*.md"), *(root / "book" / "reference").glob("*.md"), *root.glob("*s/*.ipynb")]:
+    read_outside = "*.md", "book/reference/*.md", "exercises/*.ipynb", "solutions/*.ipynb"
+    for path in chain(*map(root.glob, read_outside)):
         text = path.read_text(encoding="utf8")
         if path.suffix == ".ipynb":
             text = "\n".join(c.source for c in nbformat.reads(text, as_version=4).cells if c.cell_type == "markdown")
@@ -185,7 +187,7 @@ def check_links(root: Path = ROOT) -> Iterator[str]:
             if "://" in link:
                 problem = address_problem(link)
             else:
-                problem = None if (path.parent / link.split("#")[0]).exists() else f"there is no {link}"
+                problem = None if (path.parent / link).exists() else f"there is no {link}"
             if problem:
                 yield f"{path.relative_to(root)}: {problem}"
 

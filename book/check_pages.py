@@ -60,20 +60,11 @@ const done = arguments[0];
 window.MathJax?.startup ? MathJax.startup.promise.then(() => done(true)) : done(true);
 """
 SET_MODE = "const data = document.documentElement.dataset; data.theme = data.mode = arguments[0]"
-DESKTOP, PHONE = (
-    (1400, 1500),
-    (390, 1500),
-)  # pixels: the browser's window, a phone held upright, and a screenshot's tile
+DESKTOP, PHONE = (1400, 1500), (390, 1500)  # width and height of the window, in pixels, and of a screenshot
 FLAGS = (
-    *(
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--window-size={},{}".format(*DESKTOP),
-    ),
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+    f"--window-size={DESKTOP[0]},{DESKTOP[1]}",
 )
 
 
@@ -82,15 +73,21 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def browser(profile: str) -> webdriver.Chrome:
-    """Debian's Chromium, logging its console and its network."""
-    binary, driver = chromium()
+@contextmanager
+def browser() -> Iterator[webdriver.Chrome]:
+    """Debian's Chromium with a profile of its own, logging its console and its network."""
+    binary, service = chromium()
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
-        options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    with tempfile.TemporaryDirectory() as profile:
+        for flag in (*FLAGS, f"--user-data-dir={profile}"):
+            options.add_argument(flag)
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(service))
+        try:
+            yield driver
+        finally:
+            driver.quit()
 
 
 def chromium() -> tuple[str, str] | None:
@@ -177,24 +174,20 @@ def check(html: Path = HTML, shots: Path | None = None, only: Sequence[str] = ()
     paths = sorted(path for path in html.rglob("*.html") if path.name not in GENERATED and "_static" not in path.parts)
     pages, found = {}, {}
     print(f"{'page':32} formulas  load, s  MB    problems")
-    with tempfile.TemporaryDirectory() as profile, served(html) as address:
-        driver = browser(profile)
-        try:
-            for path in paths:
-                name = path.relative_to(html).as_posix()
-                if only and name.removesuffix(".html") not in only:
-                    continue
-                page, found[name] = inspect(driver, f"{address}/{name}")
-                pages[name] = page
-                speed = f"{page['seconds']:7.1f}  {page['megabytes']:4.1f}"
-                print(f"{name:32} {page['formulas']:8}  {speed}  {'; '.join(found[name]) or 'none'}")
-                if shots:
-                    shoot(driver, shots, name.removesuffix(".html").replace("/", "-"))
-        finally:
-            driver.quit()
-        for name, problem in link_problems(html, address, pages):
-            print(f"{name}: {problem}")
-            found[name].append(problem)
+    with served(html) as address, browser() as driver:
+        for path in paths:
+            name = path.relative_to(html).as_posix()
+            if only and name.removesuffix(".html") not in only:
+                continue
+            page, found[name] = inspect(driver, f"{address}/{name}")
+            pages[name] = page
+            speed = f"{page['seconds']:7.1f}  {page['megabytes']:4.1f}"
+            print(f"{name:32} {page['formulas']:8}  {speed}  {'; '.join(found[name]) or 'none'}")
+            if shots:
+                shoot(driver, shots, name.removesuffix(".html").replace("/", "-"))
+    for name, problem in link_problems(html, address, pages):
+        print(f"{name}: {problem}")
+        found[name].append(problem)
     return found
 
 

@@ -85,8 +85,9 @@ def update(slug: str, book: Path = BOOK, again: bool = True) -> float | None:
     seconds = None
     if again or not keep_outputs(path, notebook):
         seconds = execute(notebook, f"book/src/{slug}.md", book)
-        record(slug, seconds, book)
     write(path, nbformat.writes(notebook) + "\n")
+    if seconds is not None:
+        record(slug, seconds, book)
     return seconds
 
 

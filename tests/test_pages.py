@@ -56,18 +56,18 @@ def test_pages_in_a_browser(html, check_pages):
     assert {page: problems for page, problems in check_pages.check(html).items() if problems} == {}
 
 
-def test_a_tap_enlarges_a_figure_within_its_column(html, check_pages, tmp_path):
-    with check_pages.served(html) as address:
-        driver = check_pages.browser(str(tmp_path))
-        try:
-            with check_pages.screen(driver, check_pages.PHONE):
-                driver.get(f"{address}/{next(html.glob('01_*.html')).name}")
-                look = """const figure = document.querySelector('.cell_output img');
-                    if (arguments[0]) figure.click();
-                    return [figure.getBoundingClientRect().width, document.documentElement.scrollWidth]"""
-                widths = [driver.execute_script(look, tap) for tap in (False, True, True)]
-        finally:
-            driver.quit()
+def test_a_tap_enlarges_a_figure_within_its_column(html, check_pages):
+    look = """const figure = document.querySelector('.cell_output img');
+        if (arguments[0]) figure.click();
+        return [figure.getBoundingClientRect().width, document.documentElement.scrollWidth]"""
+    page = next(html.glob("01_*.html")).name
+    with (
+        check_pages.served(html) as address,
+        check_pages.browser() as driver,
+        check_pages.screen(driver, check_pages.PHONE),
+    ):
+        driver.get(f"{address}/{page}")
+        widths = [driver.execute_script(look, tap) for tap in (False, True, True)]
     assert widths[0] == widths[2] and widths[0][0] <= 390 < 700 < widths[1][0]
     assert {page for _, page in widths} == {390}
 

@@ -2,10 +2,9 @@
 
 from statistics import mean
 
-import nbformat
 import numpy as np
 import pytest
-from chapters import BOOK
+from chapters import BOOK, read
 
 from cratelab.interpret.scores import PROTOCOLS
 from cratelab.record import read_reference
@@ -19,8 +18,8 @@ def row_of(claim: str) -> str:
 
 
 def printed(slug: str) -> str:
-    notebook = nbformat.read(BOOK / f"{slug}.ipynb", as_version=4)
-    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    """What the cells of a chapter print."""
+    outputs = (output for cell in read(slug).cells for output in cell.get("outputs", []))
     return "\n".join(output["text"] for output in outputs if output.get("name") == "stdout")
 
 

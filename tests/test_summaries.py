@@ -1,22 +1,23 @@
 """The pages that summarise the parts and the glossary say nothing that their chapters do not."""
 
 import re
+from functools import cache
 
-import nbformat
 import pytest
-from chapters import BOOK, slugs
+from chapters import BOOK, read, slugs
+from test_paper_and_us import printed
 
+GLOSSARY = (BOOK / "glossary.md").read_text(encoding="utf8")
 HEADING = re.compile(r"^## ", re.MULTILINE)
 SOURCE = re.compile(r"\*\[Chapter (\d+)\]\((\w+)\.ipynb\)\.\*")
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w-])")
 ENTRY = re.compile(r"^(\S.*)\n  (.+) \[Chapter (\d+)\]\((\w+)\.ipynb\)$", re.MULTILINE)
 
 
+@cache
 def words_and_numbers(slug: str) -> str:
     """All that a chapter says and prints."""
-    notebook = nbformat.read(BOOK / f"{slug}.ipynb", as_version=4)
-    outputs = (output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    return "\n".join([*(cell.source for cell in notebook.cells), *outputs])
+    return "\n".join([*(cell.source for cell in read(slug).cells), printed(slug)])
 
 
 def sections() -> list[tuple[str, str, str]]:
@@ -38,7 +39,8 @@ def missing(text: str, source: str) -> list[str]:
     """Numbers of a text, small integers apart, that its source does not have."""
     text = re.sub(r"\{eq\}`[^`]+`|\]\([^)]+\)", "", text)
     numbers = [number for number in NUMBER.findall(text) if not (number.isdigit() and int(number) < 10)]
-    return [number for number in numbers if number not in NUMBER.findall(source)]
+    known = set(NUMBER.findall(source))
+    return [number for number in numbers if number not in known]
 
 
 @pytest.mark.parametrize(("page", "slug", "text"), sections(), ids=lambda value: value if len(value) < 40 else "")
@@ -47,7 +49,7 @@ def test_numbers_of_a_summary_stand_in_its_chapter(page, slug, text):
     assert missing(f"{text} 0.7391 and 77,777", words_and_numbers(slug)) == ["0.7391", "77,777"]
 
 
-@pytest.mark.parametrize(("term", "meaning", "number", "slug"), ENTRY.findall((BOOK / "glossary.md").read_text()))
+@pytest.mark.parametrize(("term", "meaning", "number", "slug"), ENTRY.findall(GLOSSARY))
 def test_a_term_of_the_glossary_is_used_in_its_chapter(term, meaning, number, slug):
     assert slug.startswith(f"{int(number):02}_") and meaning[0].isupper() | (meaning[0] in "$3") and meaning[-1] in ".]"
     stem = term.lower().rstrip("s")
@@ -55,6 +57,5 @@ def test_a_term_of_the_glossary_is_used_in_its_chapter(term, meaning, number, sl
 
 
 def test_the_glossary_holds_each_term_once_and_in_order():
-    text = (BOOK / "glossary.md").read_text(encoding="utf8")
-    terms = [term.lower() for term, *_ in ENTRY.findall(text)]
-    assert terms == sorted(set(terms)) and len(terms) == text.count("](") > 60
+    terms = [term.lower() for term, *_ in ENTRY.findall(GLOSSARY)]
+    assert terms == sorted(set(terms)) and len(terms) == GLOSSARY.count("](") > 60

@@ -2,6 +2,7 @@
 
 import torch
 from einops import einsum
+from wrong_answers.experiments import WRONG_EXPERIMENTS
 
 
 def say(**changed):
@@ -107,11 +108,5 @@ WRONG = {
         "the sign": lifted(solved, factor=-1),
         r"returns the shape \(4, 20, 2\)": lambda z, U, eps: einsum(z, U, "n d, k d p -> k n p"),
     },
-    "2.E": {
-        "two runs of experiment": lambda seed: {"found": float(torch.rand(())), "control": 0.0},
-        'has no "control"': lambda seed: {"found": float(seed)},
-        "is the seed used": lambda seed: {"found": 1.0, "control": 0.0},
-        "is the same thing measured twice": lambda seed: {"found": float(seed), "control": float(seed)},
-        "a finite number is needed": lambda seed: {"found": [1.0, 2.0], "control": float(seed)},
-    },
+    "2.E": WRONG_EXPERIMENTS,
 }

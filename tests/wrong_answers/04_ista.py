@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from wrong_answers.experiments import WRONG_EXPERIMENTS
 
 
 def say(**changed):
@@ -124,11 +125,5 @@ WRONG = {
         "costs as much as 5 products": right_layer,
         "needs no matrix DᵀD": by_atoms,
     },
-    "4.E": {
-        "two runs of experiment": lambda seed: {"gain": float(torch.rand(())), "control": 0.0},
-        'has no "control"': lambda seed: {"two steps": float(seed), "one step": 0.0},
-        "is the seed used": lambda seed: {"gain": 0.05, "control": 0.0},
-        "is the same thing measured twice": lambda seed: {"gain": float(seed), "control": float(seed)},
-        "a finite number is needed": lambda seed: {"gain": torch.ones(3), "control": float(seed)},
-    },
+    "4.E": WRONG_EXPERIMENTS,
 }

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from wrong_answers.experiments import WRONG_EXPERIMENTS
 
 
 def rates(steps, warmup, peak, final):
@@ -157,11 +158,5 @@ WRONG = {
         "for the whole text": count(text=True),
         "go through the layer product by product": count(lambda d, h, L, v, n, T: 7),
     },
-    "7.E": {
-        "two runs of experiment": lambda seed: {"found": float(torch.rand(())), "control": 0.0},
-        'has no "control"': lambda seed: {"found": float(seed)},
-        "is the seed used": lambda seed: {"found": 1.0, "control": 0.0},
-        "is the same thing measured twice": lambda seed: {"found": float(seed), "control": float(seed)},
-        "a finite number is needed": lambda seed: {"found": [1.0, 2.0], "control": float(seed)},
-    },
+    "7.E": WRONG_EXPERIMENTS,
 }

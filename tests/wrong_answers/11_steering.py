@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from wrong_answers.experiments import WRONG_EXPERIMENTS
 
 
 def lifted(of):
@@ -171,12 +172,5 @@ WRONG = {
         "the cheapest row": lambda lift, cost, level: cost.masked_fill(lift < level, math.inf).amin(0),
         "numbers that are not finite": first_reached(never=lambda x, y, L: math.nan),
     },
-    "11.E": {
-        "two runs of experiment": lambda seed: {"correlation": float(torch.rand(())), "control": 0.0},
-        'has no "control"': lambda seed: {"correlation": float(seed)},
-        "is the seed used": lambda seed: {"correlation": 0.3, "control": 0.0},
-        "is the same thing measured twice": lambda seed: {"correlation": float(seed), "control": float(seed)},
-        "a finite number is needed": lambda seed: {"correlation": math.nan, "control": float(seed)},
-        "returns other names under another seed": lambda seed: {f"run {seed}": float(seed), "control": 0.0},
-    },
+    "11.E": WRONG_EXPERIMENTS,
 }
