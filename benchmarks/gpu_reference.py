@@ -20,7 +20,8 @@ import cratelab as cl
 from cratelab.comparison import compare, summarise
 from cratelab.corpora.prepare import prepare
 from cratelab.layerwise import layer_statistics
-from cratelab.record import provenance, write_json
+from cratelab.record import provenance
+from cratelab.storage import write_json
 from cratelab.training import Recipe
 
 

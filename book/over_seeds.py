@@ -21,7 +21,8 @@ import torch
 from chapters import generate, slugs
 from notebooks import BOOK, ROOT
 
-from cratelab.record import provenance, write_json
+from cratelab.record import provenance
+from cratelab.storage import write_json
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,9 +11,10 @@ from cratelab.coding_rate import (
     subspace_rate_gradient,
 )
 from cratelab.crate import Crate, CrateConfig
+from cratelab.devices import best_device
 from cratelab.gpt2 import Gpt2, Gpt2Config
 from cratelab.ista import Ista, ista, ista_complete, lasso_objective, soft_threshold
-from cratelab.language_model import LanguageModel, LanguageModelConfig, best_device, load
+from cratelab.language_model import LanguageModel, LanguageModelConfig, load
 from cratelab.mssa import (
     Mssa,
     attention_map,

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cratelab.language_model import LanguageModel, LanguageModelConfig, best_device
+from cratelab.devices import best_device
+from cratelab.language_model import LanguageModel, LanguageModelConfig
 from cratelab.training import Recipe, next_token_loss
 
 SHARE_OF_PEAK = 0.4  # of the measured rate of matrix products; benchmarks/README.md has what was reached where

@@ -15,15 +15,17 @@ from cratelab import plots
 from cratelab.budget import estimate
 from cratelab.comparison import compare, new_model, summarise
 from cratelab.corpora.prepare import PreparedCorpus, prepare, vocabulary_size
+from cratelab.devices import best_device
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
 from cratelab.interpret.crate_against_gpt2 import reproduce_chapter_9
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.scores import PROTOCOLS
-from cratelab.language_model import LanguageModel, LanguageModelConfig, best_device, load
-from cratelab.record import provenance, write_json
+from cratelab.language_model import LanguageModel, LanguageModelConfig, load
+from cratelab.record import provenance
 from cratelab.reference_models import make_reference_models
 from cratelab.steering import direct_effect, full_effect, neuron_maxima, steer
+from cratelab.storage import write_json
 from cratelab.training import Diverged, Recipe, train
 
 Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]

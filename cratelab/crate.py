@@ -11,8 +11,9 @@ from typing import Self
 from torch import Tensor, nn
 
 from cratelab.ista import Ista
-from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head, load_foreign
+from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head
 from cratelab.mssa import Mssa
+from cratelab.storage import read_tensors
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Crate(LanguageModel):
             ValueError: it is not such a checkpoint, or a key is missing, left over or misshapen; each is named.
         """
         path = Path(path)
-        checkpoint = load_foreign(path)
+        checkpoint = read_tensors(path)
         if not all(isinstance(checkpoint.get(entry), dict) for entry in ("model", "model_args")):
             held = ", ".join(map(str, checkpoint))
             raise ValueError(f"{path} is no official checkpoint: expected the dicts model and model_args, got {held}")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head, load_foreign, read_config
+from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head
+from cratelab.storage import read_json, read_tensors
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
@@ -132,7 +133,7 @@ class Gpt2(LanguageModel):
         if file is None:
             raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
         weights = {}
-        for key, tensor in load_foreign(file).items():
+        for key, tensor in read_tensors(file).items():
             key = key.removeprefix("transformer.")
             if key.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # causal masks that old files carry as buffers
@@ -146,7 +147,7 @@ class Gpt2(LanguageModel):
 
 
 def _config_from_huggingface(file: Path) -> Gpt2Config:
-    foreign = read_config(file)
+    foreign = read_json(file)
     if foreign.get("model_type") != "gpt2":
         raise ValueError(f"{file} describes a model of type {foreign.get('model_type')!r}; expected 'gpt2'")
     if missing := [name for name in ("n_layer", "n_head", "n_embd", "vocab_size") if name not in foreign]:

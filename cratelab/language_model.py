@@ -4,8 +4,6 @@ Notable: learned positions, weight tying without a second tensor, one named site
 cache that asks each attention how many tensors it has to remember (one for MSSA, two for attention).
 """
 
-import json
-import os
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,15 +11,10 @@ from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-
-def best_device() -> torch.device:
-    """CUDA where there is one, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+from cratelab.devices import best_device as best_device  # also known by this module's name
+from cratelab.storage import read_json, read_tensors, replacing, write_json, write_tensors
 
 
 @dataclass
@@ -212,11 +205,9 @@ class LanguageModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self.state_dict() if weights is None else weights
-        part, config = folder / "model.safetensors.part", folder / "config.json.part"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-        config.write_text(json.dumps({"model": self.kind, **asdict(self.config)}, indent=2) + "\n")
-        os.replace(part, folder / "model.safetensors")
-        os.replace(config, folder / "config.json")
+        with replacing(folder / "config.json") as config:  # both are written before either is replaced
+            write_json(config, {"model": self.kind, **asdict(self.config)})
+            write_tensors(folder / "model.safetensors", tensors)
 
     def load_weights(self, weights: dict[str, Tensor], source: str | Path) -> None:
         """Take every parameter from `weights`.
@@ -245,7 +236,7 @@ def load(folder: str | Path) -> LanguageModel:
         ValueError: config.json describes no known model, or the weights do not fit it.
     """
     folder = Path(folder)
-    config = read_config(folder / "config.json")
+    config = read_json(folder / "config.json")
     name = config.pop("model", None)
     classes = {subclass.__name__: subclass for subclass in LanguageModel.__subclasses__()}
     model_class = classes.get(str(name))
@@ -255,46 +246,8 @@ def load(folder: str | Path) -> LanguageModel:
         model = model_class(model_class.config_class(**config))
     except (TypeError, ValueError, RuntimeError) as error:  # a wrong field, type or value; more than memory holds
         raise ValueError(f"{folder / 'config.json'} does not fit {name}: {error}") from error
-    model.load_weights(load_foreign(folder / "model.safetensors"), folder / "model.safetensors")
+    model.load_weights(read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
     return model.eval()
-
-
-def read_config(file: Path) -> dict:
-    """The settings in a config.json.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it does not hold a JSON object.
-    """
-    try:
-        config = json.loads(file.read_text(encoding="utf8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object; got {type(config).__name__}")
-    return config
-
-
-def load_foreign(path: Path) -> dict:
-    """What a .safetensors or torch file from elsewhere holds, without unpickling any object.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is neither, would need unpickling, or holds something else than a dict.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as plain tensors, and nothing else is ever unpickled: {error}"
-        ) from error
-    if not isinstance(held, dict):
-        raise ValueError(f"{path} must hold a dict of tensors; got {type(held).__name__}")
-    return held
 
 
 def drop_tied_head(weights: dict[str, Tensor], source: Path) -> None:

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from cratelab.language_model import best_device
+from cratelab.devices import best_device
+from cratelab.storage import write_json as write_json  # also known by this module's name
 
 
 def provenance(**facts) -> dict:
@@ -37,14 +37,6 @@ def provenance(**facts) -> dict:
         "threads": torch.get_num_threads(),
         **facts,
     }
-
-
-def write_json(path: str | Path, content: dict) -> None:
-    """Write `content` to `path`, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(part, path)
 
 
 def read_reference(name: str) -> dict:

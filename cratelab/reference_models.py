@@ -14,7 +14,8 @@ from cratelab.comparison import compare, summarise
 from cratelab.corpora import tokens
 from cratelab.corpora.prepare import PreparedCorpus, prepare
 from cratelab.language_model import LanguageModel, load
-from cratelab.record import provenance, write_json
+from cratelab.record import provenance
+from cratelab.storage import write_json
 from cratelab.training import Recipe
 
 PRESETS = "1L", "2L", "3L"

@@ -31,8 +31,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.language_model import LanguageModel, load_foreign, read_config
-from cratelab.record import provenance, write_json
+from cratelab.language_model import LanguageModel
+from cratelab.record import provenance
+from cratelab.storage import read_json, read_tensors, write_json
 
 if TYPE_CHECKING:
     from cratelab.training import Recipe
@@ -50,7 +51,7 @@ def check_same_run(path: Path, facts: dict[str, dict]) -> None:
         ValueError: the run.json in `path` states other facts, or there is none but other files.
     """
     if (path / "run.json").is_file():
-        begun = read_config(path / "run.json")
+        begun = read_json(path / "run.json")
         for part, ours in facts.items():
             theirs = begun.get(part) or {}
             differing = [name for name in ours if theirs.get(name) != ours[name]]
@@ -118,8 +119,8 @@ class RunDirectory:
         step = self.latest_step()
         if step:
             folder = self.checkpoint_path()
-            weights = load_foreign(folder / "model.safetensors")
-            moments = load_foreign(folder / "optimizer.safetensors")
+            weights = read_tensors(folder / "model.safetensors")
+            moments = read_tensors(folder / "optimizer.safetensors")
             options = StateDictOptions(full_state_dict=True)
             set_model_state_dict(model, weights, options=options)
             state = get_optimizer_state_dict(model, optimizer.optimizer, options=options)

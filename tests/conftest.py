@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from cratelab.language_model import best_device
+from cratelab.devices import best_device
 
 if best_device().type == "cuda":  # the whole suite then runs there
     torch.set_default_device("cuda")

@@ -167,13 +167,13 @@ def test_a_saved_model_comes_back_the_same(model_class, config_class, tmp_path):
 
 
 def test_an_interrupted_save_leaves_the_old_model(monkeypatch, tmp_path):
-    def interrupted(weights, path):
+    def interrupted(weights, path, metadata=None):
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     model, tokens = small(*MODELS[0]), prompt()
     model.save(tmp_path)
-    monkeypatch.setattr("cratelab.language_model.save_file", interrupted)
+    monkeypatch.setattr("cratelab.storage.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         small(*MODELS[0], n_layers=1).save(tmp_path)
     assert_close(cl.load(tmp_path).to(tokens.device)(tokens), model(tokens), rtol=0, atol=0)

@@ -30,18 +30,6 @@ def test_commit_is_none_outside_a_checkout_and_marked_where_files_changed(monkey
     assert record.provenance()["commit"] == commit + "+changes"
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    record.write_json(tmp_path / "table.json", {"a": 1})
-    with pytest.raises((TypeError, ValueError)):
-        record.write_json(tmp_path / "table.json", {"a": float("nan")})
-    assert json.loads((tmp_path / "table.json").read_text()) == {"a": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
-    monkeypatch.delattr("os.replace")  # as if killed just before it
-    with pytest.raises(AttributeError):
-        record.write_json(tmp_path / "table.json", {"a": 2})
-    assert json.loads((tmp_path / "table.json").read_text()) == {"a": 1}
-
-
 def test_an_unknown_table_is_named_with_those_there_are():
     assert {"provenance", "findings"} <= record.read_reference("05_crate").keys()
     with pytest.raises(FileNotFoundError, match=r"'none'; there are .*05_crate"):

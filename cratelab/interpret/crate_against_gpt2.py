@@ -23,8 +23,9 @@ from cratelab.interpret.ground_truth import match_concepts, separate_senses
 from cratelab.interpret.records import Records
 from cratelab.interpret.scores import Protocol
 from cratelab.language_model import LanguageModel, load
-from cratelab.record import provenance, write_json
+from cratelab.record import provenance
 from cratelab.reference_models import PRESETS, train_on_documentation
+from cratelab.storage import write_json
 from cratelab.training import Recipe, document_log_probs, train
 
 DEPTHS = 1, 2, 3

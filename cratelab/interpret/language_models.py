@@ -24,8 +24,7 @@ from cratelab.interpret.explainers import discretise
 from cratelab.interpret.prompts import as_question, explanation_prompt, simulation_prompt, token_writer
 from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts
-from cratelab.language_model import read_config
-from cratelab.record import write_json
+from cratelab.storage import read_json, write_json
 
 Neuron = tuple[int, int]
 Place = tuple[int, int, int]  # neuron, excerpt, token
@@ -59,7 +58,7 @@ class TextExplanations:
             FileNotFoundError: there is no such file.
             ValueError: it holds no explanations.
         """
-        held = read_config(Path(path))
+        held = read_json(path)
         try:
             return cls([(layer, index) for layer, index in held["neurons"]], held["texts"], held["reasons"])
         except (KeyError, TypeError, ValueError) as error:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from cratelab.corpora.documents import require
+from cratelab.devices import best_device
 from cratelab.interpret.endpoints import Answer, Request, text_or_problem
-from cratelab.language_model import best_device
 
 
 class HuggingFaceEndpoint:

@@ -13,7 +13,7 @@ import torch
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts, Records
-from cratelab.record import write_json
+from cratelab.storage import write_json
 
 
 def write_neuron_record(records: Records, layer: int, neuron: int, tokenizer: Tokenizer, path: str | Path) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.kept import Kept, peaks
 from cratelab.interpret.reading import NO_TOKEN, Text, Windows, watch_neurons
-from cratelab.language_model import LanguageModel, load_foreign, read_config
-from cratelab.record import write_json
+from cratelab.language_model import LanguageModel
+from cratelab.storage import read_json, read_tensors, write_json
 
 AHEAD = 16  # batches sorted by length: of TinyWorld at context 256 padding is then 5 % of a batch, else 39 %
 CHUNK = 2**20  # activations searched at a time where many may be candidates: what a cache holds
@@ -117,8 +117,8 @@ class Records:
             FileNotFoundError: `folder` holds no records.
             ValueError: a file is damaged.
         """
-        facts = read_config(Path(folder) / "records.json")
-        held = load_foreign(Path(folder) / "records.safetensors")
+        facts = read_json(Path(folder) / "records.json")
+        held = read_tensors(Path(folder) / "records.safetensors")
         try:
             excerpts = {
                 name: Excerpts(*(held[f"{name}.{field.name}"] for field in fields(Excerpts)))

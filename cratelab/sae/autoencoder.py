@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cratelab.language_model import load_foreign, read_config
-from cratelab.record import write_json
+from cratelab.storage import read_json, read_tensors, write_json
 
 KINDS = {"relu": "standard", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}  # and what SAELens calls them in use
 
@@ -129,9 +128,9 @@ class Sae(nn.Module):
             ValueError: a file is damaged, the two do not fit, or they describe what this auto-encoder does not do.
         """
         folder = Path(folder)
-        cfg, file = read_config(folder / "cfg.json"), folder / "sae_weights.safetensors"
+        cfg, file = read_json(folder / "cfg.json"), folder / "sae_weights.safetensors"
         sae = cls(_read_sae_config(folder / "cfg.json", cfg))
-        weights = load_foreign(file)
+        weights = read_tensors(file)
         expected = {name: tuple(sae.state_dict()[name].shape) for name in _tensor_names(sae.config.kind)}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if found != expected:

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.reading import pieces_of, watch_neurons
-from cratelab.language_model import LanguageModel, load_foreign
-from cratelab.record import provenance, write_json
+from cratelab.language_model import LanguageModel
+from cratelab.record import provenance
 from cratelab.run_directory import check_same_run
 from cratelab.sae.autoencoder import Sae, SaeConfig
 from cratelab.sae.evaluation import SaeScores, evaluate_sae
 from cratelab.sae.learner import Learner
+from cratelab.storage import read_tensors, write_json
 from cratelab.training import Diverged
 
 
@@ -273,7 +274,7 @@ class _Run:
         """Load the latest checkpoint, if any; where in the stream it is."""
         if not self.file.is_file():
             return None
-        tensors = load_foreign(self.file)
+        tensors = read_tensors(self.file)
         try:
             with safe_open(self.file, "pt") as opened:
                 state = json.loads(opened.metadata()["state"])

@@ -1,0 +1,21 @@
+"""Where tensors live. Nothing else in the library names a kind of device."""
+
+import torch
+from torch import Tensor
+
+
+def best_device() -> torch.device:
+    """CUDA where there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def exact(x: Tensor) -> Tensor:
+    """`x` in float64: where it is, or on the CPU if its device has no float64, as Apple's MPS."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
+def exact_sum(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """`x.sum(dim)` added up in float64, where `exact` would put it, without a copy of `x` in float64."""
+    return (x.cpu() if x.device.type == "mps" else x).sum(dim, dtype=torch.float64)

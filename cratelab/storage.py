@@ -1,0 +1,179 @@
+"""Files: replaced whole or not at all, read with errors that name them, and one process at a time where it matters.
+
+Nothing is ever unpickled. JSON holds no NaN: what is no finite number is written as null.
+"""
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A place beside `path` at which to write a file or a folder, which then takes the place of `path`.
+
+    It does so only once it is on the disk, so that whatever happens, a loss of power included, `path` is what it was or
+    what was written. If the block fails, what it wrote is removed. Each writer has a place of its own, NAME.….part.
+    A folder replaces no other.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk; the message names `path`.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        for written in [*part.rglob("*"), part] if part.is_dir() else [part]:
+            _sync(written)
+        os.replace(part, path)
+        _sync(path.parent)
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all; a lone surrogate, which is no character, as "?"."""
+    with replacing(path) as part:
+        part.write_bytes(text.encode("utf8", "replace"))
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write `content` as JSON, whole or not at all; NaN and infinity as null."""
+    write_text(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def finite(content: object) -> object:
+    """The same dicts, lists and numbers, with None for each number that is not finite."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not hold a JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")
+    return content
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    with replacing(path) as part:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """What a .safetensors or torch file holds, without unpickling any object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is neither, would need unpickling, or holds something else than a dict.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as plain tensors, and nothing else is ever unpickled: {error}"
+        ) from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} must hold a dict of tensors; got {type(held).__name__}")
+    return held
+
+
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes in a .safetensors file, whose numbers are not read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+def digest_of(content: object) -> str:
+    """SHA-256 of what JSON can say: dicts whatever their order, lists, strings, numbers."""
+    return hashlib.sha256(json.dumps(finite(content), sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
+    """Hold the lock file `path`, which the system frees when the process ends, however it ends.
+
+    Args:
+        path: made if need be, and left where it is.
+        busy: what to say if another process holds it; without, it is waited for.
+
+    Raises:
+        BlockingIOError: another process holds it, and `busy` is given.
+    """
+    from filelock import FileLock, Timeout
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if busy is None else 0)
+    except Timeout as error:
+        raise BlockingIOError(busy) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sync(path: Path) -> None:
+    """On the disk, as far as the system can tell."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder, on Windows
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # not every file system syncs folders
+            raise
+    finally:
+        os.close(descriptor)

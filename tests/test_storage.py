@@ -1,0 +1,114 @@
+"""Files are what they were or what was written, whatever stops the writer; and no two writers meet."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from cratelab import storage
+
+
+def names(folder) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    storage.write_json(tmp_path / "table.json", {"a": 1})
+    with pytest.raises(TypeError):
+        storage.write_json(tmp_path / "table.json", {"a": object()})
+    monkeypatch.delattr("os.replace")  # as if killed just before it
+    with pytest.raises(AttributeError):
+        storage.write_json(tmp_path / "table.json", {"a": 2})
+    assert storage.read_json(tmp_path / "table.json") == {"a": 1} and names(tmp_path) == ["table.json"]
+
+
+def test_what_is_no_finite_number_is_null(tmp_path):
+    content = {"a": float("nan"), "b": [1.5, -float("inf"), (2, {"c": float("inf")})], "d": "NaN", "e": True}
+    storage.write_json(tmp_path / "table.json", content)
+    expected = {"a": None, "b": [1.5, None, [2, {"c": None}]], "d": "NaN", "e": True}
+    assert json.loads((tmp_path / "table.json").read_text()) == expected
+
+
+def test_a_folder_takes_its_place_whole(tmp_path):
+    with pytest.raises(RuntimeError), storage.replacing(tmp_path / "folder") as part:
+        (part / "inner").mkdir(parents=True)
+        raise RuntimeError
+    assert names(tmp_path) == []
+    with storage.replacing(tmp_path / "folder") as part:
+        (part / "inner").mkdir(parents=True)
+        (part / "inner" / "file").write_text("text")
+    assert (tmp_path / "folder" / "inner" / "file").read_text() == "text" and names(tmp_path) == ["folder"]
+
+
+def test_what_is_written_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
+    seen, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda descriptor: (seen.append("sync"), sync(descriptor)))
+    monkeypatch.setattr("os.replace", lambda *paths: (seen.append("replace"), replace(*paths)))
+    storage.write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(3)})
+    assert seen == ["sync", "replace", "sync"]
+
+
+def test_two_writers_do_not_share_a_place(tmp_path):
+    with storage.replacing(tmp_path / "file") as first, storage.replacing(tmp_path / "file") as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "file").read_text() == "first" and names(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise storage.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(OSError, match=r"a.safetensors cannot be written: .*No space"):
+        storage.write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(3)})
+    assert names(tmp_path) == []
+
+
+def test_tensors_and_their_shapes_come_back(tmp_path):
+    tensors = {"x": torch.randn(3, 4), "y": torch.arange(5)}
+    storage.write_tensors(tmp_path / "a.safetensors", tensors)
+    assert_close(storage.read_tensors(tmp_path / "a.safetensors"), tensors, rtol=0, atol=0)
+    assert storage.tensor_shapes(tmp_path / "a.safetensors") == {"x": (3, 4), "y": (5,)}
+    (tmp_path / "b.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"b.safetensors"):
+        storage.tensor_shapes(tmp_path / "b.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"c.safetensors"):
+        storage.tensor_shapes(tmp_path / "c.safetensors")
+
+
+def test_json_that_is_no_object_is_named(tmp_path):
+    for content in ("[1]", "{", "[" * 100_000, "\ud800"):
+        (tmp_path / "table.json").write_bytes(content.encode("utf8", "surrogatepass"))
+        with pytest.raises(ValueError, match=r"table.json"):
+            storage.read_json(tmp_path / "table.json")
+
+
+def test_a_lone_surrogate_is_no_obstacle(tmp_path):
+    storage.write_text(tmp_path / "page.html", "a\ud800b")
+    assert (tmp_path / "page.html").read_text(encoding="utf8") == "a?b"
+
+
+def hold(path, held, go):
+    with storage.locked(path):
+        held.set()
+        go.wait()
+
+
+def test_one_process_at_a_time(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    held, go = spawn.Event(), spawn.Event()
+    other = spawn.Process(target=hold, args=(tmp_path / "lock", held, go))
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(BlockingIOError, match="somebody else"), storage.locked(tmp_path / "lock", "somebody else"):
+        pass
+    go.set()
+    other.join()
+    with storage.locked(tmp_path / "lock", "somebody else"):
+        pass
