@@ -72,7 +72,8 @@ def synchronise(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def collecting(name: str, preset: str, device: torch.device, n_tokens: int, batch: int, rounds: int, **sizes) -> None:
+def collecting(name: str, preset: str, device: torch.device, n_tokens: int, batch: int, rounds: int, **sizes) -> dict:
+    """Seconds of the forward pass, of that to the last neurons, and of each protocol's records, of one text."""
     model = new_model(name, preset, device, **sizes)
     corpus = text_of(n_tokens, model.config.vocab_size)
     pieces = [text for text, _ in watch_neurons(model, corpus, batch, ahead=AHEAD)]
@@ -96,6 +97,7 @@ def collecting(name: str, preset: str, device: torch.device, n_tokens: int, batc
     for protocol in PROTOCOLS:
         ratios = found[protocol] / found["forward"], found[protocol] / found["to the neurons"]
         print(f"    {protocol:10}{found[protocol]:8.2f} s, {ratios[0]:.2f} × forward ({ratios[1]:.2f} × without head)")
+    return {"tokens": n_tokens, "batch": batch, "seconds": dict(found)}
 
 
 def top_by_sorting(model: cl.LanguageModel, corpus: TokenizedCorpus, window: int, k: int) -> list[list[list[int]]]:

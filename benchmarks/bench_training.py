@@ -103,7 +103,7 @@ def model_flops(model: cl.LanguageModel, n: int) -> int:
 
 
 class Bench:
-    """What all rows share: device, dtype, sizes."""
+    """What all rows share: device, dtype, sizes. A row is a dict of numbers; of times the least over the rounds."""
 
     def __init__(self, toy: bool, compiled: bool):
         self.toy, self.device = toy, cl.best_device()
@@ -111,11 +111,11 @@ class Bench:
         self.modes = [False, True] if gpu or compiled else [False]
         self.dtype = torch.bfloat16 if gpu else torch.float32
         # (batch, tokens) for each preset; in whole models the logits over 50,304 words take most of the memory
-        self.block_sizes = {"1L": (64, 1024), "S": (32, 1024)} if gpu else {"1L": (16, 256), "S": (4, 256)}
+        self.block_sizes = {"3L": (64, 1024), "S": (32, 1024)} if gpu else {"1L": (16, 256), "S": (4, 256)}
         large = gpu and torch.cuda.get_device_properties(self.device).total_memory > 60e9
         batch = 32 if large else 8
-        self.model_sizes = dict.fromkeys(("1L", "S"), (batch, 1024)) if gpu else {"1L": (2, 256), "S": (1, 256)}
-        n = 8192 if gpu else 1024
+        self.model_sizes = dict.fromkeys(("3L", "S"), (batch, 1024)) if gpu else {"1L": (2, 256), "S": (1, 256)}
+        n = 256 if toy else 8192 if gpu else 1024
         self.product = torch.randn(2, n, n, device=self.device).to(self.dtype)
         if toy:
             self.block_sizes = self.model_sizes = {"toy": (2, 64)}
@@ -123,36 +123,78 @@ class Bench:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
+    def block(self, preset: str, compiled: bool) -> dict:
+        b, n = self.block_sizes[preset]
+        config = cl.CrateConfig.preset(preset, n_layers=1)
+        ours = CrateBlock(config)
+        modules = {"CRATE": ours, "official": official(ours), "GPT-2": Gpt2Block(cl.Gpt2Config.preset(preset))}
+        x = torch.randn(b, n, config.width, requires_grad=True)
+        grad = torch.randn(b, n, config.width)
+
+        def forward(module: Callable) -> Tensor:
+            with self.autocast():
+                return module(x)
+
+        variants = compile_all(modules, compiled)
+        calls = {name: lambda module=module: forward(module).backward(grad) for name, module in variants.items()}
+        taken = interleaved(calls, self.device, 3 if self.toy else 9)
+        saved = {name: saved_bytes(lambda module=variants[name]: forward(module), modules[name]) for name in modules}
+        return {
+            "tokens": [b, n],
+            "width": config.width,
+            "seconds": {name: min(times) for name, times in taken.items()},
+            "official / CRATE": ratio(taken["official"], taken["CRATE"]),
+            "CRATE / GPT-2": ratio(taken["CRATE"], taken["GPT-2"]),
+            "saved bytes": saved,
+        }
+
+    def model(self, preset: str, compiled: bool) -> dict:
+        b, n = self.model_sizes[preset]
+        ours = cl.Crate(cl.CrateConfig.preset(preset))
+        modules = {"CRATE": ours, "official": official(ours), "GPT-2": cl.Gpt2(cl.Gpt2Config.preset(preset))}
+        tokens = torch.randint(ours.config.vocab_size, (b, n + 1))
+
+        def loss(model: Callable) -> Tensor:
+            with self.autocast():
+                return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+        variants = compile_all(modules, compiled)
+        calls = {name: lambda model=model: loss(model).backward() for name, model in variants.items()}
+        calls["product"] = lambda: self.product[0] @ self.product[1]
+        taken = interleaved(calls, self.device, 3 if self.toy else 5)
+        product = 2 * self.product.shape[1] ** 3
+        row = {"tokens": [b, n], "product FLOP/s": product / min(taken["product"])}
+        for name, model in modules.items():
+            calls[name]()
+            update = seconds(torch.optim.AdamW(model.parameters(), fused=True).step, self.device, 3)
+            model.zero_grad()
+            if self.device.type == "cuda":
+                held = {"peak bytes": peak_bytes(calls[name], self.device)}
+            else:
+                held = {"saved bytes": saved_bytes(lambda model=variants[name]: loss(model), model)}
+            row[name] = held | {
+                "seconds": min(taken[name]),
+                "update seconds": update,
+                "share of product": model_flops(model, n) * b * n / product * ratio(taken["product"], taken[name]),
+                "over CRATE": ratio(taken[name], taken["CRATE"]),
+            }
+        return row
+
     def blocks(self) -> None:
         print(
             f"{'block, forward and backward':32}{'ours':>10}{'official':>10}{'GPT-2':>10}   official/ours  ours/GPT-2"
             "   saved by ours, official, GPT-2 (ours/official)"
         )
         for preset, (b, n) in self.block_sizes.items():
-            config = cl.CrateConfig.preset(preset, n_layers=1)
-            ours = CrateBlock(config)
-            modules = {"ours": ours, "official": official(ours), "GPT-2": Gpt2Block(cl.Gpt2Config.preset(preset))}
-            x = torch.randn(b, n, config.width, requires_grad=True)
-            grad = torch.randn(b, n, config.width)
-
-            def forward(module: Callable, x: Tensor = x) -> Tensor:
-                with self.autocast():
-                    return module(x)
-
             for compiled in self.modes:
-                variants = compile_all(modules, compiled)
-                calls = {
-                    name: lambda module=module, grad=grad: forward(module).backward(grad)
-                    for name, module in variants.items()
-                }
-                taken = interleaved(calls, self.device, 3 if self.toy else 9)
-                saved = [saved_bytes(lambda module=variants[name]: forward(module), modules[name]) for name in modules]
+                row = self.block(preset, compiled)
+                width, saved = row["width"], row["saved bytes"]
                 print(
-                    f"{label(f'd = {config.width}, ({b}, {n}) tokens', compiled):32}"
-                    + "".join(f"{1e3 * min(times):8.1f}ms" for times in taken.values())
-                    + f"{ratio(taken['official'], taken['ours']):16.2f}{ratio(taken['ours'], taken['GPT-2']):12.2f}"
-                    + "".join(f"{size / 2**20:9.1f}" for size in saved)
-                    + f" MiB ({saved[0] / saved[1]:.2f})"
+                    f"{label(f'd = {width}, ({b}, {n}) tokens', compiled):32}"
+                    + "".join(f"{1e3 * least:8.1f}ms" for least in row["seconds"].values())
+                    + f"{row['official / CRATE']:16.2f}{row['CRATE / GPT-2']:12.2f}"
+                    + "".join(f"{size / 2**20:9.1f}" for size in saved.values())
+                    + f" MiB ({saved['CRATE'] / saved['official']:.2f})"
                 )
 
     def models(self) -> None:
@@ -162,35 +204,16 @@ class Bench:
             f"{'of product':>11}   time/ours"
         )
         for preset, (b, n) in self.model_sizes.items():
-            ours = cl.Crate(cl.CrateConfig.preset(preset))
-            modules = {"CRATE": ours, "official": official(ours), "GPT-2": cl.Gpt2(cl.Gpt2Config.preset(preset))}
-            tokens = torch.randint(ours.config.vocab_size, (b, n + 1))
-
-            def loss(model: Callable, tokens: Tensor = tokens) -> Tensor:
-                with self.autocast():
-                    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-
             for compiled in self.modes:
-                variants = compile_all(modules, compiled)
-                calls = {name: lambda model=model: loss(model).backward() for name, model in variants.items()}
-                calls["product"] = lambda: self.product[0] @ self.product[1]
-                taken = interleaved(calls, self.device, 3 if self.toy else 5)
-                product = 2 * self.product.shape[1] ** 3
-                print(f"matrix product at {product / min(taken['product']) / 1e12:.3g} TFLOP/s")
-                for name, model in modules.items():
-                    calls[name]()
-                    update = seconds(torch.optim.AdamW(model.parameters(), fused=True).step, self.device, 3)
-                    model.zero_grad()
-                    if self.device.type == "cuda":
-                        held = peak_bytes(calls[name], self.device) / 2**30
-                    else:
-                        held = saved_bytes(lambda model=variants[name]: loss(model), model) / 2**20
-                    least = min(taken[name])
-                    share = model_flops(model, n) * b * n / product * ratio(taken["product"], taken[name])
+                row = self.model(preset, compiled)
+                print(f"matrix product at {row['product FLOP/s'] / 1e12:.3g} TFLOP/s")
+                for name in "CRATE", "official", "GPT-2":
+                    one = row[name]
+                    held = one["peak bytes"] / 2**30 if "peak bytes" in one else one["saved bytes"] / 2**20
                     print(
-                        f"{label(f'{name} {preset}, ({b}, {n}) tokens', compiled):32}{b * n / least:12,.0f}"
-                        f"{b * n / (least + update):12,.0f}{held:11.2f}{share:11.0%}"
-                        f"{ratio(taken[name], taken['CRATE']):12.2f}"
+                        f"{label(f'{name} {preset}, ({b}, {n}) tokens', compiled):32}{b * n / one['seconds']:12,.0f}"
+                        f"{b * n / (one['seconds'] + one['update seconds']):12,.0f}{held:11.2f}"
+                        f"{one['share of product']:11.0%}{one['over CRATE']:12.2f}"
                     )
 
 

@@ -1,21 +1,81 @@
 #!/usr/bin/env bash
-# The tests and the benchmarks on this machine's GPU: bash benchmarks/gpu_queue.sh OUT [--toy]
-# --toy runs few tests and small sizes, to see that the queue works, on any machine.
+# What is wanted of a GPU, in three stages of under four minutes each:
+#
+#     bash benchmarks/gpu_queue.sh [--toy] [--stage N]… OUT [PACKED]
+#
+#     1  tests of models, training, records, SAEs and steering               OUT/tests.json
+#     2  speed and memory of blocks, models and records, with and without
+#        torch.compile                                                       OUT/speed.json
+#     3  CRATE and GPT-2 trained on the tokens in the folder PACKED          OUT/gpu_3L.json
+#
+# Each number is in its file as soon as it is known. A stage that is cut off goes on when the same line is started
+# again; what is large and needed for that alone lies in OUT.work. --stage chooses, and may be given several times.
+# --toy runs few tests and small sizes, to see that the queue works, on any machine. PYTHON and SECONDS_A_STAGE (225)
+# may be set. Needed are torch, einops, safetensors, numpy, scipy, scikit-learn, accelerate, tqdm, filelock,
+# tiktoken, tokenizers, hypothesis and pytest; transformers for some tests.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${1:?"usage: gpu_queue.sh OUT [--toy]: OUT is the folder for the logs"}
-mkdir -p "$out"
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-python=${PYTHON:-python3}
-"$python" -c 'import cratelab, torch; print(torch.__version__, cratelab.best_device())' | tee "$out/device.log" || exit 1
-# The library's own tests; those of the book and of packaging need packages a bare GPU machine does not have.
-tests=(tests/test_coding_rate.py tests/test_mssa.py tests/test_ista.py tests/test_ista_layer.py)
-[ "${2:-}" = --toy ] || tests+=(tests/test_language_model.py tests/test_crate.py tests/test_gpt2.py tests/test_layerwise.py tests/corpora)
-[ "${2:-}" = --toy ] || tests+=(tests/test_sae.py tests/test_steering.py tests/test_steering_cost.py)
-"$python" -m pytest -q -o addopts= "${tests[@]}" 2>&1 | tee "$out/tests.log"
-status=$?
-: >"$out/bench.log"
-for bench in core training interpret sae; do
-  "$python" "benchmarks/bench_$bench.py" ${2:+"$2"} 2>&1 | tee -a "$out/bench.log" || status=1
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2; }
+
+toy=() stages=() places=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --toy) toy=(--toy) ;;
+    --stage) stages+=("${2:-}"); shift ;;
+    -*) usage ;;
+    *) places+=("$(realpath -m -- "$1")") ;;
+  esac
+  shift || usage
 done
-exit $status
+[ ${#places[@]} -ge 1 ] && [ ${#places[@]} -le 2 ] || usage
+out=${places[0]} packed=${places[1]:-} python=${PYTHON:-python3} limit=${SECONDS_A_STAGE:-225}
+cd "$(dirname "$0")/.."
+mkdir -p "$out" "$out.work"
+export PYTHONPATH=$PWD:$PWD/benchmarks PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=$out.work/compiled
+
+# Interrupted first, so that it can write what it has, then killed.
+run() { timeout --signal=INT --kill-after=5 "$limit" "$python" "$@"; }
+
+stage_1() {
+  local tests=(tests/test_crate.py tests/test_gpt2.py tests/test_language_model.py tests/test_mssa.py
+    tests/test_ista.py tests/test_ista_layer.py tests/test_coding_rate.py tests/test_training.py
+    tests/test_run_directory.py tests/test_comparison.py tests/test_layerwise.py tests/interpret/test_records.py
+    tests/interpret/test_evaluation.py tests/interpret/test_scores.py tests/test_sae.py tests/test_sae_training.py
+    tests/test_steering.py tests/test_steering_cost.py)
+  [ ${#toy[@]} = 0 ] || tests=(tests/test_crate.py tests/test_mssa.py)
+  local workers=()
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+  # Warnings of a machine's own versions are shown and fail no test.
+  run -m pytest -q -o addopts= -o filterwarnings=default -p no:cacheprovider -p gpu_tests \
+    --outcomes "$out/tests.json" "${workers[@]}" "${tests[@]}"
+}
+
+stage_2() { run benchmarks/gpu_speed.py "$out" "${toy[@]}"; }
+
+stage_3() {
+  if [ ${#toy[@]} = 0 ] && [ -z "$packed" ]; then
+    echo "stage 3 needs PACKED, a folder of tokens: see benchmarks/gpu_reference.py" >&2
+    return 2
+  fi
+  run benchmarks/gpu_reference.py "${toy[@]}" ${packed:+"$packed"} "$out" --presets 3L
+}
+
+"$python" -c 'import cratelab, torch; print(torch.__version__, cratelab.best_device())' || exit 1
+worst=0
+for stage in "${stages[@]:-}"; do
+  case $stage in "" | 1 | 2 | 3) ;; *) usage ;; esac
+done
+[ ${#stages[@]} -gt 0 ] || stages=(1 2 3)
+for stage in "${stages[@]}"; do
+  echo "== stage $stage, $limit seconds at most"
+  start=$SECONDS
+  "stage_$stage" 2>&1 | tee "$out/stage_$stage.log"
+  status=${PIPESTATUS[0]}
+  case $status in
+    0) said="done" ;;
+    124 | 130 | 137) said="cut off; the same line goes on" ;;
+    *) said="failed ($status)" ;;
+  esac
+  echo "== stage $stage: $said after $((SECONDS - start)) seconds"
+  [ "$status" = 0 ] || worst=1
+done
+exit $worst

@@ -1,27 +1,26 @@
 """CRATE and GPT-2 on a GPU, for book/reference: losses, loss curves, rates and sparsity layer by layer.
 
-    python -c "from cratelab.corpora.prepare import prepare as p; p('FOLDER+…', 'gpt2', 110_000_000, cache='packed')"
+    python -c "from cratelab.corpora.prepare import prepare as p; p('TEXTS', 'gpt2', 110_000_000, cache='packed')"
     python benchmarks/gpu_reference.py packed/NAME OUT                       1L, 2L, 3L under three seeds
     python benchmarks/gpu_reference.py packed/NAME OUT --presets S --seeds 1
     python benchmarks/gpu_reference.py --toy OUT                             a minute on any machine
 
 The first line packs text into tokens, 50 MB for 25 million, where the text is; the folder is then carried to the GPU.
-Runs go on where they stopped when the same line is started again with the same OUT.
+OUT/gpu_PRESETS.json has each run as soon as it is done, and before that its losses so far. The same line goes on where
+it was cut off; the checkpoints for that, and the models, lie in OUT.work.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
+from results import Results
 
 import cratelab as cl
-from cratelab.comparison import compare, summarise
+from cratelab.comparison import MODELS, compare, summarise
 from cratelab.corpora.prepare import prepare
 from cratelab.layerwise import layer_statistics
-from cratelab.record import provenance
-from cratelab.storage import write_json
 from cratelab.training import Recipe
 
 
@@ -52,26 +51,38 @@ def main() -> None:
             validation_windows=128,
             checkpoint_every=max(1, steps // 4),
         )
-    start = time.perf_counter()
-    runs = compare(corpus, recipe, out / "runs", presets, range(seeds), context, print, report)
-    device = cl.best_device()
+    out.mkdir(parents=True, exist_ok=True)
+    results = Results(out / f"gpu_{'_'.join(presets)}.json", recipe=vars(recipe), corpus=corpus.training.facts())
     windows = torch.as_tensor(corpus.validation.validation_windows(context, min(64, len(corpus.validation) // context)))
-    for run in runs:
-        folder = out / "runs" / f"{run['model']}-{run['preset']}-{run['seed']}"
-        model = cl.load(folder / "model").to(device)
-        statistics = layer_statistics(model, windows.to(device).split(8), lasso_steps=200 * (run["model"] == "crate"))
-        run["layers"] = {name: values.tolist() for name, values in statistics.items()}
-        run["provenance"] = json.loads((folder / "run.json").read_text())["provenance"]
-    about = provenance(seconds=round(time.perf_counter() - start), recipe=vars(recipe), corpus=corpus.training.facts())
-    name = "gpu_" + "_".join(presets)
-    write_json(out / f"{name}.json", {"provenance": about, "findings": runs, "table": summarise(runs)})
-    for row in summarise(runs):
+    running = []
+
+    def begin(name: str) -> None:
+        print(name, flush=True)
+        running[:] = [name, []]
+
+    def report(row: dict) -> None:
+        if "validation_loss" in row:
+            name, curve = running
+            curve.append((row["tokens"], row["validation_loss"]))
+            if "layers" not in results.rows.get(name, {}):
+                results.add(name, {"unfinished curve": curve})
+            print(f"  step {row['step']}: validation {row['validation_loss']:.3f}", flush=True)
+
+    for seed in range(seeds):
+        for preset in presets:
+            names = [f"{model}-{preset}-{seed}" for model in MODELS]
+            if all("layers" in results.rows.get(name, {}) for name in names):
+                continue
+            runs = Path(f"{out}.work") / "runs"
+            for name, run in zip(names, compare(corpus, recipe, runs, [preset], [seed], context, begin, report)):  # noqa: B905
+                model = cl.load(runs / name / "model").to(cl.best_device())
+                lasso_steps = 200 * isinstance(model, cl.Crate)
+                statistics = layer_statistics(model, windows.to(cl.best_device()).split(8), lasso_steps=lasso_steps)
+                run["layers"] = {name: values.tolist() for name, values in statistics.items()}
+                run["provenance"] = json.loads((runs / name / "run.json").read_text())["provenance"]
+                results.add(name, run)
+    for row in summarise(list(results.rows.values())):
         print(row)
-
-
-def report(row: dict) -> None:
-    if "validation_loss" in row:
-        print(f"  step {row['step']}: validation {row['validation_loss']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def provenance(**facts) -> dict:
 
     Returns:
         What `json` can write. `commit` is that of the current folder's checkout, None outside one; it ends in
-        "+changes" where files were edited.
+        "+changes" where files were edited. `cratelab` is None where the library is not installed.
     """
     device = best_device()
     return {
@@ -32,7 +32,7 @@ def provenance(**facts) -> dict:
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "cratelab": version("cratelab"),
+        "cratelab": _installed(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         **facts,
@@ -51,6 +51,14 @@ def read_reference(name: str) -> dict:
         known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
         raise FileNotFoundError(f"no reference table {name!r}; there are {', '.join(known)}")
     return json.loads(file.read_text(encoding="utf8"))
+
+
+def _installed() -> str | None:
+    """The library's version; None where it is read from a folder and not installed, such as on a borrowed machine."""
+    try:
+        return version("cratelab")
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

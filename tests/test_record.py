@@ -1,5 +1,6 @@
 import json
 import os
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -38,3 +39,14 @@ def test_an_unknown_table_is_named_with_those_there_are():
 
 def test_best_device_holds_a_tensor():
     assert torch.zeros(1, device=cl.best_device()).device.type == cl.best_device().type
+
+
+def test_a_library_that_is_not_installed_has_no_version(monkeypatch):
+    def version(package):
+        if package == "cratelab":
+            raise PackageNotFoundError(package)
+        return "2.0"
+
+    monkeypatch.setattr(record, "version", version)
+    facts = record.provenance()
+    assert facts["cratelab"] is None and facts["torch"] == "2.0"
