@@ -76,6 +76,7 @@ def saved_bytes(forward: Callable[[], Tensor], module: torch.nn.Module) -> int:
     parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     held = {}
 
+    @torch.compiler.disable  # else what is compiled is compiled again, hook and all
     def pack(tensor: Tensor) -> Tensor:
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor

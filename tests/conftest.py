@@ -6,7 +6,6 @@ from cratelab.devices import best_device
 
 if best_device().type == "cuda":  # the whole suite then runs there
     torch.set_default_device("cuda")
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

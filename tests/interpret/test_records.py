@@ -104,7 +104,8 @@ def test_statistics_are_those_of_all_tokens(model):
     torch.testing.assert_close(found.mean, activations.mean(1), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found.variance, activations.var(1, correction=0), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(found.maximum, activations.amax(1), atol=1e-6, rtol=1e-5)
-    assert found.density.equal((activations > 0).double().mean(1)) and found.n_tokens == 400
+    off = (400 * found.density - (activations > 0).sum(1)).abs().round()
+    assert found.n_tokens == 400 and off.max() <= 1 and off.sum() <= 2  # an activation may be within rounding of 0
 
 
 def test_random_excerpts_are_the_same_for_all_neurons_and_hold_their_activations(model):
