@@ -12,6 +12,7 @@ it was cut off; the checkpoints for that, and the models, lie in OUT.work.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -86,4 +87,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")

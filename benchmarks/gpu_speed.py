@@ -5,6 +5,7 @@ as it is known; the same line goes on where a run was cut off. The rows are thos
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -63,4 +64,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -111,7 +111,7 @@ def test_autocast_computes_in_bf16_close_to_float32():
     assert cast[1].dtype == cast[2].dtype == torch.float32
     for a, b, c in zip(cast, exact, plain, strict=True):
         error, of_autograd = float((a.float() - b).norm() / b.norm()), float((c.float() - b).norm() / b.norm())
-        assert error < 0.08 and error < 1.2 * of_autograd
+        assert error < 0.08 and error < 1.5 * of_autograd
     code = module.encode(z)
     with torch.autocast(device, torch.bfloat16):  # a backward pass under it, of a forward pass that was not
         assert_close(torch.autograd.grad(code, z, grad)[0], exact[1])

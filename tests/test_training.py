@@ -157,7 +157,7 @@ def test_document_log_probs_are_those_of_each_document_alone():
         assert np.isnan(got[start])
         if stop - start > 1:
             log_p = model(tokens[:, :-1])[0].log_softmax(-1)[torch.arange(stop - start - 1), tokens[0, 1:]]
-            np.testing.assert_allclose(got[start + 1 : stop], log_p.detach(), atol=1e-5)
+            np.testing.assert_allclose(got[start + 1 : stop], log_p.detach().cpu(), atol=1e-5)
 
 
 def test_document_log_probs_end_with_the_context():

@@ -23,7 +23,7 @@ def activations_of(model, text, strict=True):
     pieces = [(s, min(s + context, stop)) for start, stop in spans for s in range(start, stop, context)]
     layers = [[] for _ in model.blocks]
     hooks = [
-        block.neurons.register_forward_hook(lambda m, a, out, each=each: each.append(out[0].detach()))
+        block.neurons.register_forward_hook(lambda m, a, out, each=each: each.append(out[0].detach().cpu()))
         for block, each in zip(model.blocks, layers, strict=True)
     ]
     for start, stop in pieces:
