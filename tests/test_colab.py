@@ -8,6 +8,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from importlib.metadata import distribution
@@ -16,11 +17,14 @@ from pathlib import Path
 import nbformat
 import pytest
 from notebooks import ROOT
+from packaging.requirements import Requirement
 
 import exercises
 
 NOTEBOOKS = [path for slug in exercises.slugs() for path in exercises.paths(slug)]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = " ".join((ROOT / "README.md").read_text(encoding="utf8").split())
+SMALL = "einops", "tyro", "docstring-parser", "typeguard"  # what Colab lacks
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
@@ -73,10 +77,17 @@ def test_what_is_installed_is_as_small_as_the_readme_says(wheel):
     stated = re.search(r"There (\d+) MB are installed \((\d+) MB as wheels\): .* is (\d+), the rest", README)
     with zipfile.ZipFile(wheel) as content:
         library = sum(entry.file_size for entry in content.infolist()) / 1e6
-    small = ("einops", "tyro", "docstring-parser", "typeguard")  # what Colab lacks
-    others = sum(file.size or 0 for name in small for file in distribution(name).files) / 1e6
+    others = sum(file.size or 0 for name in SMALL for file in distribution(name).files) / 1e6
     assert [round(library + others), round(library)] == [int(stated[1]), int(stated[3])]
     assert wheel.stat().st_size / 1e6 < int(stated[2]) < library
+
+
+def test_all_else_that_the_library_needs_comes_with_what_the_readme_says_is_there():
+    there = {"torch", "accelerate", "numpy", "scipy", "matplotlib"}
+    assert "since PyTorch, Accelerate, numpy, scipy, matplotlib and the tokenizers are there already" in README
+    needed = {Requirement(line).name for line in PROJECT["dependencies"]}
+    theirs = {Requirement(line).name for name in there for line in distribution(name).requires or ()}
+    assert needed - {*SMALL} <= there | theirs | {"tqdm"}
 
 
 @pytest.mark.parametrize("slug", exercises.slugs())

@@ -1,5 +1,6 @@
 """pyproject.toml, constraints.txt and environment.yml say the same, and `import cratelab` stays light."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -37,6 +38,14 @@ def test_every_requirement_has_a_tested_version_in_its_range(line):
     version = pins().get(canonicalize_name(requirement.name))
     assert version, f"pyproject.toml asks for {line}: add its tested version to constraints.txt"
     assert requirement.specifier.contains(version, prereleases=True), f"{line} excludes the tested {version}"
+
+
+def test_the_versions_of_python_that_were_tested_are_the_same_wherever_they_are_named():
+    named = (re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line) for line in PROJECT["classifiers"])
+    tested = [match[1] for match in named if match]
+    assert f"(tested with {' and '.join(tested)}, on Linux)" in (ROOT / "README.md").read_text()
+    assert f", on Python {' and '.join(tested)}: " in (ROOT / "constraints.txt").read_text().splitlines()[0]
+    assert f"python={tested[0]}" in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 
 
 def test_torch_is_pinned_without_a_local_build():
