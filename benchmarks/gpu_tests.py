@@ -5,6 +5,7 @@ Tests that have passed according to FILE are left out, so that a run that was cu
 
 from pathlib import Path
 
+import pytest
 from results import Results
 
 
@@ -13,7 +14,7 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    config.outcomes = Results(config.getoption("outcomes"), tests=config.args)
+    config.outcomes = Results(config.getoption("outcomes"))
     if not hasattr(config, "workerinput"):  # of several processes the one that started the others
         config.pluginmanager.register(Keeper(config.outcomes))
 
@@ -28,6 +29,10 @@ class Keeper:
 
     def __init__(self, outcomes: Results):
         self.outcomes = outcomes
+
+    def pytest_sessionfinish(self, session, exitstatus) -> None:
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.outcomes.rows:
+            session.exitstatus = pytest.ExitCode.OK  # all have passed
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when == "call" or not report.passed:  # a fixture that fails or skips ends a test, too
