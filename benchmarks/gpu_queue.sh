@@ -6,7 +6,7 @@
 #     1  tests of models, training, records, SAEs and steering               OUT/tests.json
 #     2  speed and memory of blocks, models and records, with and without
 #        torch.compile                                                       OUT/speed.json
-#     3  CRATE and GPT-2 trained on the tokens in the folder PACKED          OUT/gpu_3L.json
+#     3  CRATE and GPT-2 at 3L trained on the tokens in the folder PACKED    OUT/gpu_3L.json
 #
 # Each number is in its file as soon as it is known. A stage that is cut off goes on when the same line is started
 # again; what is large and needed for that alone lies in OUT.work. --stage chooses, and may be given several times.
@@ -14,13 +14,13 @@
 # may be set. Needed are torch, einops, safetensors, numpy, scipy, scikit-learn, accelerate, tqdm, filelock,
 # tiktoken, tokenizers, hypothesis and pytest; transformers for some tests.
 set -uo pipefail
-usage() { sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 
 toy=() stages=() places=()
 while [ $# -gt 0 ]; do
   case $1 in
     --toy) toy=(--toy) ;;
-    --stage) stages+=("${2:-}"); shift ;;
+    --stage) [[ ${2:-} = [123] ]] || usage; stages+=("$2"); shift ;;
     -*) usage ;;
     *) places+=("$(realpath -m -- "$1")") ;;
   esac
@@ -64,9 +64,6 @@ stage_3() {
 
 "$python" -c 'import cratelab, torch; print(torch.__version__, cratelab.best_device())' || exit 1
 worst=0
-for stage in "${stages[@]:-}"; do
-  case $stage in "" | 1 | 2 | 3) ;; *) usage ;; esac
-done
 [ ${#stages[@]} -gt 0 ] || stages=(1 2 3)
 for stage in "${stages[@]}"; do
   echo "== stage $stage, $limit seconds at most"
