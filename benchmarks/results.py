@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from cratelab.record import provenance
-from cratelab.storage import finite, read_json, write_json
+from cratelab.storage import digest_of, digest_of_file, finite, read_json, write_json
+
+ROOT = Path(__file__).parents[1]
 
 
 class Results:
@@ -14,15 +16,17 @@ class Results:
 
         Args:
             path: of the file; made with the first row.
-            facts: what makes rows comparable besides commit, torch and device, such as a recipe.
+            facts: what makes rows comparable besides code, torch and device, such as a recipe.
 
         Raises:
             ValueError: the file's rows were made otherwise.
         """
-        self.path, now = Path(path), finite(provenance(**facts))
+        files = [file for folder in ("cratelab", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")]
+        code = digest_of({str(file.relative_to(ROOT)): digest_of_file(file) for file in files})
+        self.path, now = Path(path), finite(provenance(code=code, **facts))
         self.content = read_json(path) if self.path.is_file() else {"provenance": now, "rows": {}}
         before = self.content.get("provenance") or {}
-        for name in "commit", "torch", "device", *facts:
+        for name in "code", "torch", "device", *facts:
             if before.get(name) != now[name]:
                 raise ValueError(
                     f"{path} holds other results ({name} was {before.get(name)}, now {now[name]}): "
