@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head
+from cratelab.mssa import attend
 from cratelab.storage import read_json, read_tensors
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[:, :, :, position : position + x.shape[1]] = key_value
             key_value = cache[:, :, :, : position + x.shape[1]]
-        attended = F.scaled_dot_product_attention(query, *key_value, is_causal=position == 0)
+        attended = attend(query, *key_value, position == 0)
         return self.output(rearrange(attended, "b k n p -> b n (k p)"))
 
 

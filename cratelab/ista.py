@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from cratelab.differentiation import is_transformed
 
 
 def soft_threshold(x: Tensor, threshold: float) -> Tensor:
@@ -129,7 +130,8 @@ class _Encode(torch.autograd.Function):
 
         ∂r_t = η D g      ∂D += η r_t gᵀ − ∂r_t a_tᵀ      ∂z += ∂r_t      ∂a_t = g − Dᵀ ∂r_t
 
-    down to the first step, whose residual r_0 is z itself and whose a_0 is zero.
+    down to the first step, whose residual r_0 is z itself and whose a_0 is zero. If that pass is itself to be
+    differentiated or batched, it is the one that autograd finds for `ista`.
     """
 
     @staticmethod
@@ -139,15 +141,20 @@ class _Encode(torch.autograd.Function):
             residuals.append(_add_product(z.clone(), code, weight, -1))
             code = _next_code(code, residuals[-1], weight, step_size, lam)
         ctx.save_for_backward(z, weight, code, *residuals)
-        ctx.constants = step_size, lam
+        ctx.constants = step_size, lam, n_steps
         return code
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_code: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, code, *residuals = ctx.saved_tensors
-        step_size, lam = ctx.constants
+        step_size, lam, n_steps = ctx.constants
         needs_z, needs_weight = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() or is_transformed(grad_code):
+            with torch.enable_grad():
+                plain = ista(z, weight.mT, step_size, lam, n_steps)
+            wanted = [tensor for tensor, needed in ((z, needs_z), (weight, needs_weight)) if needed]
+            grads = iter(torch.autograd.grad(plain, wanted, grad_code, create_graph=torch.is_grad_enabled()))
+            return *(next(grads) if needed else None for needed in (needs_z, needs_weight)), None, None, None
         grad_z, grad_weight = torch.zeros_like(z), torch.zeros_like(weight) if needs_weight else None
         codes = [_first_code(z, weight, step_size, lam)] if residuals else []
         for r in residuals[:-1]:
@@ -214,11 +221,17 @@ class Ista(nn.Module):
         return self.weight.mT
 
     def encode(self, z: Tensor) -> Tensor:
-        """Tokens (..., n, d) to codes (..., n, h): `ista`, with a backward pass that saves less."""
+        """Tokens (..., n, d) to codes (..., n, h): `ista`, with a backward pass that saves less.
+
+        Second derivatives, forward-mode AD and `torch.func`'s transforms are those of `ista`, as is what they cost.
+        """
         _check(z, self.D, self.step_size, self.lam, self.n_steps)
         weight, device = self.weight, z.device.type
-        if torch.is_autocast_enabled(device) and z.dtype != torch.float64:  # what autocast does for plain products
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast and z.dtype != torch.float64:  # what autocast does for plain products
             z, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (z, weight))
+        if is_transformed(z, weight):
+            return ista(z, weight.mT, self.step_size, self.lam, self.n_steps)
         code = _Encode.apply(rearrange(z, "... d -> (...) d"), weight, self.step_size, self.lam, self.n_steps)
         return code.reshape(*z.shape[:-1], len(weight))
 

@@ -93,6 +93,9 @@ class LanguageModel(nn.Module):
         Returns:
             (b, n, v).
 
+        Its gradient may be differentiated again by `torch.func`; by `create_graph=True` under
+        `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, since PyTorch's fast attention has first derivatives alone.
+
         Raises:
             ValueError: the tokens are not (b, n) integers, reach past the context, or follow a cache in bulk.
         """

@@ -10,13 +10,16 @@ With W_k = U_kᵀZ, s = p/(nε²) and κ the step size, the chain is::
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cratelab.coding_rate import project, subspace_rate_gradient
+from cratelab.differentiation import is_transformed
 
 
 def compression_step(z: Tensor, U: Tensor, step_size: float, eps: float = 0.5) -> Tensor:
@@ -135,8 +138,19 @@ def mssa(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None)
     Source: Yu et al. (2023).
     """
     w = project(z, U)
-    attended = F.scaled_dot_product_attention(w, w, w, is_causal=causal, scale=scale)
+    attended = attend(w, w, w, causal, scale)
     return einsum(attended, U, "... k n p, k d p -> ... n d")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None = None) -> Tensor:
+    """PyTorch's attention of (..., n, p) tensors, in its plain form where the fast ones have no derivatives.
+
+    They have first ones. `torch.func`'s transforms and forward-mode AD get the plain form of themselves; for a second
+    backward pass through a first (`create_graph=True`) compute the model under
+    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    """
+    with sdpa_kernel(SDPBackend.MATH) if is_transformed(query, key, value) else nullcontext():
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
 
 
 def attention_step(
@@ -203,5 +217,5 @@ class Mssa(nn.Module):
         if cache is not None:
             cache[0, :, :, position : position + z.shape[1]] = w
             keys = cache[0, :, :, : position + z.shape[1]]
-        attended = F.scaled_dot_product_attention(w, keys, keys, is_causal=self.causal and position == 0)
+        attended = attend(w, keys, keys, self.causal and position == 0)
         return self.output(rearrange(attended, "b k n p -> b n (k p)"))

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 import cratelab as cl
@@ -41,6 +42,46 @@ def test_every_parameter_gets_a_gradient(model_class, config_class):
     model = small(model_class, config_class)
     model(prompt(n=12)).logsumexp(-1).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")  # forward-mode AD's own
+@both
+def test_gradients_a_sample_and_second_derivatives(model_class, config_class):
+    """By `torch.func`, against one backward pass a sample and against two backward passes."""
+    model, tokens = small(model_class, config_class, n_layers=1, width=8).double(), prompt(n=4)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    name = "blocks.0.attention.projection.weight"
+
+    def value(parameters, tokens):
+        return torch.func.functional_call(model, parameters, (tokens,)).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(lambda *of: value(of[0], of[1][None])), (None, 0))(parameters, tokens)
+    for i, row in enumerate(tokens):
+        model.zero_grad()
+        model(row[None]).square().mean().backward()
+        assert_close({key: of[i] for key, of in each.items()}, {k: p.grad for k, p in model.named_parameters()})
+
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fast attention has no second derivatives
+        weight = dict(model.named_parameters())[name]
+        (slope,) = torch.autograd.grad(model(tokens).square().mean(), weight, create_graph=True)
+        curvature = torch.autograd.grad(slope.sum(), weight)[0]
+    of_slope = torch.func.jvp(
+        torch.func.grad(lambda weight: value(parameters | {name: weight}, tokens)),
+        (parameters[name],),
+        (torch.ones_like(weight),),
+    )
+    assert curvature.any()
+    assert_close(of_slope, (slope.detach(), curvature))
+
+
+@both
+def test_shapes_alone_pass_through_the_meta_device(model_class, config_class):
+    with torch.device("meta"):
+        model = model_class(config_class(**SMALL))
+        logits = model(torch.zeros(3, 5, dtype=torch.long))
+        logits.sum().backward()
+    assert logits.is_meta and logits.shape == (3, 5, 50)
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
 
 
 @both
