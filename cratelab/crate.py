@@ -74,7 +74,7 @@ class Crate(LanguageModel):
     config_class = CrateConfig
 
     def __init__(self, config: CrateConfig):
-        super().__init__(config, CrateBlock, nn.LayerNorm(config.width))
+        super().__init__(config, CrateBlock, lambda: nn.LayerNorm(config.width))
         for embedding in self.token_embedding, self.position_embedding:
             nn.init.normal_(embedding.weight, std=0.02)
         for block in self.blocks:

@@ -109,7 +109,7 @@ class Gpt2(LanguageModel):
     config_class = Gpt2Config
 
     def __init__(self, config: Gpt2Config):
-        super().__init__(config, Gpt2Block, nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias))
+        super().__init__(config, Gpt2Block, partial(nn.LayerNorm, config.width, eps=config.norm_eps, bias=config.bias))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)

@@ -99,14 +99,14 @@ class LanguageModel(nn.Module):
 
     config_class: ClassVar[type[LanguageModelConfig]]
 
-    def __init__(self, config: LanguageModelConfig, block: type[nn.Module], norm: nn.Module):
+    def __init__(self, config: LanguageModelConfig, block: type[nn.Module], norm: Callable[[], nn.Module]):
         super().__init__()
         _check_memory(config, block)
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
-        self.norm = norm
+        self.norm = norm()
 
     def forward(self, tokens: Tensor, cache: list[Tensor] | None = None, position: int = 0) -> Tensor:
         """Logits of the next token at every position.
