@@ -11,7 +11,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from cratelab.ista import Ista
-from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head
+from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head, renamed
 from cratelab.mssa import Mssa
 from cratelab.storage import read_tensors
 
@@ -24,7 +24,7 @@ class CrateConfig(LanguageModelConfig):
         expansion: h/d, atoms per dimension.
         step_size: η.
         lam: λ; the threshold of a step is ηλ.
-        n_steps: T, ISTA steps from a zero code.
+        n_steps: T, ISTA steps from a zero code; at most 1000.
         ista_residual: add the tokens to D A; officially not.
     """
 
@@ -33,6 +33,13 @@ class CrateConfig(LanguageModelConfig):
     lam: float = 0.1
     n_steps: int = 2
     ista_residual: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.step_size <= 0 or self.lam < 0:
+            raise ValueError(f"ISTA needs step_size > 0 and lam >= 0; got step_size={self.step_size}, lam={self.lam}")
+        if self.n_steps > 1000:
+            raise ValueError(f"n_steps must be at most 1000, since every token takes them all; got {self.n_steps}")
 
 
 class CrateBlock(nn.Module):
@@ -67,7 +74,7 @@ class Crate(LanguageModel):
     config_class = CrateConfig
 
     def __init__(self, config: CrateConfig):
-        super().__init__(config, CrateBlock, nn.LayerNorm(config.width))
+        super().__init__(config, CrateBlock, lambda: nn.LayerNorm(config.width))
         for embedding in self.token_embedding, self.position_embedding:
             nn.init.normal_(embedding.weight, std=0.02)
         for block in self.blocks:
@@ -80,28 +87,36 @@ class Crate(LanguageModel):
         """The model in a checkpoint of the official training code, in evaluation mode.
 
         Args:
-            path: the file, holding `model` (a state dict, compiled or not) and `model_args`. Nothing is unpickled.
+            path: the file, holding `model` (a state dict, compiled, distributed or not) and `model_args`. Nothing is
+                unpickled.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not such a checkpoint, or a key is missing, left over or misshapen; each is named.
+            ValueError: it is not such a checkpoint, or a key is missing, left over or misshapen, or a tensor is not of
+                finite floating-point numbers; each is named.
         """
         path = Path(path)
         checkpoint = read_tensors(path)
         if not all(isinstance(checkpoint.get(entry), dict) for entry in ("model", "model_args")):
-            held = ", ".join(map(str, checkpoint))
-            raise ValueError(f"{path} is no official checkpoint: expected the dicts model and model_args, got {held}")
+            held = ", ".join(map(str, list(checkpoint)[:5]))
+            raise ValueError(
+                f"{path} is no official checkpoint: expected the dicts model and model_args, got {held}, …; put a bare "
+                'state dict beside its sizes: {"model": …, "model_args": {"n_layer": …, "n_head": …, "n_embd": …, '
+                '"vocab_size": …, "block_size": …}}'
+            )
         args = checkpoint["model_args"]
         names = dict(
             n_layers="n_layer", n_heads="n_head", width="n_embd", vocab_size="vocab_size", context="block_size"
         )
         if missing := [name for name in names.values() if name not in args]:
             raise ValueError(f"model_args of {path} lacks {', '.join(missing)}")
-        weights = {_own_name(key.removeprefix("_orig_mod.")): tensor for key, tensor in checkpoint["model"].items()}
+        try:
+            config = CrateConfig(**{own: args[name] for own, name in names.items()})
+        except ValueError as error:
+            raise ValueError(f"model_args of {path}: {error}") from error
+        weights = renamed(checkpoint["model"], _own_name, path)
         drop_tied_head(weights, path)
-        model = cls(CrateConfig(**{own: args[name] for own, name in names.items()}))
-        model.load_weights(weights, path)
-        return model.eval()
+        return cls.with_weights(config, weights, path)
 
 
 _OFFICIAL_NAMES = {

@@ -1,5 +1,8 @@
 """Where tensors live. Nothing else in the library names a kind of device."""
 
+import math
+import os
+
 import torch
 from torch import Tensor
 
@@ -19,3 +22,12 @@ def exact(x: Tensor) -> Tensor:
 def exact_sum(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """`x.sum(dim)` added up in float64, where `exact` would put it, without a copy of `x` in float64."""
     return (x.cpu() if x.device.type == "mps" else x).sum(dim, dtype=torch.float64)
+
+
+def memory(device: torch.device) -> float:
+    """Bytes of memory that a device has in all; infinite where nothing says how many."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf

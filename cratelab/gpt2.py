@@ -4,7 +4,7 @@ As in the comparison of Bai & Ma (2024) it has no biases and ReLU by default, so
 non-negative "neurons" like CRATE's codes; with biases and `gelu_new` it is OpenAI's GPT-2 and takes its weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head
+from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head, renamed
+from cratelab.mssa import attend
 from cratelab.storage import read_json, read_tensors
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
@@ -42,8 +43,11 @@ class Gpt2Config(LanguageModelConfig):
         super().__post_init__()
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
-        if self.top_k is not None and not 1 <= self.top_k <= self.expansion * self.width:
-            raise ValueError(f"top_k must be 1 to {self.expansion * self.width}, or None; got {self.top_k}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be positive; got {self.norm_eps}")
+        k, most = self.top_k, self.expansion * self.width
+        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= most):
+            raise ValueError(f"top_k must be 1 to {most}, or None; got {k!r}")
 
 
 class Attention(nn.Module):
@@ -64,7 +68,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[:, :, :, position : position + x.shape[1]] = key_value
             key_value = cache[:, :, :, : position + x.shape[1]]
-        attended = F.scaled_dot_product_attention(query, *key_value, is_causal=position == 0)
+        attended = attend(query, *key_value, position == 0)
         return self.output(rearrange(attended, "b k n p -> b n (k p)"))
 
 
@@ -105,7 +109,7 @@ class Gpt2(LanguageModel):
     config_class = Gpt2Config
 
     def __init__(self, config: Gpt2Config):
-        super().__init__(config, Gpt2Block, nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias))
+        super().__init__(config, Gpt2Block, partial(nn.LayerNorm, config.width, eps=config.norm_eps, bias=config.bias))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -124,7 +128,8 @@ class Gpt2(LanguageModel):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the configuration is not GPT-2's, or a key is missing, left over or misshapen; each is named.
+            ValueError: the configuration is not GPT-2's, or a key is missing, left over or misshapen, or a tensor is
+                not of finite floating-point numbers; each is named.
         """
         folder = Path(path)
         config = _config_from_huggingface(folder / "config.json")
@@ -132,18 +137,12 @@ class Gpt2(LanguageModel):
         file = next((file for file in files if file.exists()), None)
         if file is None:
             raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-        weights = {}
-        for key, tensor in read_tensors(file).items():
-            key = key.removeprefix("transformer.")
-            if key.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # causal masks that old files carry as buffers
-            if ".c_" in key and key.endswith(".weight"):
-                tensor = tensor.mT  # stored as (in, out)
-            weights[_own_name(key)] = tensor
+        weights = renamed(read_tensors(file), _own_name, file)
+        for name in weights:
+            if name.endswith(_STORED_AS_IN_OUT) and weights[name].ndim == 2:
+                weights[name] = weights[name].mT
         drop_tied_head(weights, file)
-        model = cls(config)
-        model.load_weights(weights, file)
-        return model.eval()
+        return cls.with_weights(config, weights, file)
 
 
 def _config_from_huggingface(file: Path) -> Gpt2Config:
@@ -152,30 +151,33 @@ def _config_from_huggingface(file: Path) -> Gpt2Config:
         raise ValueError(f"{file} describes a model of type {foreign.get('model_type')!r}; expected 'gpt2'")
     if missing := [name for name in ("n_layer", "n_head", "n_embd", "vocab_size") if name not in foreign]:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
-    width = foreign["n_embd"]
-    hidden = foreign.get("n_inner") or 4 * width
     unsupported = {
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
         "tie_word_embeddings": True,
     }
-    changed = [name for name, usual in unsupported.items() if foreign.get(name, usual) != usual]
-    if changed or hidden % width:
-        raise ValueError(
-            f"{file} asks for what this GPT-2 does not do: {', '.join(changed) or f'n_inner={hidden}, n_embd={width}'}"
+    if changed := [name for name, usual in unsupported.items() if foreign.get(name, usual) is not usual]:
+        raise ValueError(f"{file} asks for what this GPT-2 does not do: {', '.join(changed)}")
+    hidden = foreign.get("n_inner")
+    try:
+        config = Gpt2Config(
+            n_layers=foreign["n_layer"],
+            n_heads=foreign["n_head"],
+            width=foreign["n_embd"],
+            vocab_size=foreign["vocab_size"],
+            context=foreign.get("n_positions", 1024),
+            activation=foreign.get("activation_function", "gelu_new"),
+            bias=True,
+            norm_eps=foreign.get("layer_norm_epsilon", 1e-5),
         )
-    return Gpt2Config(
-        n_layers=foreign["n_layer"],
-        n_heads=foreign["n_head"],
-        width=width,
-        vocab_size=foreign["vocab_size"],
-        context=foreign.get("n_positions", 1024),
-        expansion=hidden // width,
-        activation=foreign.get("activation_function", "gelu_new"),
-        bias=True,
-        norm_eps=foreign.get("layer_norm_epsilon", 1e-5),
-    )
+        if hidden is None:
+            return config
+        if type(hidden) is not int or hidden % config.width:
+            raise ValueError(f"n_inner must be a multiple of n_embd, or null; got n_inner={hidden!r}")
+        return replace(config, expansion=hidden // config.width)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 _HUGGINGFACE_NAMES = {
@@ -191,7 +193,13 @@ _HUGGINGFACE_NAMES = {
 }
 
 
-def _own_name(key: str) -> str:
+_STORED_AS_IN_OUT = "attention.projection.weight", "attention.output.weight", "mlp_in.weight", "mlp_out.weight"
+
+
+def _own_name(key: str) -> str | None:
+    key = key.removeprefix("transformer.")
+    if key.endswith((".attn.bias", ".attn.masked_bias")):
+        return None  # causal masks that old files carry as buffers
     if key.startswith("h."):
         key = "blocks." + key.removeprefix("h.")
     for foreign, own in _HUGGINGFACE_NAMES.items():

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from cratelab.devices import exact
+from cratelab.differentiation import is_transformed
 
 
 def soft_threshold(x: Tensor, threshold: float) -> Tensor:
@@ -35,9 +37,17 @@ def lasso_objective(z: Tensor, code: Tensor, D: Tensor, lam: float) -> Tensor:
         lam: λ ≥ 0.
 
     Returns:
-        (..., n).
+        (..., n), computed in float64 and rounded to the dtype of `z`, at least to float32.
+
+    Raises:
+        ValueError: `lam` is negative or not finite.
     """
-    return 0.5 * (z - code @ D.mT).square().sum(-1) + lam * code.abs().sum(-1)
+    if not 0 <= lam < torch.inf:
+        raise ValueError(f"the sparsity weight lam must be finite and at least 0; got {lam}")
+    dtype, device = torch.promote_types(z.dtype, torch.float32), z.device
+    z, code, D = exact(z), exact(code), exact(D)
+    objective = 0.5 * (z - code @ D.mT).square().sum(-1) + lam * code.abs().sum(-1)
+    return objective.to(dtype).to(device)
 
 
 def ista_complete(z: Tensor, D: Tensor, step_size: float = 0.1, lam: float = 0.1, n_steps: int = 1) -> Tensor:
@@ -111,9 +121,9 @@ def _check(z: Tensor, D: Tensor, step_size: float, lam: float, n_steps: int) -> 
 
 
 def _check_constants(step_size: float, lam: float, n_steps: int) -> None:
-    if not (step_size > 0 and lam >= 0 and n_steps >= 1):
+    if not (0 < step_size < torch.inf and 0 <= lam < torch.inf and n_steps >= 1):
         raise ValueError(
-            "ISTA needs step_size > 0, lam >= 0 and n_steps >= 1; "
+            "ISTA needs step_size > 0, lam >= 0, both finite, and n_steps >= 1; "
             f"got step_size={step_size}, lam={lam}, n_steps={n_steps}"
         )
 
@@ -129,7 +139,8 @@ class _Encode(torch.autograd.Function):
 
         ∂r_t = η D g      ∂D += η r_t gᵀ − ∂r_t a_tᵀ      ∂z += ∂r_t      ∂a_t = g − Dᵀ ∂r_t
 
-    down to the first step, whose residual r_0 is z itself and whose a_0 is zero.
+    down to the first step, whose residual r_0 is z itself and whose a_0 is zero. If that pass is itself to be
+    differentiated or batched, it is the one that autograd finds for `ista`.
     """
 
     @staticmethod
@@ -139,15 +150,20 @@ class _Encode(torch.autograd.Function):
             residuals.append(_add_product(z.clone(), code, weight, -1))
             code = _next_code(code, residuals[-1], weight, step_size, lam)
         ctx.save_for_backward(z, weight, code, *residuals)
-        ctx.constants = step_size, lam
+        ctx.constants = step_size, lam, n_steps
         return code
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_code: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, code, *residuals = ctx.saved_tensors
-        step_size, lam = ctx.constants
+        step_size, lam, n_steps = ctx.constants
         needs_z, needs_weight = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() or is_transformed(grad_code):
+            with torch.enable_grad():
+                plain = ista(z, weight.mT, step_size, lam, n_steps)
+            wanted = [tensor for tensor, needed in ((z, needs_z), (weight, needs_weight)) if needed]
+            grads = iter(torch.autograd.grad(plain, wanted, grad_code, create_graph=torch.is_grad_enabled()))
+            return *(next(grads) if needed else None for needed in (needs_z, needs_weight)), None, None, None
         grad_z, grad_weight = torch.zeros_like(z), torch.zeros_like(weight) if needs_weight else None
         codes = [_first_code(z, weight, step_size, lam)] if residuals else []
         for r in residuals[:-1]:
@@ -204,6 +220,8 @@ class Ista(nn.Module):
     def __init__(self, width: int, expansion: int = 4, step_size: float = 0.1, lam: float = 0.1, n_steps: int = 2):
         super().__init__()
         _check_constants(step_size, lam, n_steps)
+        if width < 1 or expansion < 1:
+            raise ValueError(f"width and expansion must be at least 1; got width={width}, expansion={expansion}")
         self.step_size, self.lam, self.n_steps = step_size, lam, n_steps
         self.weight = nn.Parameter(torch.empty(expansion * width, width))
         nn.init.kaiming_uniform_(self.weight)
@@ -214,11 +232,17 @@ class Ista(nn.Module):
         return self.weight.mT
 
     def encode(self, z: Tensor) -> Tensor:
-        """Tokens (..., n, d) to codes (..., n, h): `ista`, with a backward pass that saves less."""
+        """Tokens (..., n, d) to codes (..., n, h): `ista`, with a backward pass that saves less.
+
+        Second derivatives, forward-mode AD and `torch.func`'s transforms are those of `ista`, as is what they cost.
+        """
         _check(z, self.D, self.step_size, self.lam, self.n_steps)
         weight, device = self.weight, z.device.type
-        if torch.is_autocast_enabled(device) and z.dtype != torch.float64:  # what autocast does for plain products
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast and z.dtype != torch.float64:  # what autocast does for plain products
             z, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (z, weight))
+        if is_transformed(z, weight):
+            return ista(z, weight.mT, self.step_size, self.lam, self.n_steps)
         code = _Encode.apply(rearrange(z, "... d -> (...) d"), weight, self.step_size, self.lam, self.n_steps)
         return code.reshape(*z.shape[:-1], len(weight))
 

@@ -5,7 +5,9 @@ cache that asks each attention how many tensors it has to remember (one for MSSA
 """
 
 import warnings
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cratelab.devices import best_device as best_device  # also known by this module's name
+from cratelab.devices import memory
 from cratelab.storage import read_json, read_tensors, replacing, write_json, write_tensors
 
 
@@ -27,6 +30,9 @@ class LanguageModelConfig:
         width: d.
         vocab_size: v; GPT-2's 50,257 tokens padded to a multiple of 64 by default.
         context: largest number of tokens the model sees at once.
+
+    Raises:
+        ValueError: a field is of another type than stated or out of its range, or the heads do not divide the width.
     """
 
     n_layers: int
@@ -46,8 +52,7 @@ class LanguageModelConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            if field.type is int and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1; got {getattr(self, field.name)}")
+            setattr(self, field.name, _checked(field.name, getattr(self, field.name), field.type))
         if self.width % self.n_heads:
             raise ValueError(
                 f"the width must be a multiple of the heads; got width={self.width}, n_heads={self.n_heads}"
@@ -65,22 +70,43 @@ class LanguageModelConfig:
         return cls(**cls.presets[name] | overrides)
 
 
+def _checked(name: str, value: object, kind: type) -> object:
+    """`value` as an int, float, bool or str, whichever a field is of; other fields check themselves."""
+    if kind is int:
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"{name} must be an integer; got {value!r}")
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{name} must be at least 1{' and below 2**31' if value > 1 else ''}; got {value}")
+        return int(value)
+    if kind is float:
+        if not isinstance(value, Real) or isinstance(value, bool) or not -1e18 <= value <= 1e18:
+            raise ValueError(f"{name} must be a finite number, of at most 1e18; got {value!r}")
+        return float(value)
+    if kind in (bool, str) and not isinstance(value, kind):
+        raise ValueError(f"{name} must be {'true or false' if kind is bool else 'a text'}; got {value!r}")
+    return value
+
+
 class LanguageModel(nn.Module):
     """Tokens in, next-token logits out (eq-05-2). Subclasses say what a block is and how it starts.
 
     A block takes (x, cache, position) with x (b, n, d), has an `attention` with the attribute `cache_tensors`, and a
     `neurons` identity through which its (b, n, h) neuron activations pass: hook that site to record or to steer.
+
+    Raises:
+        ValueError: the device has less memory in all than the parameters take.
     """
 
     config_class: ClassVar[type[LanguageModelConfig]]
 
-    def __init__(self, config: LanguageModelConfig, block: type[nn.Module], norm: nn.Module):
+    def __init__(self, config: LanguageModelConfig, block: type[nn.Module], norm: Callable[[], nn.Module]):
         super().__init__()
+        _check_memory(config, block)
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
-        self.norm = norm
+        self.norm = norm()
 
     def forward(self, tokens: Tensor, cache: list[Tensor] | None = None, position: int = 0) -> Tensor:
         """Logits of the next token at every position.
@@ -92,6 +118,9 @@ class LanguageModel(nn.Module):
 
         Returns:
             (b, n, v).
+
+        Its gradient may be differentiated again by `torch.func`; by `create_graph=True` under
+        `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, since PyTorch's fast attention has first derivatives alone.
 
         Raises:
             ValueError: the tokens are not (b, n) integers, reach past the context, or follow a cache in bulk.
@@ -139,16 +168,18 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         seed: int | None = None,
         stop: int | None = None,
+        n_vocab: int | None = None,
     ) -> Tensor:
         """Continue each row of `tokens` by sampling.
 
         Args:
             tokens: prompts, (b, n) integers, n at least 1.
             n_new: tokens to add at most.
-            temperature: divides the logits; 0 takes the most likely token.
-            top_k: sample among the k most likely tokens only.
-            seed: makes the draw repeatable; without it torch's global generator is used.
+            temperature: divides the logits; 0 takes the most likely token, the first of several.
+            top_k: sample among the k most likely tokens only; of equally likely ones the first count.
+            seed: 0 to 2³² − 1, makes the draw repeatable; without it torch's global generator is used.
             stop: a token that ends its row; the row is filled up with it, and all rows done ends the call.
+            n_vocab: tokens that the corpus knows, where the model's vocabulary is padded; none beyond is sampled.
 
         Returns:
             (b, n + at most n_new), prompts included.
@@ -157,17 +188,14 @@ class LanguageModel(nn.Module):
         every token, and a warning says so.
 
         Raises:
-            ValueError: a prompt is empty, a token is not in the vocabulary, or an option is out of range.
+            ValueError: a prompt is empty, a token is not in the vocabulary, an option is out of range, or the logits
+                are not finite.
         """
         _check_tokens(tokens)
+        _check_options(self.config.vocab_size, n_new, temperature, top_k, seed, stop, n_vocab)
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
             raise ValueError(
                 f"tokens must lie in [0, {self.config.vocab_size}); got {int(tokens.min())} to {int(tokens.max())}"
-            )
-        if n_new < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
-            raise ValueError(
-                "generate needs n_new >= 0, temperature >= 0 and top_k >= 1; "
-                f"got n_new={n_new}, temperature={temperature}, top_k={top_k}"
             )
         context = self.config.context
         if tokens.shape[1] + n_new - 1 > context:
@@ -186,7 +214,7 @@ class LanguageModel(nn.Module):
                 cached = tokens.shape[1]
             else:
                 logits = self(tokens[:, -context:])[:, -1]
-            new = _sample(logits, temperature, top_k, generator)
+            new = _sample(logits[:, :n_vocab], temperature, top_k, generator)
             if stop is not None:
                 new = new.masked_fill(done, stop)
                 done |= new == stop
@@ -213,19 +241,38 @@ class LanguageModel(nn.Module):
         """Take every parameter from `weights`.
 
         Raises:
-            ValueError: keys are missing, left over or of another shape; each is named, with `source`.
+            ValueError: keys are missing, left over or of another shape, or tensors hold something else than finite
+                floating-point numbers; each is named, with `source`.
+
+        Numbers of another precision are converted to that of the parameters.
         """
-        own = self.state_dict()
-        problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in weights]
-        problems += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in own]
-        problems += [
-            f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
-            for name in own
-            if name in weights and weights[name].shape != own[name].shape
-        ]
-        if problems:
-            raise ValueError(f"{source} does not fit {type(self).__name__}({self.config}):\n  " + "\n  ".join(problems))
+        check_numbers(weights, source)
+        try:
+            _check_shapes(weights, self.state_dict(), self.config)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
         self.load_state_dict(weights)
+
+    @classmethod
+    def with_weights(cls, config: LanguageModelConfig, weights: Mapping[str, Tensor], source: str | Path) -> Self:
+        """A new model that holds `weights`, in evaluation mode; nothing is allocated before they are found to fit.
+
+        Raises:
+            ValueError: as for `load_weights`.
+        """
+        check_numbers(weights, source)
+        try:
+            own = _outline(lambda: cls(replace(config, n_layers=1)), config).state_dict()
+            block = [name.removeprefix("blocks.0.") for name in own if name.startswith("blocks.0.")]
+            held = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+            for i in range(1, min(config.n_layers, held + 1)):  # one more than there are is enough to be missed
+                own |= {f"blocks.{i}.{name}": own[f"blocks.0.{name}"] for name in block}
+            _check_shapes(weights, own, config)
+            model = cls(config)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        model.load_state_dict(weights)
+        return model.eval()
 
 
 def load(folder: str | Path) -> LanguageModel:
@@ -243,21 +290,70 @@ def load(folder: str | Path) -> LanguageModel:
     if model_class is None:
         raise ValueError(f"{folder / 'config.json'} names the model {name!r}; known are {', '.join(sorted(classes))}")
     try:
-        model = model_class(model_class.config_class(**config))
-    except (TypeError, ValueError, RuntimeError) as error:  # a wrong field, type or value; more than memory holds
+        config = model_class.config_class(**config)
+    except (TypeError, ValueError) as error:  # a field that there is not, or a wrong type or value
         raise ValueError(f"{folder / 'config.json'} does not fit {name}: {error}") from error
-    model.load_weights(read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
-    return model.eval()
+    weights = folder / "model.safetensors"
+    return model_class.with_weights(config, read_tensors(weights), weights)
+
+
+def renamed(weights: Mapping, rename: Callable[[str], str | None], source: str | Path) -> dict[str, Tensor]:
+    """Weights from elsewhere under our names; those of which `rename` makes None are left out.
+
+    The prefixes of PyTorch's DDP and compiled modules, `module` and `_orig_mod`, are gone before `rename` sees a name.
+
+    Raises:
+        ValueError: a name is no text, two become one, or a tensor holds something else than finite floating-point
+            numbers.
+    """
+    own = {}
+    for key, tensor in weights.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{source}: a tensor must be named by a text; got {key!r}")
+        name = rename(".".join(part for part in key.split(".") if part not in ("module", "_orig_mod")))
+        if name in own:
+            raise ValueError(f"{source} holds {name} twice, once as {key}")
+        if name is not None:
+            own[name] = tensor
+    check_numbers(own, source)
+    return own
+
+
+def check_numbers(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse what is no plain tensor of finite floating-point numbers, finite also in the default dtype.
+
+    Raises:
+        ValueError: naming `source` and each tensor.
+    """
+
+    def problem(tensor: object) -> str | None:
+        if not isinstance(tensor, Tensor):
+            return f"is {type(tensor).__name__}, expected a tensor"
+        if not tensor.is_floating_point():
+            return f"is {tensor.dtype}, expected floating-point numbers"
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            return "is sparse, nested or without its numbers, expected a plain tensor"
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            return f"is {tuple(tensor.shape)}, more than the file holds"
+        wrong = tensor.numel() - int(tensor.to(torch.get_default_dtype()).isfinite().sum())
+        return f"holds {wrong} numbers that are not finite" if wrong else None
+
+    problems = [f"{name} {said}" for name, tensor in weights.items() if (said := problem(tensor))]
+    if problems:
+        raise ValueError(f"{source} holds no usable weights:{_listed(problems)}")
 
 
 def drop_tied_head(weights: dict[str, Tensor], source: Path) -> None:
-    """Remove lm_head.weight, which files from elsewhere hold beside the embedding that it is.
+    """Remove lm_head.weight, which files from elsewhere hold beside the embedding that it is, or instead of it.
 
     Raises:
         ValueError: it is not the embedding.
     """
     head = weights.pop("lm_head.weight", None)
-    if head is not None and not head.equal(weights.get("token_embedding.weight", head)):
+    if head is None:
+        return
+    embedding = weights.setdefault("token_embedding.weight", head)
+    if head.shape != embedding.shape or not head.double().equal(embedding.double()):
         raise ValueError(
             f"{source}: lm_head.weight differs from the token embedding (wte.weight), but the two are tied"
         )
@@ -270,10 +366,87 @@ def _check_tokens(tokens: Tensor) -> None:
         )
 
 
+def _check_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], config: LanguageModelConfig) -> None:
+    problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in weights]
+    problems += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in own]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if problems:
+        raise ValueError(f"the weights do not fit {config}:{_listed(problems)}")
+
+
+def _listed(problems: list[str], most: int = 50) -> str:
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "".join(f"\n  {line}" for line in problems[:most] + more)
+
+
+def _outline(make: Callable[[], nn.Module], config: LanguageModelConfig) -> nn.Module:
+    """What `make` returns, as shapes without memory."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except RuntimeError as error:  # more numbers than 64 bits can count
+        raise ValueError(f"{config} is larger than any memory: {error}") from error
+
+
+_OBJECTS = 20_000  # bytes of Python's objects that make up a block, at least
+
+
+def _check_memory(config: LanguageModelConfig, block: type[nn.Module]) -> None:
+    place = torch.empty(0)  # a fake tensor or a meta one where shapes alone are wanted
+    if type(place) is not Tensor or place.is_meta:
+        return
+    of_block = sum(parameter.numel() for parameter in _outline(lambda: block(config), config).parameters())
+    numbers = (config.vocab_size + config.context) * config.width + config.n_layers * of_block
+    needed, room = numbers * place.element_size() + config.n_layers * _OBJECTS, memory(place.device)
+    if needed > room:
+        raise ValueError(
+            f"{config} has {numbers:,} parameters, which take {needed / 2**30:,.1f} GiB; "
+            f"this machine has {room / 2**30:,.1f} GiB in all"
+        )
+
+
+def _check_options(
+    vocab_size: int,
+    n_new: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int | None,
+    stop: int | None,
+    n_vocab: int | None,
+) -> None:
+    """What `generate` is asked for, before it starts."""
+
+    def check(name: str, value: object, low: int, high: float, kind: type = Integral) -> None:
+        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value < high:
+            raise ValueError(f"generate needs {low} <= {name} < {high}; got {name}={value!r}")
+
+    check("n_new", n_new, 0, torch.inf)
+    check("temperature", temperature, 0, torch.inf, Real)
+    if top_k is not None:
+        check("top_k", top_k, 1, torch.inf)
+    if seed is not None:
+        check("seed", seed, 0, 2**32)
+    if n_vocab is not None:
+        check("n_vocab", n_vocab, 1, vocab_size + 1)
+    if stop is not None:
+        check("stop", stop, 0, vocab_size if n_vocab is None else n_vocab)
+
+
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    highest = logits.amax(-1, keepdim=True)
+    if not highest.isfinite().all():
+        raise ValueError("the logits are not finite: the model's weights are not, or activations overflowed")
     if temperature == 0:
         return logits.argmax(-1)
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        least = logits.topk(top_k).values[..., -1:]
+        above, equal = logits > least, logits == least
+        room = top_k - above.sum(-1, keepdim=True)
+        logits = logits.masked_fill(~(above | equal & (equal.cumsum(-1) <= room)), -torch.inf)
+    # The highest becomes 0, which a temperature near 0 leaves as it is while all others go to −∞.
+    scaled = (logits - highest).float() * min(1 / temperature, torch.finfo(torch.float32).max)
+    return torch.multinomial(scaled.softmax(-1), 1, generator=generator).squeeze(-1)

@@ -7,16 +7,22 @@ With W_k = U_kᵀZ, s = p/(nε²) and κ the step size, the chain is::
     Σ_k U_kU_kᵀ ≈ I  (1 − κs) Z + κ s² Σ_k U_k W_k (W_kᵀW_k)              attention_step with gram_attention
     softmax          (1 − κs) Z + κ s² Σ_k U_k W_k softmax(W_kᵀW_k/√p)    attention_step with mssa
     learned          Z + W_out [SSA_1; …; SSA_K] + b                      Mssa, inside a residual block
+
+The functions compute tokens of half precision in float32, whose squares and cubes half precision cannot hold, and
+round once.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cratelab.coding_rate import project, subspace_rate_gradient
+from cratelab.differentiation import is_transformed
 
 
 def compression_step(z: Tensor, U: Tensor, step_size: float, eps: float = 0.5) -> Tensor:
@@ -25,17 +31,18 @@ def compression_step(z: Tensor, U: Tensor, step_size: float, eps: float = 0.5) -
     Args:
         z: tokens, (..., n, d).
         U: subspace bases, (k, d, p).
-        step_size: κ > 0.
+        step_size: κ ≥ 0.
         eps: precision ε > 0.
 
     Returns:
         The moved tokens, (..., n, d).
 
     Raises:
-        ValueError: as `cratelab.coding_rate.subspace_rate`.
+        ValueError: as `cratelab.coding_rate.subspace_rate`, or `step_size` is negative or not finite.
 
     Source: Yu et al. (2023).
     """
+    _check_step_size(step_size)
     return z - step_size * subspace_rate_gradient(z, U, eps)
 
 
@@ -59,8 +66,11 @@ def neumann_gradient(z: Tensor, U: Tensor, eps: float = 0.5, order: int = 1) -> 
 
     Source: Yu et al. (2023).
     """
-    if order < 0 or not eps > 0:
-        raise ValueError(f"neumann_gradient needs order >= 0 and eps > 0; got order={order}, eps={eps}")
+    if not order >= 0 or not 1e-100 <= eps <= 1e100:
+        raise ValueError(
+            f"neumann_gradient needs order >= 0 and eps > 0 (from 1e-100 to 1e100); got order={order}, eps={eps}"
+        )
+    dtype, z, U = z.dtype, *_wide(z, U)
     w = project(z, U)
     n, p = w.shape[-2:]
     scale = p / (n * eps**2)
@@ -69,7 +79,7 @@ def neumann_gradient(z: Tensor, U: Tensor, eps: float = 0.5, order: int = 1) -> 
     for _ in range(order):  # Horner would need the powers too; each term is one product with the p×p or n×n matrix
         term = -scale * (term @ gram if p < n else gram @ term)
         total = total + term
-    return einsum(scale * total, U, "... k n p, k d p -> ... n d")
+    return einsum(scale * total, U, "... k n p, k d p -> ... n d").to(dtype)
 
 
 def gram_attention(z: Tensor, U: Tensor) -> Tensor:
@@ -85,10 +95,11 @@ def gram_attention(z: Tensor, U: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
+    dtype, z, U = z.dtype, *_wide(z, U)
     w = project(z, U)
     n, p = w.shape[-2:]
     attended = w @ (w.mT @ w) if p < n else (w @ w.mT) @ w
-    return einsum(attended, U, "... k n p, k d p -> ... n d")
+    return einsum(attended, U, "... k n p, k d p -> ... n d").to(dtype)
 
 
 def attention_map(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
@@ -106,13 +117,13 @@ def attention_map(z: Tensor, U: Tensor, causal: bool = False, scale: float | Non
     Raises:
         ValueError: the shapes do not fit.
     """
-    w = project(z, U)
+    dtype, w = z.dtype, project(*_wide(z, U))
     n, p = w.shape[-2:]
     similarity = (p**-0.5 if scale is None else scale) * w @ w.mT
     if causal:
         future = torch.ones(n, n, dtype=torch.bool, device=z.device).triu(1)
         similarity = similarity.masked_fill(future, -torch.inf)
-    return similarity.softmax(-1)
+    return similarity.softmax(-1).to(dtype)
 
 
 def mssa(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
@@ -134,9 +145,21 @@ def mssa(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None)
 
     Source: Yu et al. (2023).
     """
+    dtype, z, U = z.dtype, *_wide(z, U)
     w = project(z, U)
-    attended = F.scaled_dot_product_attention(w, w, w, is_causal=causal, scale=scale)
-    return einsum(attended, U, "... k n p, k d p -> ... n d")
+    attended = attend(w, w, w, causal, scale)
+    return einsum(attended, U, "... k n p, k d p -> ... n d").to(dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None = None) -> Tensor:
+    """PyTorch's attention of (..., n, p) tensors, in its plain form where the fast ones have no derivatives.
+
+    They have first ones. `torch.func`'s transforms and forward-mode AD get the plain form of themselves; for a second
+    backward pass through a first (`create_graph=True`) compute the model under
+    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    """
+    with sdpa_kernel(SDPBackend.MATH) if is_transformed(query, key, value) else nullcontext():
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
 
 
 def attention_step(
@@ -147,7 +170,7 @@ def attention_step(
     Args:
         z: tokens, (..., n, d).
         U: subspace bases, (k, d, p).
-        step_size: κ > 0.
+        step_size: κ ≥ 0.
         eps: precision ε > 0.
         attention: `gram_attention` (first-order Neumann) or `mssa` (softmax as well).
 
@@ -155,15 +178,27 @@ def attention_step(
         The moved tokens, (..., n, d).
 
     Raises:
-        ValueError: `eps` is not positive, or the shapes do not fit.
+        ValueError: `eps` is not positive, `step_size` is negative or not finite, or the shapes do not fit.
 
     Source: Yu et al. (2023).
     """
-    if not eps > 0:
-        raise ValueError(f"the precision eps must be positive; got {eps}")
+    if not 1e-100 <= eps <= 1e100:
+        raise ValueError(f"the precision eps must be positive, from 1e-100 to 1e100; got {eps}")
+    _check_step_size(step_size)
+    dtype, z, U = z.dtype, *_wide(z, U)
     attended = attention(z, U)
     scale = U.shape[-1] / (z.shape[-2] * eps**2)
-    return (1 - step_size * scale) * z + step_size * scale**2 * attended
+    return ((1 - step_size * scale) * z + step_size * scale**2 * attended).to(dtype)
+
+
+def _check_step_size(step_size: float) -> None:
+    if not 0 <= step_size < torch.inf:
+        raise ValueError(f"the step size must be finite and at least 0; got {step_size}")
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, those of half precision in float32."""
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
 class Mssa(nn.Module):
@@ -185,7 +220,7 @@ class Mssa(nn.Module):
 
     def __init__(self, width: int, n_heads: int, causal: bool = True):
         super().__init__()
-        if n_heads < 1 or width % n_heads:
+        if width < 1 or n_heads < 1 or width % n_heads:
             raise ValueError(f"the width must be a multiple of the heads; got width={width}, n_heads={n_heads}")
         self.n_heads, self.causal = n_heads, causal
         self.projection = nn.Linear(width, width, bias=False)
@@ -203,5 +238,5 @@ class Mssa(nn.Module):
         if cache is not None:
             cache[0, :, :, position : position + z.shape[1]] = w
             keys = cache[0, :, :, : position + z.shape[1]]
-        attended = F.scaled_dot_product_attention(w, keys, keys, is_causal=self.causal and position == 0)
+        attended = attend(w, keys, keys, self.causal and position == 0)
         return self.output(rearrange(attended, "b k n p -> b n (k p)"))

@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it is compressed, as PyTorch writes none, and could fill the memory")
         held = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -157,25 +158,12 @@ def test_bad_tokens_are_named(z, message):
             function(z, U)
 
 
-@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan])
-def test_precision_must_be_positive(eps):
-    with pytest.raises(ValueError, match="eps must be positive"):
-        cl.coding_rate(tokens(), eps)
-    with pytest.raises(ValueError, match="eps must be positive"):
-        cl.subspace_rate(tokens(), subspaces(), eps)
-
-
 def test_misshapen_subspaces_are_named_with_both_shapes():
     with pytest.raises(ValueError, match=r"U \(4, 6, 2\) and z \(10, 8\)"):
         cl.subspace_rate(tokens(), subspaces(d=6))
     for z, U in (tokens(), subspaces()[0]), (tokens(), subspaces()[..., None]), (tokens()[0], subspaces()):
         with pytest.raises(ValueError, match=r"\(k, d, p\)"):
             cl.project(z, U)
-
-
-def test_negative_sparsity_weight_is_refused():
-    with pytest.raises(ValueError, match="lam"):
-        cl.sparse_rate_reduction(tokens(), subspaces(), lam=-1)
 
 
 def test_subspace_rates_of_half_precision_tokens_lose_nothing_to_the_projection():
@@ -188,3 +176,93 @@ def test_subspace_rates_of_half_precision_tokens_lose_nothing_to_the_projection(
         torch.isfinite(cl.subspace_rate(large, U.half()))
         and torch.isfinite(cl.subspace_rate_gradient(large, U.half())).all()
     )
+
+
+HALF = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+
+
+def objective(z, U):
+    return {
+        "R": cl.coding_rate(z),
+        "R^c": cl.subspace_rate(z, U),
+        "ΔR": cl.rate_reduction(z, U),
+        "ΔR − λ‖Z‖₁": cl.sparse_rate_reduction(z, U),
+    }
+
+
+@HALF
+@pytest.mark.parametrize("autocast", [False, True])
+def test_many_tokens_of_half_precision_are_summed_as_in_double(half, autocast):
+    z, U = tokens(2, n=2000, d=64).to(half), subspaces(k=4, d=64, p=16).to(half)
+    exact = {name: rate.float() for name, rate in objective(z.double(), U.double()).items()}
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=autocast):
+        assert_close(objective(z, U), exact, rtol=1e-6, atol=0)
+
+
+@HALF
+def test_large_tokens_of_half_precision_have_a_finite_objective(half):
+    z, U = (1000 * tokens(n=2000, d=64)).to(half), subspaces(k=4, d=64, p=16).to(half)  # ‖Z‖₁ is about 1e8
+    expected = cl.sparse_rate_reduction(z.double(), U.double())
+    assert_close(cl.sparse_rate_reduction(z, U), expected.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_of_the_objective_are_the_exact_ones_in_the_tokens_dtype(dtype):
+    z, U = tokens(n=200, d=16).to(dtype).requires_grad_(), subspaces(d=16).to(dtype).requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (z, U)]
+    slopes = torch.autograd.grad(cl.sparse_rate_reduction(z, U), (z, U))
+    expected = torch.autograd.grad(cl.sparse_rate_reduction(*exact), exact)
+    error = 4 * torch.finfo(dtype).eps
+    assert all(slope.dtype == dtype for slope in slopes)
+    assert_close([slope.double() for slope in slopes], list(expected), rtol=error, atol=error)
+
+
+def test_a_result_is_float32_for_float32_and_float64_for_float64():
+    for dtype in torch.float32, torch.float64:
+        assert {rate.dtype for rate in objective(tokens().to(dtype), subspaces().to(dtype)).values()} == {dtype}
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e160, 1e300])
+def test_tokens_whose_squares_no_double_holds_are_rated(scale):
+    z = torch.zeros(4, 4, dtype=torch.float64)
+    z[0, 0] = scale  # R = ½ log(1 + scale²/ε²), and its slope scale/ε² / (1 + scale²/ε²)
+    expected = 0.0 if scale < 1 else math.log(scale) - math.log(0.5)
+    assert math.isclose(float(cl.coding_rate(z)), expected, rel_tol=1e-12)
+    slope = scale / 0.25 if scale < 1 else 1 / scale
+    assert math.isclose(float(cl.coding_rate_gradient(z)[0, 0]), slope, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [-math.inf, -1.0, 0.0, 1e-200, 1e200, math.inf, math.nan])
+def test_a_precision_that_cannot_be_squared_is_refused(eps):
+    z, U = tokens(), subspaces()
+    for call in [
+        lambda: cl.coding_rate(z, eps),
+        lambda: cl.coding_rate_gradient(z, eps),
+        lambda: cl.subspace_rate(z, U, eps),
+        lambda: cl.subspace_rate_gradient(z, U, eps),
+        lambda: cl.rate_reduction(z, U, eps),
+        lambda: cl.sparse_rate_reduction(z, U, 0.1, eps),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(f"eps must be positive, from 1e-100 to 1e100; got {eps}")):
+            call()
+
+
+@pytest.mark.parametrize("lam", [-1.0, math.nan, math.inf])
+def test_a_sparsity_weight_is_finite_and_at_least_zero(lam):
+    with pytest.raises(ValueError, match=f"lam must be finite and at least 0; got {lam}"):
+        cl.sparse_rate_reduction(tokens(), subspaces(), lam)
+
+
+@pytest.mark.parametrize(
+    "U, message",
+    [
+        (torch.full((4, 8, 2), torch.nan, dtype=torch.float64), "subspaces U must be finite; 64 of 64"),
+        (torch.full((4, 8, 2), torch.inf, dtype=torch.float64), "subspaces U must be finite; 64 of 64"),
+        (torch.ones(4, 8, 2, dtype=torch.long), "subspaces U must be floating point; got torch.int64"),
+    ],
+    ids=["NaN", "infinite", "integers"],
+)
+def test_subspaces_that_are_no_numbers_are_named(U, message):
+    for function in cl.subspace_rate, cl.subspace_rate_gradient, cl.rate_reduction, cl.sparse_rate_reduction:
+        with pytest.raises(ValueError, match=message):
+            function(tokens(), U)

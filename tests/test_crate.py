@@ -95,10 +95,10 @@ def official_logits(weights, args, tokens):
     return norm(x, "transformer.ln_f") @ weights["lm_head.weight"].T
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_official_checkpoints_give_the_official_logits(compiled, tmp_path):
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_official_checkpoints_give_the_official_logits(prefix, tmp_path):
+    """As written, and from a compiled model, a distributed one, or both."""
     weights, tokens = official_weights(ARGS), torch.randint(50, (2, 12))
-    prefix = "_orig_mod." if compiled else ""
     stored = {prefix + name: tensor for name, tensor in weights.items()}
     torch.save({"model": stored, "model_args": ARGS, "iter_num": 7, "optimizer": {}}, tmp_path / "ckpt.pt")
     model = cl.Crate.from_official(tmp_path / "ckpt.pt").to(tokens.device)
@@ -107,12 +107,83 @@ def test_official_checkpoints_give_the_official_logits(compiled, tmp_path):
     assert_close(model(tokens), official_logits(weights, ARGS, tokens), rtol=0, atol=1e-4)
 
 
+def test_the_tied_embedding_may_be_stored_as_the_head_alone(tmp_path):
+    weights, tokens = official_weights(ARGS), torch.randint(50, (2, 12))
+    logits = official_logits(weights, ARGS, tokens)
+    del weights["transformer.wte.weight"]
+    torch.save({"model": weights, "model_args": ARGS}, tmp_path / "ckpt.pt")
+    assert_close(cl.Crate.from_official(tmp_path / "ckpt.pt").to(tokens.device)(tokens), logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"n_layer": 10**8}, "missing blocks.3.ista.weight"),
+        ({"block_size": 10**9}, r"position_embedding.weight is \(12, 16\), expected \(1000000000, 16\)"),
+        ({"n_embd": 2**31 - 2}, "larger than any memory"),
+        ({"n_layer": None}, "n_layers must be an integer; got None"),
+        ({"n_head": 0}, "n_heads must be at least 1; got 0"),
+        ({"n_embd": "16"}, "width must be an integer; got '16'"),
+        ({"vocab_size": 50.0}, "vocab_size must be an integer; got 50.0"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_odd_sizes_are_named_before_a_model_is_built(changed, message, tmp_path):
+    torch.save({"model": official_weights(ARGS), "model_args": ARGS | changed}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=rf"(?s)ckpt\.pt.*{message}"):
+        cl.Crate.from_official(tmp_path / "ckpt.pt")
+
+
+def odd_tensors():
+    plain = torch.zeros(64, 16)
+    return {
+        "integers": (plain.long(), "is torch.int64, expected floating-point"),
+        "bool": (plain.bool(), "is torch.bool, expected floating-point"),
+        "complex": (plain.to(torch.complex64), "is torch.complex64, expected floating-point"),
+        "NaN": (plain.masked_fill(torch.arange(16) < 1, torch.nan), "holds 64 numbers that are not finite"),
+        "infinite": (torch.full((64, 16), -torch.inf), "holds 1024 numbers that are not finite"),
+        "too large for float32": (plain.double() + 1e300, "holds 1024 numbers that are not finite"),
+        "sparse": (plain.to_sparse(), "is sparse"),
+        "without numbers": (plain.to("meta"), "is .* without its numbers"),
+        "expanded": (torch.zeros(1, 1).expand(64, 16), r"is \(64, 16\), more than the file holds"),
+        "a number": (3.5, "is float, expected a tensor"),
+        "a list": ([1.0], "is list, expected a tensor"),
+        "nothing": (None, "is NoneType, expected a tensor"),
+    }
+
+
+@pytest.mark.parametrize("kind", odd_tensors())
+def test_what_are_no_weights_is_refused_by_name(kind, tmp_path):
+    tensor, message = odd_tensors()[kind]
+    weights = official_weights(ARGS) | {"transformer.h.1.ista.weight": tensor}
+    torch.save({"model": weights, "model_args": ARGS}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=rf"(?s)ckpt\.pt.*blocks.1.ista.weight {message}"):
+        cl.Crate.from_official(tmp_path / "ckpt.pt")
+
+
+def test_views_of_other_tensors_are_read_as_what_they_show(tmp_path):
+    weights, tokens = official_weights(ARGS), torch.randint(50, (2, 12))
+    logits = official_logits(weights, ARGS, tokens)
+    for name in "transformer.wpe.weight", "transformer.h.1.ista.weight":
+        large = torch.full((100, 40), torch.nan)
+        large[: len(weights[name]), 3:19] = weights[name]
+        weights[name] = large[: len(weights[name]), 3:19]
+    torch.save({"model": weights, "model_args": ARGS}, tmp_path / "ckpt.pt")
+    assert_close(cl.Crate.from_official(tmp_path / "ckpt.pt").to(tokens.device)(tokens), logits, rtol=0, atol=1e-4)
+
+
 def test_unfit_checkpoints_are_refused_by_key(tmp_path):
     weights = official_weights(ARGS)
     extra = weights | {"transformer.h.0.extra": torch.zeros(3)}
     for changed, message in [
         ({k: v for k, v in weights.items() if "h.1.ista" not in k}, r"missing blocks.1.ista.weight \(64, 16\)"),
-        ({k: v for k, v in weights.items() if "wte" not in k}, "missing token_embedding.weight"),
+        ({k: v for k, v in weights.items() if "wte" not in k and "lm_head" not in k}, "missing token_embedding"),
+        (weights | {7: torch.zeros(3)}, "must be named by a text; got 7"),
+        (weights | {"module.transformer.ln_f.bias": torch.zeros(16)}, "norm.bias twice, once as module.transf"),
+        (
+            weights | {"lm_head.weight": torch.full((50, 16), torch.nan)},
+            "lm_head.weight holds 800 numbers that are not",
+        ),
         (extra, r"unexpected blocks.0.extra \(3,\)"),
         (weights | {"transformer.wpe.weight": torch.zeros(5, 16)}, r"\(5, 16\), expected \(12, 16\)"),
         (weights | {"lm_head.weight": torch.zeros(50, 16)}, "lm_head.weight differs"),
@@ -124,7 +195,7 @@ def test_unfit_checkpoints_are_refused_by_key(tmp_path):
     with pytest.raises(ValueError, match="lacks n_head, n_embd, vocab_size, block_size"):
         cl.Crate.from_official(tmp_path / "ckpt.pt")
     torch.save(weights, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match="expected the dicts model and model_args"):
+    with pytest.raises(ValueError, match=r"expected the dicts model and model_args.*put a bare state dict"):
         cl.Crate.from_official(tmp_path / "ckpt.pt")
     torch.save({"model": weights, "model_args": None}, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="expected the dicts model and model_args"):

@@ -98,10 +98,14 @@ def test_unfit_folders_are_refused_by_key(theirs, tmp_path):
         (weights | {"transformer.h.0.mlp.gate": torch.zeros(2)}, "unexpected blocks.0.mlp.gate"),
         (weights | {"transformer.wpe.weight": torch.zeros(5, 16)}, r"\(5, 16\), expected \(12, 16\)"),
         (weights | {"lm_head.weight": torch.zeros(50, 16)}, "lm_head.weight differs"),
+        (weights | {"wte.weight": torch.zeros(50, 16)}, "token_embedding.weight twice"),
+        (weights | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(16)}, r"mlp_in.weight is \(16,\), expected"),
+        (weights | {"transformer.ln_f.bias": torch.zeros(16, dtype=torch.int8)}, "norm.bias is torch.int8"),
     ]:
         save_file({name: tensor.contiguous() for name, tensor in changed.items()}, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=message):
             cl.Gpt2.from_huggingface(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors")
     for changed, message in [
         ({"model_type": "bert"}, "'bert'; expected 'gpt2'"),
         ({"activation_function": "silu"}, "'silu'"),
@@ -110,6 +114,19 @@ def test_unfit_folders_are_refused_by_key(theirs, tmp_path):
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"n_inner": 50}, "n_inner=50"),
+        ({"n_inner": 0}, "n_inner must be a multiple of n_embd, or null; got n_inner=0|expansion must be at least 1"),
+        ({"n_inner": "64"}, "got n_inner='64'"),
+        ({"n_inner": True}, "got n_inner=True"),
+        ({"n_embd": 0}, "width must be at least 1; got 0"),
+        ({"n_embd": None}, "width must be an integer; got None"),
+        ({"n_layer": 10**8}, r"missing blocks.3.attention_norm.weight"),
+        ({"n_positions": None}, "context must be an integer; got None"),
+        ({"activation_function": ["relu"]}, "activation must be a text"),
+        ({"layer_norm_epsilon": "1e-5"}, "norm_eps must be a finite number"),
+        ({"layer_norm_epsilon": 0}, "norm_eps must be positive"),
+        ({"layer_norm_epsilon": float("nan")}, "norm_eps must be a finite number"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings"),
+        ({"scale_attn_weights": 1}, "scale_attn_weights"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(ValueError, match=message):
@@ -143,7 +160,16 @@ def test_a_limit_keeps_the_strongest_neurons_of_each_token(tmp_path):
         assert not kept[order[5:]].any()
 
 
-@pytest.mark.parametrize("top_k", [0, 257])
+def test_a_file_with_the_head_alone_gives_the_same_logits(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    weights, tokens = load_file(tmp_path / "model.safetensors"), torch.randint(50, (2, 12))
+    weights["lm_head.weight"] = weights.pop("transformer.wte.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    ours = cl.Gpt2.from_huggingface(tmp_path).to(tokens.device)
+    assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [0, 257, True, 2.0, "2"])
 def test_an_impossible_limit_is_refused(top_k):
     with pytest.raises(ValueError, match="top_k must be 1 to 256, or None"):
         cl.Gpt2Config.preset("toy", top_k=top_k)

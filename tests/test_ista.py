@@ -1,3 +1,4 @@
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -92,6 +93,19 @@ def test_objective_by_hand():
     assert_close(cl.lasso_objective(z, code, D, 0.1), torch.tensor([0.25 + 0.15]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_objective_is_summed_in_double(dtype, autocast):
+    z, D = (30 * tokens(n=3, d=256)).to(dtype), dictionary(256, 1024).to(dtype)
+    code = cl.ista(z, D, lam=1.0).requires_grad_()
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=autocast):
+        found = cl.lasso_objective(z, code, D, 0.1)
+    exact = cl.lasso_objective(z.double(), code.double(), D.double(), 0.1)
+    assert found.dtype == torch.float32
+    assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    assert torch.autograd.grad(found.sum(), code)[0].dtype == dtype
+
+
 def test_layer_starts_as_officially_and_runs_its_two_steps():
     layer = cl.Ista(128)
     bound = (6 / 128) ** 0.5
@@ -119,8 +133,22 @@ def test_errors_say_what_was_wrong():
             cl.ista(token, D)
     with pytest.raises(ValueError, match="square"):
         cl.ista_complete(z, dictionary())
-    for wrong in {"step_size": 0}, {"lam": -0.1}, {"n_steps": 0}:
+    for wrong in [
+        {"step_size": 0},
+        {"step_size": math.nan},
+        {"step_size": math.inf},
+        {"lam": -0.1},
+        {"lam": math.nan},
+        {"lam": math.inf},
+        {"n_steps": 0},
+    ]:
         with pytest.raises(ValueError, match="got step_size="):
             cl.ista(z, dictionary(), **wrong)
         with pytest.raises(ValueError, match="got step_size="):
             cl.Ista(8, **wrong)
+    for lam in -0.1, math.nan, math.inf:
+        with pytest.raises(ValueError, match=f"lam must be finite and at least 0; got {lam}"):
+            cl.lasso_objective(z, cl.ista(z, dictionary()), dictionary(), lam)
+    for wrong in {"width": 0}, {"width": 8, "expansion": 0}:
+        with pytest.raises(ValueError, match="width and expansion must be at least 1"):
+            cl.Ista(**wrong)

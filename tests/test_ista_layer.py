@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -163,12 +165,98 @@ def test_torch_compile_takes_the_layer_whole():
         assert_close(compiled(z), module(z))
 
 
-def test_second_derivatives_and_codes_changed_in_place_are_refused():
-    module, z = layer(), tokens().requires_grad_()
-    (slope,) = torch.autograd.grad(module.encode(z).square().sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
+def test_codes_changed_in_place_are_refused():
+    z = tokens().requires_grad_()
+    for create_graph in False, True:
+        code = layer().encode(z)
+        code[..., 0] = 1  # as a careless intervention would: the mask of the backward pass is gone
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(code.sum(), z, create_graph=create_graph)
+
+
+@pytest.mark.parametrize("frozen", [None, "z", "weight"])
+@pytest.mark.parametrize("n_steps", [1, 2, 3])
+def test_second_derivatives_by_finite_differences_and_by_autograd(n_steps, frozen):
+    module, z = layer(n_steps, expansion=2), tokens(2, n=3).requires_grad_(frozen != "z")
+    module.weight.requires_grad_(frozen != "weight")
+    assert torch.autograd.gradgradcheck(by_layer(module), (z, module.weight))
+
+    def penalty_gradients(encode):
+        """Of the squared norm of a gradient, as in a gradient penalty."""
+        inputs = [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in (z, module.weight)]
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        slopes = torch.autograd.grad(encode(*inputs).square().sum(), wanted, create_graph=True)
+        return torch.autograd.grad(sum(slope.square().sum() for slope in slopes), wanted)
+
+    ours, plain = (penalty_gradients(way(module)) for way in (by_layer, by_autograd))
+    assert all(gradient.any() for gradient in ours)
+    assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def every_transform(encode, z, weight):
+    """What `torch.func`, forward-mode AD and batched backward passes find for one scalar of the code."""
+
+    def value(weight, z):
+        return encode(z, weight).square().sum()
+
+    slope = torch.func.grad(value)
+    vector = torch.ones_like(z[0])
+    primal, tangent = torch.func.jvp(value, (weight, z), (torch.ones_like(weight), torch.ones_like(z)))
+    with forward_ad.dual_level():
+        _, of_dual = forward_ad.unpack_dual(value(weight, forward_ad.make_dual(z, torch.ones_like(z))))
+    z = z.detach().requires_grad_()
+    code, picks = encode(z, weight)[0], torch.randn(4, *z.shape[1:-1], len(weight), dtype=z.dtype)
+    return {
+        "grad": slope(weight, z),
+        "grad of grad": torch.func.grad(lambda weight: slope(weight, z).square().sum())(weight),
+        "a gradient a sample": torch.func.vmap(slope, (None, 0))(weight, z),
+        "a weight a sample": torch.func.vmap(slope)(torch.stack([weight, 2 * weight]), z),
+        "jacrev": torch.func.jacrev(value)(weight, z),
+        "jacfwd": torch.func.jacfwd(lambda z: value(weight, z))(z),
+        "hessian": torch.func.hessian(lambda first: value(weight, first))(z[0]),
+        "jvp": (primal, tangent),
+        "vjp": torch.func.vjp(lambda first: encode(first, weight), vector)[1](torch.ones_like(encode(vector, weight))),
+        "dual": of_dual,
+        "batched backward": torch.autograd.grad(code, z, picks, is_grads_batched=True)[0],
+        "functional hessian": torch.autograd.functional.hessian(lambda first: value(weight, first), z[0].detach()),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")  # forward-mode AD's own
+def test_every_transform_finds_what_it_finds_for_plain_ista():
+    module, z = layer(expansion=2), tokens(2, n=3)
+    weight = module.weight.detach().clone()
+    ours, plain = [], []
+    for found, way in (ours, by_layer(module)), (plain, by_autograd(module)):
+        torch.manual_seed(1)
+        found.append(every_transform(way, z, weight))
+    assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_asking_for_more_leaves_the_usual_pass_as_it_is():
+    """A first-order pass saves, multiplies and yields the same after a transform has been used."""
+    module, z = layer(3), tokens(2).requires_grad_()
+    grad = torch.randn(2, 10, 32, dtype=torch.float64)
+    before, saved = gradients(by_layer(module), z, module.weight, grad), saved_bytes(lambda: module.encode(z), module)
+    torch.func.grad(lambda z: module.encode(z).sum())(z)
+    after = gradients(by_layer(module), z, module.weight, grad)
+    assert all(map(torch.equal, before, after))
+    assert saved == saved_bytes(lambda: module.encode(z), module) == (1 + 2 + 4) * z.numel() * z.element_size()
+
+
+def test_shapes_alone_pass_through_on_the_meta_device_and_as_fake_tensors():
+    with torch.device("meta"):
+        module, z = cl.Ista(8), torch.empty(2, 5, 8, requires_grad=True)
     code = module.encode(z)
-    code[..., 0] = 1  # as a careless intervention would: the mask of the backward pass is gone
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        code.sum().backward()
+    code.sum().backward()
+    assert code.is_meta and code.shape == (2, 5, 32) and module.weight.grad.shape == (32, 8) and z.grad.shape == z.shape
+    with FakeTensorMode():
+        module, z = cl.Ista(8), torch.empty(2, 5, 8, requires_grad=True)
+        module(z).sum().backward()
+        assert module.weight.grad.shape == (32, 8) and z.grad.shape == z.shape
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_torch_export_takes_the_layer(strict):
+    module, z = layer(), tokens(2)
+    assert_close(torch.export.export(module, (z,), strict=strict).module()(z), module(z))

@@ -1,8 +1,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 import cratelab as cl
@@ -46,6 +48,46 @@ def test_every_parameter_gets_a_gradient(model_class, config_class):
     model = small(model_class, config_class)
     model(prompt(n=12)).logsumexp(-1).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")  # forward-mode AD's own
+@both
+def test_gradients_a_sample_and_second_derivatives(model_class, config_class):
+    """By `torch.func`, against one backward pass a sample and against two backward passes."""
+    model, tokens = small(model_class, config_class, n_layers=1, width=8).double(), prompt(n=4)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    name = "blocks.0.attention.projection.weight"
+
+    def value(parameters, tokens):
+        return torch.func.functional_call(model, parameters, (tokens,)).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(lambda *of: value(of[0], of[1][None])), (None, 0))(parameters, tokens)
+    for i, row in enumerate(tokens):
+        model.zero_grad()
+        model(row[None]).square().mean().backward()
+        assert_close({key: of[i] for key, of in each.items()}, {k: p.grad for k, p in model.named_parameters()})
+
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fast attention has no second derivatives
+        weight = dict(model.named_parameters())[name]
+        (slope,) = torch.autograd.grad(model(tokens).square().mean(), weight, create_graph=True)
+        curvature = torch.autograd.grad(slope.sum(), weight)[0]
+    of_slope = torch.func.jvp(
+        torch.func.grad(lambda weight: value(parameters | {name: weight}, tokens)),
+        (parameters[name],),
+        (torch.ones_like(weight),),
+    )
+    assert curvature.any()
+    assert_close(of_slope, (slope.detach(), curvature))
+
+
+@both
+def test_shapes_alone_pass_through_the_meta_device(model_class, config_class):
+    with torch.device("meta"):
+        model = model_class(config_class(**SMALL))
+        logits = model(torch.zeros(3, 5, dtype=torch.long))
+        logits.sum().backward()
+    assert logits.is_meta and logits.shape == (3, 5, 50)
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
 
 
 @both
@@ -125,6 +167,65 @@ def test_samples_follow_the_softmax_at_the_temperature():
     assert set(new.tolist()) <= set(top.indices.tolist())
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_exactly_k_tokens_are_drawn_from_even_among_equals(top_k):
+    model = small(*MODELS[0])
+    with torch.no_grad():
+        model.norm.weight.zero_()
+        model.norm.bias.zero_()  # all logits are 0
+    for dtype in torch.float32, torch.bfloat16, torch.float16, torch.float64:
+        drawn = model.to(dtype).generate(prompt(b=200), 1, top_k=top_k, seed=0)[:, -1]
+        assert drawn.unique().tolist() == list(range(top_k))
+    assert model.generate(prompt(), 3, temperature=0)[:, 5:].eq(0).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 5e-324])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_temperature_close_to_zero_is_that_of_zero(temperature, dtype):
+    model, tokens = small(*MODELS[0]).to(dtype), prompt()
+    with torch.no_grad():
+        model.norm.weight.mul_(100)  # no two logits are close
+    for top_k in None, 5:
+        drawn = model.generate(tokens, 5, temperature=temperature, top_k=top_k, seed=0)
+        assert drawn.equal(model.generate(tokens, 5, temperature=0))
+
+
+@both
+def test_tokens_that_the_corpus_does_not_know_are_never_drawn(model_class, config_class):
+    model, tokens = small(model_class, config_class), torch.randint(7, (200, 5))
+    for options in {}, {"top_k": 10}, {"top_k": 3}, {"temperature": 0}, {"temperature": 1e30}:
+        drawn = model.generate(tokens, 3, seed=0, n_vocab=7, **options)[:, 5:]
+        assert drawn.max() < 7
+        if options == {"temperature": 1e30}:
+            assert drawn.unique().tolist() == list(range(7))
+    assert model.generate(tokens, 3, seed=0, n_vocab=50).equal(model.generate(tokens, 3, seed=0))
+
+
+@both
+def test_nothing_to_draw_and_nobody_to_draw_for(model_class, config_class):
+    model, tokens = small(model_class, config_class), prompt()
+    assert model.generate(tokens, 0).equal(tokens)
+    for options in {}, {"top_k": 3}, {"temperature": 0}, {"stop": 4}:
+        assert model.generate(tokens[:0], 3, seed=0, **options).shape[0] == 0
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_every_precision_generate(model_class, config_class, dtype):
+    model = small(model_class, config_class).to(dtype)
+    assert model.generate(prompt(), 7, top_k=5, seed=0).shape == (3, 12)
+
+
+def test_logits_that_are_no_numbers_are_named():
+    model = small(*MODELS[0])
+    for wrong in torch.nan, torch.inf:
+        with torch.no_grad():
+            model.norm.bias[0] = wrong
+        for temperature in 0, 1:
+            with pytest.raises(ValueError, match="logits are not finite"):
+                model.generate(prompt(), 2, temperature=temperature)
+
+
 def test_a_stop_token_ends_its_row_and_all_stopped_end_the_call():
     model, tokens = small(*MODELS[0], vocab_size=5), torch.randint(5, (3, 5))
     free = model.generate(tokens, 7, seed=3).tolist()
@@ -156,9 +257,19 @@ def test_wrong_tokens_are_named():
     for low, high in (0, 50), (-1, 49):
         with pytest.raises(ValueError, match=rf"\[0, 50\); got {low} to {high}"):
             model.generate(torch.tensor([[low, high]]), 1)
-    for wrong in {"n_new": -1}, {"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}:
-        with pytest.raises(ValueError, match="generate needs"):
-            model.generate(prompt(), **{"n_new": 1} | wrong)
+    for name, values in {
+        "n_new": [-1, 2.5, None, "3", True],
+        "temperature": [-1, math.nan, math.inf, None, "1"],
+        "top_k": [0, -3, 2.0, "3", True],
+        "seed": [-1, 2**32, 0.5],
+        "stop": [-1, 50, "a"],
+        "n_vocab": [0, 51, -1, 2.0],
+    }.items():
+        for wrong in values:
+            with pytest.raises(ValueError, match=rf"generate needs .*got {name}={wrong!r}"):
+                model.generate(prompt(), **{"n_new": 1} | {name: wrong})
+    with pytest.raises(ValueError, match="0 <= stop < 7; got stop=7"):
+        model.generate(prompt(), 1, stop=7, n_vocab=7)
 
 
 @both
@@ -203,6 +314,12 @@ def test_damaged_folders_are_refused_by_name(tmp_path):
         (json.dumps(config | {"colour": "red"}), "colour"),
         (json.dumps(config | {"expansion": "4"}), r"config\.json does not fit Crate"),
         (json.dumps(config | {"context": 10**14}), r"config\.json does not fit Crate"),
+        (json.dumps(config | {"context": 10**9}), r"model\.safetensors: .*\n.*position_embedding.weight is \(12, 16\)"),
+        (json.dumps(config | {"n_layers": 10**8}), r"model\.safetensors: .*\n.*missing blocks.2"),
+        (json.dumps(config | {"ista_residual": "false"}), "ista_residual must be true or false; got 'false'"),
+        (json.dumps(config | {"lam": math.inf}), "lam must be a finite number"),
+        (json.dumps(config | {"width": None}), "width must be an integer; got None"),
+        (json.dumps({k: v for k, v in config.items() if k != "width"}), "width"),
         ("[1, 2]", r"config\.json must hold a JSON object; got list"),
         ('{"model"', r"config\.json is not JSON"),
         ("[" * 100_000, r"config\.json is not JSON"),
@@ -219,6 +336,112 @@ def test_damaged_folders_are_refused_by_name(tmp_path):
         cl.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         cl.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        *[("n_layers", value, "must be an integer") for value in (True, 2.0, "2", None, [2], math.nan)],
+        *[("vocab_size", value, "must be at least 1") for value in (0, -1, -(10**30))],
+        *[("context", value, r"must be at least 1 and below 2\*\*31") for value in (2**31, 10**11, 10**400)],
+    ],
+)
+@both
+def test_sizes_are_whole_numbers_that_a_model_may_have(model_class, config_class, name, wrong, message):
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        config_class.preset("toy", **{name: wrong})
+
+
+@pytest.mark.parametrize(
+    "config_class, name, wrong, message",
+    [
+        *[(cl.CrateConfig, "lam", value, "lam must be a finite number") for value in (math.nan, math.inf, "0.1", None)],
+        *[(cl.CrateConfig, "step_size", value, "step_size must be a finite") for value in (math.inf, True, 10**400)],
+        (cl.CrateConfig, "step_size", 0, "step_size > 0"),
+        (cl.CrateConfig, "lam", -0.1, "lam >= 0"),
+        (cl.CrateConfig, "n_steps", 10**8, "n_steps must be at most 1000"),
+        *[(cl.CrateConfig, "ista_residual", value, "must be true or false") for value in ("false", 0, None)],
+        (cl.Gpt2Config, "bias", "false", "bias must be true or false; got 'false'"),
+        (cl.Gpt2Config, "activation", None, "activation must be a text; got None"),
+        *[(cl.Gpt2Config, "norm_eps", value, "norm_eps must be a finite number") for value in (math.nan, "1e-5")],
+        *[(cl.Gpt2Config, "norm_eps", value, "norm_eps must be positive") for value in (0, -1e-5)],
+    ],
+)
+def test_other_fields_are_of_their_type_and_in_range(config_class, name, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        config_class.preset("toy", **{name: wrong})
+
+
+def test_numbers_of_numpy_become_plain_ones(tmp_path):
+    config = cl.CrateConfig.preset("toy", width=np.int64(32), lam=np.float32(0.5), step_size=1)
+    assert (type(config.width), type(config.lam), type(config.step_size)) == (int, float, float)
+    cl.Crate(config).save(tmp_path)
+    assert cl.load(tmp_path).config == config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_layers": 10**8},
+        {"context": 2**31 - 1},
+        {"vocab_size": 2**31 - 1, "width": 64},
+        {"width": 2**20, "n_heads": 1},
+        {"width": 2**31 - 1, "n_heads": 1},
+        {"expansion": 2**31 - 1},
+        {"n_layers": 2**31 - 1, "width": 1, "n_heads": 1},
+    ],
+    ids=str,
+)
+@both
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(model_class, config_class, changes):
+    with pytest.raises(ValueError, match=r"this machine has .* GiB in all|larger than any memory"):
+        model_class(config_class.preset("toy", **changes))
+
+
+@both
+def test_parameters_are_counted_exactly_before_they_are_made(model_class, config_class, monkeypatch):
+    monkeypatch.setattr("cratelab.language_model.memory", lambda device: 1000)
+    monkeypatch.setattr("cratelab.language_model._OBJECTS", 0)
+    config = config_class.preset("toy")
+    with torch.device("meta"):
+        model = model_class(config)  # needs no memory
+    n = model.count_parameters() - sum(parameter.numel() for parameter in model.norm.parameters())
+    with pytest.raises(ValueError, match=f"has {n:,} parameters"):
+        model_class(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(dtype, tmp_path):
+    model = small(*MODELS[0])
+    weights = model.state_dict() | {"norm.bias": torch.zeros(16, dtype=dtype)}
+    model.save(tmp_path, weights)
+    for read in lambda: cl.load(tmp_path), lambda: model.load_weights(weights, "here"):
+        with pytest.raises(ValueError, match=f"(?s)(model.safetensors|here) holds no.*norm.bias is {dtype}"):
+            read()
+    for wrong in torch.nan, torch.inf:
+        weights["norm.bias"] = torch.tensor([0.0, wrong] * 8)
+        model.save(tmp_path, weights)
+        for read in lambda: cl.load(tmp_path), lambda: model.load_weights(weights, "here"):
+            with pytest.raises(ValueError, match=r"norm\.bias holds 8 numbers that are not finite"):
+                read()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_float32(dtype, tmp_path):
+    model = small(*MODELS[0])
+    model.save(tmp_path, {name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
+    for name, tensor in cl.load(tmp_path).state_dict().items():
+        assert tensor.dtype == torch.float32 and tensor.equal(model.state_dict()[name].cpu().to(dtype).float())
+
+
+def test_loading_draws_from_the_generator_as_building_does(tmp_path):
+    small(*MODELS[0]).save(tmp_path)
+    torch.manual_seed(3)
+    cl.load(tmp_path)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    cl.Crate(cl.CrateConfig(**SMALL))
+    assert torch.rand(1).equal(after)
 
 
 def test_presets_are_the_sizes_of_the_paper():

@@ -124,6 +124,41 @@ def test_gradients_flow_through_the_steps(function):
     assert torch.autograd.gradcheck(lambda z: function(z, U, 0.5), tokens(n=4).requires_grad_())
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1, 100])  # at 100 the Gram matrix and the similarities overflow float16
+@pytest.mark.parametrize(
+    "function",
+    [
+        cl.mssa,
+        cl.attention_map,
+        lambda z, U: cl.neumann_gradient(z, U, 20.0, order=1),
+        lambda z, U: cl.compression_step(z, U, 0.5),
+        lambda z, U: cl.attention_step(z, U, 0.5, 20.0, cl.gram_attention),
+        lambda z, U: cl.gram_attention(z / 100, U),
+    ],
+    ids=["mssa", "map", "Neumann", "exact", "step", "Gram"],
+)
+def test_tokens_of_half_precision_are_rounded_once(function, scale, half):
+    z, U = tokens(2, n=30, scale=scale).to(half).requires_grad_(), subspaces().to(half)
+    found, exact = function(z, U), function(z.detach().double(), U.double())
+    assert found.dtype == half and found.isfinite().all()
+    error = 2 * torch.finfo(half).eps
+    assert_close(found.double(), exact, rtol=error, atol=error * float(exact.abs().max()))
+    (gradient,) = torch.autograd.grad(found.float().sum(), z)
+    assert gradient.dtype == half and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0])
+def test_step_sizes_and_precisions_that_are_no_numbers_are_refused(wrong):
+    z, U = tokens(), subspaces()
+    for step in cl.compression_step, cl.attention_step:
+        with pytest.raises(ValueError, match=f"step size must be finite and at least 0; got {wrong}"):
+            step(z, U, wrong)
+    for call in cl.neumann_gradient, lambda z, U, eps: cl.attention_step(z, U, 0.1, eps):
+        with pytest.raises(ValueError, match=r"eps.*from 1e-100 to 1e100"):
+            call(z, U, wrong)
+
+
 def test_errors_say_what_was_wrong():
     z, U = tokens(), subspaces()
     with pytest.raises(ValueError, match="order=-1"):
@@ -135,6 +170,8 @@ def test_errors_say_what_was_wrong():
     for n_heads in 3, 0:
         with pytest.raises(ValueError, match=f"width=8, n_heads={n_heads}"):
             cl.Mssa(8, n_heads)
+    with pytest.raises(ValueError, match="width=0, n_heads=1"):
+        cl.Mssa(0, 1)
     for function in cl.neumann_gradient, lambda z, U: cl.attention_step(z, U, 0.1):
         with pytest.raises(ValueError, match="none of them 0"):
             function(z[:0], U)

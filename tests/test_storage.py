@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import zipfile
 
 import pytest
 import torch
@@ -112,3 +113,17 @@ def test_one_process_at_a_time(tmp_path):
     other.join()
     with storage.locked(tmp_path / "lock", "somebody else"):
         pass
+
+
+def test_a_torch_file_that_would_grow_in_memory_is_refused_unread(tmp_path):
+    torch.save({"a": torch.zeros(100_000)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for entry in plain.namelist():
+            small.writestr(entry, plain.read(entry))
+    assert torch.load(tmp_path / "small.pt")["a"].shape == (100_000,), "PyTorch itself would read it"
+    with pytest.raises(ValueError, match=r"small\.pt cannot be read as plain tensors.*compressed"):
+        storage.read_tensors(tmp_path / "small.pt")
+    assert storage.read_tensors(tmp_path / "plain.pt")["a"].shape == (100_000,)
