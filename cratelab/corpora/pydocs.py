@@ -12,6 +12,7 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from cratelab.corpora.documents import Document
@@ -68,6 +69,16 @@ def packages(names: Sequence[str] | None = None, comments: bool = True) -> Itera
         if folder is not None:
             for path, text in _texts(folder, comments):
                 yield Document(text, {"domain": name, "path": f"{name}/{path.as_posix()}"})
+
+
+def versions() -> dict[str, str]:
+    """Of the packages of `SCIENTIFIC` that are installed, the version: what decides the text of `packages`."""
+    installed, distributions = {}, metadata.packages_distributions()
+    for name in SCIENTIFIC:
+        if _package_folder(name) is not None:
+            names = distributions.get(name, [])
+            installed[name] = " ".join(f"{each} {metadata.version(each)}" for each in sorted(set(names)))
+    return installed
 
 
 def _package_folder(name: str) -> Path | None:

@@ -55,7 +55,7 @@ def test_corpora_are_joined_and_limited(tmp_path):
     for name, letter in ("a", "x"), ("b", "y"):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "train.jsonl", [letter * 10] * 10)
-        write_jsonl(tmp_path / name / "validation.jsonl", [letter * 10])
+        write_jsonl(tmp_path / name / "validation.jsonl", [letter * 9])
     both = f"{tmp_path / 'a'}+{tmp_path / 'b'}"
     corpus = prepare(both, "bytes", characters=145, cache=tmp_path / "cache")
     assert decoded(corpus.training, corpus.tokenizer) == ["x" * 10] * 10 + ["y" * 10] * 5
