@@ -21,13 +21,12 @@ training everywhere, except for the test split of a data set on the hub, which i
 altogether.
 
 **Cache.** Tokens lie in a folder whose name ends in a hash of all that makes them: the content of local files (of those
-above 1 GiB size and times), the versions of Python and of the packages, tokenizer, size and edition of this module.
-What has changed is made anew, and old folders may be removed. What a data set of the hub holds today is not asked:
-remove its folder to read it again.
+above 1 GiB size and times), versions and sources of Python or of the packages, tokenizer, size and edition of this
+module. What has changed is made anew, and old folders may be removed. What a data set of the hub holds today is not
+asked: remove its folder to read it again.
 """
 
 import os
-import platform
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -327,7 +326,7 @@ def _identity(part: str) -> object:
     if part in _HUB:
         return part
     if part in _PYTHON:
-        return [part, platform.python_version(), *([pydocs.versions()] if part == "packages" else [])]
+        return {name: pydocs.sources(name) for name in (["python"] if part == "pydocs" else pydocs.installed())}
     root = Path(part) if os.path.isdir(part) else Path(part).parent
     return {file.relative_to(root).as_posix(): _identity_of_file(file) for file in LocalDocuments(part).files}
 

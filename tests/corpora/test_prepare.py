@@ -266,7 +266,7 @@ def test_a_file_that_was_rewritten_is_read_again(tmp_path):
 def test_other_tokenizers_sizes_and_versions_are_other_tokens(tmp_path, monkeypatch):
     documents = [Document(text, {}) for text in texts()]
     monkeypatch.setitem(module._PYTHON, "packages", lambda: iter(documents))
-    monkeypatch.setattr(module.pydocs, "versions", lambda: {"numpy": "numpy 1"})
+    monkeypatch.setattr(module.pydocs, "SCIENTIFIC", ("einops",))
 
     def made(**options):
         return prepare(**{"name": "packages", "tokenizer": "bytes", "cache": tmp_path} | options).training.n_documents
@@ -275,7 +275,7 @@ def test_other_tokenizers_sizes_and_versions_are_other_tokens(tmp_path, monkeypa
     documents = documents[:200]
     assert made() == whole, "nothing says that it changed"
     assert made(tokenizer="bpe-300") < whole and made(characters=10**6) < whole
-    monkeypatch.setattr(module.pydocs, "versions", lambda: {"numpy": "numpy 2"})
+    monkeypatch.setattr(module.pydocs.metadata, "version", lambda name: "next")
     assert made() < whole
     documents = documents[:100]
     monkeypatch.setattr(module, "_EDITION", 10**6)
@@ -329,3 +329,15 @@ print(corpus.training.facts()["sha256"], corpus.validation.facts()["sha256"])
     assert len({tuple(words[-2:]) for words in printed}) == 1
     assert sum(words.count("made") for words in printed) == 2, "one shard of training, one of validation"
     assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_of_an_installed_package_the_sources_tell(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(module.pydocs, "SCIENTIFIC", ("mine",))
+    for letter in "xyx":
+        for i in range(9):
+            (tmp_path / "mine" / f"m{i}.py").write_text(f'"""{letter} {i}"""')
+        (tmp_path / "mine" / "__init__.py").touch()
+        corpus = prepare("packages", "bytes", cache=tmp_path / "cache")
+        assert {text[0] for text in decoded(corpus.training, corpus.tokenizer)} == {letter}
