@@ -7,6 +7,7 @@ tokenizer, fingerprint of the corpus, counts, SHA-256 of every file. `cratelab.c
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -286,11 +287,12 @@ def _has(content: object, **types: type) -> bool:
 
 
 def _is_shard(shard: object) -> bool:
-    numbers = dict(n_tokens=int, n_documents=int)
-    strings = dict(text_sha256=str, tokens_sha256=str, documents_sha256=str)
+    digests = "text_sha256", "tokens_sha256", "documents_sha256"
     return (
-        _has(shard, domains=list, **numbers, **strings)
+        _has(shard, domains=list, n_tokens=int, n_documents=int, **dict.fromkeys(digests, str))
         and 1 <= shard["n_documents"] <= shard["n_tokens"]
+        and all(re.fullmatch("[0-9a-f]{64}", shard[name]) for name in digests)
+        and shard["domains"]
         and all(isinstance(domain, str) for domain in shard["domains"])
     )
 
