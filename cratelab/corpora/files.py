@@ -58,8 +58,8 @@ class LocalDocuments:
     Args:
         path: a file, or a folder whose files are read in the order of their paths; `~` is the home folder. Known are
             .jsonl (.ndjson, .json), .txt (.text, .md, .rst, .raw), each also with .gz or .zst, and .parquet. Text is
-            cut into documents at the first end of a paragraph after 4,096 characters, or after 8,192 at the last end
-            of a line or word; joined, they are the file. Links are followed. Left out are hidden files and folders,
+            cut into documents at the first end of a paragraph after 4,096 characters, or of a line or word if there is
+            none before 8,192; joined, they are the file. Links are followed. Left out are hidden files and folders,
             and what is about a data set (README, LICENSE, dataset_infos.json and their kind) unless there is no other.
         split: "train", "validation" or "test": of a folder only the files that bear that name; see `split_named_by`.
             Where some file bears the name of another split and none that of "train", those without one are "train".
@@ -271,31 +271,29 @@ def _texts(file: Path) -> Iterator[str]:
     """A text file in pieces that end where a paragraph, a line or a word does."""
     with _damage_named(file, lambda: ""), _open(file) as content:
         text = io.TextIOWrapper(content, "utf-8-sig", newline="")
-        held = ""
-        while True:
+        held, ended = "", False
+        while not ended:
             try:
                 read = text.read(TEXT_DOCUMENT)
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file} is not UTF-8 text: {error}; convert it first") from error
-            held += read
-            while len(held) > TEXT_DOCUMENT and (end := _end_of_document(held)):
+            held, ended = held + read, not read
+            while end := _end_of_document(held, ended):
                 yield held[:end]
                 held = held[end:]
-            if not read:
-                break
         if held:
             yield held
 
 
-def _end_of_document(text: str) -> int:
-    """Where the first document of a text ends; 0 if the text goes on and that is not yet to be seen."""
-    if paragraph := re.compile(r"\n[ \t\r]*\n").search(text, TEXT_DOCUMENT, 2 * TEXT_DOCUMENT):
+def _end_of_document(text: str, ended: bool) -> int:
+    """Where the first document of a text ends; 0 if that is not yet to be seen, or at its end."""
+    first, last = TEXT_DOCUMENT, 2 * TEXT_DOCUMENT
+    if paragraph := re.compile(r"\n[ \t\r]*\n").search(text, first, last):
         return paragraph.end()
-    if len(text) < 2 * TEXT_DOCUMENT:
+    if len(text) < last and not ended:
         return 0
-    line = text.rfind("\n", TEXT_DOCUMENT, 2 * TEXT_DOCUMENT) + 1
-    word = max(text.rfind(space, TEXT_DOCUMENT, 2 * TEXT_DOCUMENT) for space in " \t\r") + 1
-    return line or word or 2 * TEXT_DOCUMENT
+    line_or_word = re.compile(r"\n").search(text, first, last) or re.compile(r"\s").search(text, first, last)
+    return line_or_word.end() if line_or_word else last if len(text) > last else 0
 
 
 @contextmanager

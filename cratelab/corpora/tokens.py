@@ -171,7 +171,7 @@ def train_library_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Toke
     if (found := tokenizer.get_vocab_size()) < vocab_size - 1:
         raise ValueError(
             f"the corpus gives only {found + 1} tokens that occur twice, not {vocab_size}; "
-            "take more text or a smaller vocabulary"
+            f"take more text or a smaller vocabulary, such as bpe-{found + 1} or bytes"
         )
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer

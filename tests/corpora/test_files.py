@@ -258,6 +258,8 @@ def test_the_home_folder_is_known(tmp_path, monkeypatch):
         "x" * 30_000,
         "\r\n".join(["ü" * 50, ""] * 1000),
         "\n" * 30_000,
+        "x" * 8192,
+        "of two documents\n" * 300,
         "short\n",
         "",
     ],
@@ -266,7 +268,7 @@ def test_a_long_text_is_cut_into_documents_that_join_to_it(tmp_path, text):
     (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     documents = [document.text for document in LocalDocuments(tmp_path / "book.txt")]
     assert "".join(documents) == text and "" not in documents
-    assert len(documents) >= len(text) // 8192 and all(4096 < len(document) <= 8192 for document in documents[:-1])
+    assert len(documents) >= len(text) / 8192 and all(4096 < len(document) <= 8192 for document in documents[:-1])
     for document in documents[:-1]:
         assert document.endswith("\n" if "\n" in text else (" ", "x"))
 
