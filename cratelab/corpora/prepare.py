@@ -14,14 +14,15 @@ Several of text are joined by `+`: `pydocs+packages`, `pydocs+./essays`. A name 
 could also belong to a path, the longest path that exists is meant.
 
 **Splits.** Of a folder in which files or folders are named for a split (`cratelab.corpora.files.split_named_by`), these
-are it: what is named for validation or test is never trained on. Without such names, and for validation where only
-training and test have theirs, the hash of each text decides (`cratelab.corpora.documents.split_of`); a corpus so small
-that none is left to validate on gives the one with the lowest hash. A text that is held out anywhere is left out of
+are it, and likewise of several files that are joined: what is named for validation or test is never trained on. Without
+such names, and for validation where only training and test have theirs, the hash of each text decides
+(`cratelab.corpora.documents.split_of`); a corpus so small that none is left to validate on gives the text of the lowest
+hash. A text that is held out anywhere is left out of
 training everywhere, except for the test split of a data set on the hub, which is not read; blank documents are left out
 altogether.
 
-**Cache.** Tokens lie in a folder whose name ends in a hash of all that makes them: the content of local files (of those
-above 1 GiB size and times), versions and sources of Python or of the packages, tokenizer, size and edition of this
+**Cache.** Tokens lie in a folder whose name ends in a hash of all that makes them: the content of local files (if they
+are above 1 GiB, their sizes and times), versions and sources of Python or of the packages, tokenizer, size and edition of this
 module. What has changed is made anew, and old folders may be removed. What a data set of the hub holds today is not
 asked: remove its folder to read it again.
 """
@@ -51,7 +52,7 @@ NAMES = "tinyworld", *_PYTHON, *_HUB
 
 # To be raised when the same files would give other documents than before.
 _EDITION = 2
-_HASHED_WHOLE = 2**30  # bytes of a file
+_HASHED_WHOLE = 2**30  # bytes of a local corpus
 
 
 @dataclass
@@ -157,8 +158,14 @@ class _Text:
     """
 
     def __init__(self, parts: list[str], characters: int):
-        self.parts, self.characters = parts, characters
-        self.own = {part: _own_splits(part) for part in parts}
+        self.characters = characters
+        self.parts = [_Part(part, *_splits_of(part)) for part in parts]
+        files = [part for part in self.parts if os.path.isfile(part.name) and part.name not in NAMES]
+        named = {part.name: split_named_by(Path(part.name).name) for part in files}
+        if len(parts) > 1 and {"validation", "test"} & set(named.values()):  # as if they were in one folder
+            for part in files:
+                part.own = {named[part.name] or "train"}
+                part.cut = part.own == {"train"} and "validation" not in named.values()
 
     def training(self) -> Iterator[Document]:
         kept = (document for document in self._of("train") if _digest(document) not in self._held_out)
@@ -178,12 +185,12 @@ class _Text:
     def _held_out(self) -> set[bytes]:
         """The texts that are not to be trained on. Where the hash alone decides, none has to be remembered."""
         held_out = {self._substitute} - {None}
-        if any(self.own.values()):
+        if any(part.own for part in self.parts):
             for part in self.parts:
-                validation = _part(part, self.own[part], "validation")
-                if part in _HUB:  # as much as will be read
+                validation = part.documents("validation")
+                if part.name in _HUB:  # as much as will be read
                     validation = _first(validation, self._validation_characters)
-                held_out.update(map(_digest, chain(validation, _part(part, self.own[part], "test"))))
+                held_out.update(map(_digest, chain(validation, part.documents("test"))))
         return held_out
 
     @cached_property
@@ -194,47 +201,67 @@ class _Text:
         return min(map(_digest, self._by_hash()), default=None)
 
     def _of(self, split: str) -> Iterator[Document]:
-        documents = chain.from_iterable(_part(part, self.own[part], split) for part in self.parts)
+        documents = chain.from_iterable(part.documents(split) for part in self.parts)
         return (document for document in documents if document.text.strip())
 
     def _by_hash(self) -> Iterator[Document]:
-        """What the hash divides into training and validation."""
-        parts = [part for part in self.parts if "validation" not in self.own[part]]
-        documents = chain.from_iterable(_part(part, self.own[part], None) for part in parts)
+        """All that the hash divides."""
+        documents = chain.from_iterable(part.all_for_training() for part in self.parts if part.cut)
         return (document for document in documents if document.text.strip())
 
     def _some(self, documents: Iterator[Document], purpose: str) -> Iterator[Document]:
         first = next(documents, None)
         if first is None:
+            name = "+".join(part.name for part in self.parts)
             raise ValueError(
-                f"{'+'.join(self.parts)} has no text to {purpose} on, beside what is held out for the other splits: "
-                "give more text, two documents at least, or a folder in which files are named train and validation"
+                f"{name} has no text to {purpose} on, beside what is held out for the other splits: give more text, two "
+                "documents at least, or a folder in which files are named train and validation"
             )
         return chain([first], documents)
 
 
-def _own_splits(part: str) -> set[str]:
-    """The splits that a corpus has by itself."""
+@dataclass
+class _Part:
+    """One of the corpora that are joined.
+
+    Attributes:
+        name: or path.
+        own: the splits that it has by itself; none where the hash decides about all of it.
+        cut: whether the hash divides what it has to train on.
+    """
+
+    name: str
+    own: set[str]
+    cut: bool
+
+    def documents(self, split: str) -> Iterator[Document]:
+        if split != "train" and split in self.own:
+            return iter(_HUB[self.name](split) if self.name in _HUB else LocalDocuments(self.name, split))
+        if self.cut:
+            return select(self.all_for_training(), split)
+        return self.all_for_training() if split == "train" else iter(())
+
+    def all_for_training(self) -> Iterator[Document]:
+        if self.own and "train" not in self.own:
+            return iter(())
+        if self.name in _HUB:
+            return iter(_HUB[self.name]("train"))
+        if self.name in _PYTHON:
+            return iter(_PYTHON[self.name]())
+        return iter(LocalDocuments(self.name, "train" if self.own else None))
+
+
+def _splits_of(part: str) -> tuple[set[str], bool]:
+    """The splits that a corpus has by itself, and whether what it has to train on is to be divided."""
     if part in _HUB:
-        return set(_SPLITS)
+        return set(_SPLITS), False
     if part in _PYTHON or not os.path.isdir(part):
-        return set()
+        return set(), True
     own = {split_named_by(file.relative_to(part)) for file in LocalDocuments(part).files} - {None}
     if own:
         LocalDocuments(part, "train")  # raises if there is none
-    return own
-
-
-def _part(part: str, own: set[str], split: str | None) -> Iterator[Document]:
-    """The documents of one corpus for a split; for None all of which the hash divides off what is to validate on."""
-    if part in _HUB:
-        return iter(_HUB[part](split) if split in own else ())
-    if split in own - {"train"}:
-        return iter(LocalDocuments(part, split))
-    documents = _PYTHON[part]() if part in _PYTHON else LocalDocuments(part, "train" if own else None)
-    if split is None or (split == "train" and "validation" in own):
-        return iter(documents)
-    return select(documents, split) if not (own and split == "test") else iter(())
+        own.add("train")
+    return own, "validation" not in own
 
 
 def _first(documents: Iterator[Document], characters: int) -> Iterator[Document]:
@@ -313,12 +340,13 @@ def _tinyworld(n_tokens: int, context: int) -> PreparedCorpus:
 
 
 def _cache(folder: str | Path | None) -> Path:
-    if folder := folder or os.environ.get("CRATELAB_CACHE"):
-        return Path(os.path.expanduser(folder))
     try:
-        return Path.home() / ".cache" / "cratelab"
-    except RuntimeError as error:
-        raise OSError("there is no home folder to keep tokens in: set CRATELAB_CACHE to a folder") from error
+        root = folder or os.environ.get("CRATELAB_CACHE") or Path.home() / ".cache" / "cratelab"
+        root = Path(os.path.expanduser(root))
+        root.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError) as error:  # RuntimeError: there is no home folder
+        raise OSError(f"there is no place to keep tokens in: {error}; set CRATELAB_CACHE to a folder") from error
+    return root
 
 
 def _identity(part: str) -> object:
@@ -328,14 +356,11 @@ def _identity(part: str) -> object:
     if part in _PYTHON:
         return {name: pydocs.sources(name) for name in (["python"] if part == "pydocs" else pydocs.installed())}
     root = Path(part) if os.path.isdir(part) else Path(part).parent
-    return {file.relative_to(root).as_posix(): _identity_of_file(file) for file in LocalDocuments(part).files}
-
-
-def _identity_of_file(file: Path) -> object:
-    about = file.stat()
-    if about.st_size <= _HASHED_WHOLE:
-        return digest_of_file(file)
-    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+    files = LocalDocuments(part).files
+    about = {file.relative_to(root).as_posix(): file.stat() for file in files}
+    if sum(each.st_size for each in about.values()) > _HASHED_WHOLE:
+        return {name: [each.st_size, each.st_mtime_ns, each.st_ctime_ns] for name, each in about.items()}
+    return {name: digest_of_file(file) for name, file in zip(about, files, strict=True)}
 
 
 def _tokenizer(name: str, text: _Text, folder: Path, facts: dict) -> tokens.Tokenizer:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +163,18 @@ def test_what_is_not_named_for_a_split_is_trained_on_whole_but_for_what_is_held_
     assert splits(tmp_path / "c", tmp_path) == (texts(390), texts(500)[390:])
 
 
+def test_files_that_are_joined_are_as_in_one_folder(tmp_path):
+    a, b, c, d = (str(tmp_path / f"{name}.jsonl") for name in ("a_train", "a_val", "b", "a_test"))
+    for path, rows in {a: texts(300), b: texts(320)[290:], c: texts(340)[310:], d: texts(10)}.items():
+        write_jsonl(Path(path), rows)
+    assert splits(f"{a}+{b}+{c}+{d}", tmp_path) == (texts(290)[10:] + texts(340)[320:], texts(320)[290:])
+    training, validation = splits(f"{a}+{d}", tmp_path)
+    assert (training, validation) == (hashed(texts(300)[10:], "train"), hashed(texts(300), "validation"))
+    assert splits(b, tmp_path)[0], "a file alone is what is asked for"
+    with pytest.raises(ValueError, match="no text to train on"):
+        splits(f"{b}+{d}", tmp_path)
+
+
 def test_only_held_out_files_are_nothing_to_train_on(tmp_path):
     held(tmp_path / "c", "wiki.test.jsonl", texts(100))
     with pytest.raises(FileNotFoundError, match="no file of the split 'train' among its 1"):
@@ -250,12 +263,14 @@ def test_sizes_that_are_none_are_refused_before_anything_is_read(monkeypatch, op
         prepare(**{"name": "pydocs"} | options)
 
 
-def test_a_file_that_was_rewritten_is_read_again(tmp_path):
+@pytest.mark.parametrize("hashed_whole", [2**30, 0])
+def test_a_file_that_was_rewritten_is_read_again(tmp_path, monkeypatch, hashed_whole):
+    monkeypatch.setattr(module, "_HASHED_WHOLE", hashed_whole)
     for letter in "xyx":
         rows = held(tmp_path / "c", "train.jsonl", [letter * 9 + str(i) for i in range(9)])
         held(tmp_path / "c", "val.jsonl", ["held out"])
         assert splits(tmp_path / "c", tmp_path)[0] == rows
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == (2 if hashed_whole else 3)
     (tmp_path / "c" / "val.jsonl").rename(tmp_path / "c" / "dev.jsonl")
     assert splits(tmp_path / "c", tmp_path)[0] == rows
     (tmp_path / "c" / "train.jsonl").rename(tmp_path / "c" / "test.jsonl")
