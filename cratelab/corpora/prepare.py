@@ -22,37 +22,31 @@ training everywhere, except for the test split of a data set on the hub, which i
 altogether.
 
 **Cache.** Tokens lie in a folder whose name ends in a hash of all that makes them: the content of local files (if they
-are above 1 GiB, their sizes and times), versions and sources of Python or of the packages, tokenizer, size and edition of this
-module. What has changed is made anew, and old folders may be removed. What a data set of the hub holds today is not
-asked: remove its folder to read it again.
+are above 1 GiB, their sizes and times), versions and sources of Python or of the packages, tokenizer, size and edition
+of this module. What has changed is made anew, and old folders may be removed. What a data set of the hub holds today is
+not asked: remove its folder to read it again.
 """
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
-from cratelab.corpora import hub, pydocs, tinyworld, tokens
-from cratelab.corpora.documents import FRACTIONS, Document, encode_utf8, select
-from cratelab.corpora.files import LocalDocuments, split_named_by
+from cratelab.corpora import sources, tinyworld, tokens
+from cratelab.corpora.documents import FRACTIONS
+from cratelab.corpora.sources import Text, first_characters, identity
 from cratelab.corpora.tokenized import FORMAT, MANIFEST, TokenizedCorpus, read_manifest
 from cratelab.corpora.tokenizing import tokenize
-from cratelab.storage import digest_of, digest_of_file, locked, read_json, write_json
+from cratelab.storage import digest_of, locked, read_json, write_json
 
-_HUB = {"wikitext": hub.wikitext, "tinystories": hub.tiny_stories, "pile": hub.pile}
-_PYTHON = {"pydocs": pydocs.standard_library, "packages": pydocs.packages}
+_HUB, _PYTHON = sources.HUB, sources.PYTHON
 _SPLITS = "train", "validation"
 NAMES = "tinyworld", *_PYTHON, *_HUB
 
 # To be raised when the same files would give other documents than before.
 _EDITION = 2
-_HASHED_WHOLE = 2**30  # bytes of a local corpus
 
 
 @dataclass
@@ -112,11 +106,11 @@ def prepare(
     tokenizer = _check_tokenizer(parts, tokenizer)
     if tokenizer == "words":
         return _tinyworld(min(2_000_000, max(1, characters // 5)), int(context))
-    text = _Text(parts, characters)
+    text = Text(parts, characters)
     facts = {
         "edition": _EDITION,
         "format": FORMAT,
-        "corpus": [_identity(part) for part in parts],
+        "corpus": [identity(part) for part in parts],
         "fractions": list(FRACTIONS),
         "tokenizer": tokenizer,
         "characters": characters,
@@ -148,132 +142,6 @@ def vocabulary_size(name: str | Path, tokenizer: str | None = None) -> int:
     if tokenizer == "words":
         return len(tinyworld.vocabulary())
     return {"gpt2": 50_257, "bytes": 257}.get(tokenizer) or int(tokenizer.removeprefix("bpe-"))
-
-
-class _Text:
-    """What a corpus has to train and to validate on; nothing is read before it is asked for.
-
-    Raises:
-        FileNotFoundError: in a folder whose files name splits there is none to train on.
-    """
-
-    def __init__(self, parts: list[str], characters: int):
-        self.characters = characters
-        self.parts = [_Part(part, *_splits_of(part)) for part in parts]
-        files = [part for part in self.parts if os.path.isfile(part.name) and part.name not in NAMES]
-        named = {part.name: split_named_by(Path(part.name).name) for part in files}
-        if len(parts) > 1 and {"validation", "test"} & set(named.values()):  # as if they were in one folder
-            for part in files:
-                part.own = {named[part.name] or "train"}
-                part.cut = part.own == {"train"} and "validation" not in named.values()
-
-    def training(self) -> Iterator[Document]:
-        kept = (document for document in self._of("train") if _digest(document) not in self._held_out)
-        return self._some(_first(kept, self.characters), "train")
-
-    def validation(self) -> Iterator[Document]:
-        documents = self._of("validation")
-        if self._substitute:
-            documents = (document for document in self._by_hash() if _digest(document) == self._substitute)
-        return self._some(_first(documents, self._validation_characters), "validate")
-
-    @property
-    def _validation_characters(self) -> int:
-        return max(1, self.characters // 20)
-
-    @cached_property
-    def _held_out(self) -> set[bytes]:
-        """The texts that are not to be trained on. Where the hash alone decides, none has to be remembered."""
-        held_out = {self._substitute} - {None}
-        if any(part.own for part in self.parts):
-            for part in self.parts:
-                validation = part.documents("validation")
-                if part.name in _HUB:  # as much as will be read
-                    validation = _first(validation, self._validation_characters)
-                held_out.update(map(_digest, chain(validation, part.documents("test"))))
-        return held_out
-
-    @cached_property
-    def _substitute(self) -> bytes | None:
-        """The text to validate on where there is none otherwise: that with the lowest hash."""
-        if next(self._of("validation"), None):
-            return None
-        return min(map(_digest, self._by_hash()), default=None)
-
-    def _of(self, split: str) -> Iterator[Document]:
-        documents = chain.from_iterable(part.documents(split) for part in self.parts)
-        return (document for document in documents if document.text.strip())
-
-    def _by_hash(self) -> Iterator[Document]:
-        """All that the hash divides."""
-        documents = chain.from_iterable(part.all_for_training() for part in self.parts if part.cut)
-        return (document for document in documents if document.text.strip())
-
-    def _some(self, documents: Iterator[Document], purpose: str) -> Iterator[Document]:
-        first = next(documents, None)
-        if first is None:
-            name = "+".join(part.name for part in self.parts)
-            raise ValueError(
-                f"{name} has no text to {purpose} on, beside what is held out for the other splits: give more text, two "
-                "documents at least, or a folder in which files are named train and validation"
-            )
-        return chain([first], documents)
-
-
-@dataclass
-class _Part:
-    """One of the corpora that are joined.
-
-    Attributes:
-        name: or path.
-        own: the splits that it has by itself; none where the hash decides about all of it.
-        cut: whether the hash divides what it has to train on.
-    """
-
-    name: str
-    own: set[str]
-    cut: bool
-
-    def documents(self, split: str) -> Iterator[Document]:
-        if split != "train" and split in self.own:
-            return iter(_HUB[self.name](split) if self.name in _HUB else LocalDocuments(self.name, split))
-        if self.cut:
-            return select(self.all_for_training(), split)
-        return self.all_for_training() if split == "train" else iter(())
-
-    def all_for_training(self) -> Iterator[Document]:
-        if self.own and "train" not in self.own:
-            return iter(())
-        if self.name in _HUB:
-            return iter(_HUB[self.name]("train"))
-        if self.name in _PYTHON:
-            return iter(_PYTHON[self.name]())
-        return iter(LocalDocuments(self.name, "train" if self.own else None))
-
-
-def _splits_of(part: str) -> tuple[set[str], bool]:
-    """The splits that a corpus has by itself, and whether what it has to train on is to be divided."""
-    if part in _HUB:
-        return set(_SPLITS), False
-    if part in _PYTHON or not os.path.isdir(part):
-        return set(), True
-    own = {split_named_by(file.relative_to(part)) for file in LocalDocuments(part).files} - {None}
-    if own:
-        LocalDocuments(part, "train")  # raises if there is none
-        own.add("train")
-    return own, "validation" not in own
-
-
-def _first(documents: Iterator[Document], characters: int) -> Iterator[Document]:
-    for document in documents:
-        if characters <= 0:
-            return
-        characters -= len(document.text)
-        yield document
-
-
-def _digest(document: Document) -> bytes:
-    return blake2b(encode_utf8(document.text), digest_size=16).digest()
 
 
 def _parts(name: str | Path) -> list[str]:
@@ -349,27 +217,13 @@ def _cache(folder: str | Path | None) -> Path:
     return root
 
 
-def _identity(part: str) -> object:
-    """What tells the text of one corpus from another, where that can be told."""
-    if part in _HUB:
-        return part
-    if part in _PYTHON:
-        return {name: pydocs.sources(name) for name in (["python"] if part == "pydocs" else pydocs.installed())}
-    root = Path(part) if os.path.isdir(part) else Path(part).parent
-    files = LocalDocuments(part).files
-    about = {file.relative_to(root).as_posix(): file.stat() for file in files}
-    if sum(each.st_size for each in about.values()) > _HASHED_WHOLE:
-        return {name: [each.st_size, each.st_mtime_ns, each.st_ctime_ns] for name, each in about.items()}
-    return {name: digest_of_file(file) for name, file in zip(about, files, strict=True)}
-
-
-def _tokenizer(name: str, text: _Text, folder: Path, facts: dict) -> tokens.Tokenizer:
+def _tokenizer(name: str, text: Text, folder: Path, facts: dict) -> tokens.Tokenizer:
     file, made_of = folder / "tokenizer.json", folder / "made_of.json"
     if not file.is_file():
         with locked(folder / "lock"):  # of several processes one makes it, the others load it
             if not file.is_file():
                 if name.startswith("bpe-"):
-                    sample = _first(text.training(), 50_000_000)  # plenty for its merges
+                    sample = first_characters(text.training(), 50_000_000)  # plenty for its merges
                     encoding = tokens.train_bpe(sample, int(name.removeprefix("bpe-")))
                 else:
                     encoding = tokens.gpt2() if name == "gpt2" else tokens.byte_encoding()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cratelab.corpora import prepare as module
+from cratelab.corpora import sources
 from cratelab.corpora.documents import Document, split_of
 from cratelab.corpora.prepare import prepare, vocabulary_size
 
@@ -265,7 +266,7 @@ def test_sizes_that_are_none_are_refused_before_anything_is_read(monkeypatch, op
 
 @pytest.mark.parametrize("hashed_whole", [2**30, 0])
 def test_a_file_that_was_rewritten_is_read_again(tmp_path, monkeypatch, hashed_whole):
-    monkeypatch.setattr(module, "_HASHED_WHOLE", hashed_whole)
+    monkeypatch.setattr(sources, "_HASHED_WHOLE", hashed_whole)
     for letter in "xyx":
         rows = held(tmp_path / "c", "train.jsonl", [letter * 9 + str(i) for i in range(9)])
         held(tmp_path / "c", "val.jsonl", ["held out"])
@@ -281,7 +282,7 @@ def test_a_file_that_was_rewritten_is_read_again(tmp_path, monkeypatch, hashed_w
 def test_other_tokenizers_sizes_and_versions_are_other_tokens(tmp_path, monkeypatch):
     documents = [Document(text, {}) for text in texts()]
     monkeypatch.setitem(module._PYTHON, "packages", lambda: iter(documents))
-    monkeypatch.setattr(module.pydocs, "SCIENTIFIC", ("einops",))
+    monkeypatch.setattr(sources.pydocs, "SCIENTIFIC", ("einops",))
 
     def made(**options):
         return prepare(**{"name": "packages", "tokenizer": "bytes", "cache": tmp_path} | options).training.n_documents
@@ -290,7 +291,7 @@ def test_other_tokenizers_sizes_and_versions_are_other_tokens(tmp_path, monkeypa
     documents = documents[:200]
     assert made() == whole, "nothing says that it changed"
     assert made(tokenizer="bpe-300") < whole and made(characters=10**6) < whole
-    monkeypatch.setattr(module.pydocs.metadata, "version", lambda name: "next")
+    monkeypatch.setattr(sources.pydocs.metadata, "version", lambda name: "next")
     assert made() < whole
     documents = documents[:100]
     monkeypatch.setattr(module, "_EDITION", 10**6)
@@ -334,6 +335,7 @@ def test_processes_that_need_the_same_tokens_make_them_once(tmp_path):
     held(tmp_path / "c", "rows.jsonl", texts(2000))
     code = f"""
 from cratelab.corpora import prepare as module
+from cratelab.corpora import sources
 make = module.tokenize
 module.tokenize = lambda *args, **more: make(*args, **more | {{"on_shard": lambda shard: print("made", flush=True)}})
 corpus = module.prepare({str(tmp_path / "c")!r}, "bpe-300", cache={str(tmp_path / "cache")!r})
@@ -349,7 +351,7 @@ print(corpus.training.facts()["sha256"], corpus.validation.facts()["sha256"])
 def test_of_an_installed_package_the_sources_tell(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(module.pydocs, "SCIENTIFIC", ("mine",))
+    monkeypatch.setattr(sources.pydocs, "SCIENTIFIC", ("mine",))
     for letter in "xyx":
         for i in range(9):
             (tmp_path / "mine" / f"m{i}.py").write_text(f'"""{letter} {i}"""')
