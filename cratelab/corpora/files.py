@@ -33,7 +33,7 @@ _WORDS_OF_SPLITS = {
 _ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|datasheet|dataset_(card|infos?))(?![a-z])")
 
 TEXT_DOCUMENT = 4096  # characters of a text file after which a document ends with its paragraph
-_LONGEST_LINE = 2**26  # bytes: 64 MiB, several times the longest book
+_LONGEST_LINE = 2**25  # bytes: 32 MiB, ten times War and Peace
 
 
 class MalformedLine(ValueError):
@@ -75,7 +75,7 @@ class LocalDocuments:
     Raises:
         FileNotFoundError: there is no `path`, or no file of that split or a known kind below it.
         ValueError: an argument or the file's kind is unknown. While reading, with the file's name: `MalformedLine`, of
-            which lines above 64 MiB are some; and ValueError for a file that is damaged, cut off, no UTF-8, or without
+            which lines above 32 MiB are some; and ValueError for a file that is damaged, cut off, no UTF-8, or without
             the field.
 
     Empty lines and files are no documents and no errors.

@@ -17,9 +17,8 @@ could also belong to a path, the longest path that exists is meant.
 are it, and likewise of several files that are joined: what is named for validation or test is never trained on. Without
 such names, and for validation where only training and test have theirs, the hash of each text decides
 (`cratelab.corpora.documents.split_of`); a corpus so small that none is left to validate on gives the text of the lowest
-hash. A text that is held out anywhere is left out of
-training everywhere, except for the test split of a data set on the hub, which is not read; blank documents are left out
-altogether.
+hash. A text that is held out anywhere is left out of training everywhere, except for the test split of a data set on
+the hub, which is not read; blank documents are left out altogether.
 
 **Cache.** Tokens lie in a folder whose name ends in a hash of all that makes them: the content of local files (if they
 are above 1 GiB, their sizes and times), versions and sources of Python or of the packages, tokenizer, size and edition
