@@ -64,7 +64,8 @@ class RecipeOptions:
 @dataclass
 class CorpusOptions:
     corpus: str = "tinyworld"
-    """tinyworld, pydocs, packages, wikitext, tinystories, pile, or a path to text; several are joined by +."""
+    """tinyworld, pydocs, packages, wikitext, tinystories, pile, or a path to text (./pile if it has such a name);
+    several are joined by +, which an existing path may hold, too."""
     tokenizer: str | None = None
     """gpt2, bytes, or bpe-N for one trained on the corpus; the corpus's usual one unless given."""
     characters: int = 200_000_000

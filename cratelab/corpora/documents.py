@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 SPLITS = "train", "validation", "test"
+FRACTIONS = 0.9, 0.05, 0.05
+FRACTIONS = 0.9, 0.05, 0.05
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Document:
     meta: dict[str, str] = field(default_factory=dict)
 
 
-def split_of(text: str, fractions: tuple[float, float, float] = (0.9, 0.05, 0.05)) -> str:
+def split_of(text: str, fractions: tuple[float, float, float] = FRACTIONS) -> str:
     """The split that a text belongs to, the same on every machine and in every corpus that holds the text.
 
     The first 8 bytes of its BLAKE2 hash are a number that is uniform in [0, 2⁶⁴); the fractions cut that range. So
@@ -52,7 +54,7 @@ def split_of(text: str, fractions: tuple[float, float, float] = (0.9, 0.05, 0.05
 
 
 def select(
-    documents: Iterable[Document], split: str, fractions: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    documents: Iterable[Document], split: str, fractions: tuple[float, float, float] = FRACTIONS
 ) -> Iterator[Document]:
     """The documents of one split, in their order.
 

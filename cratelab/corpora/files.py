@@ -7,6 +7,8 @@ with a file passes in silence: a line that is no such row stops the reading, or 
 import gzip
 import io
 import json
+import os
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,16 +21,28 @@ from cratelab.corpora.documents import Document, require
 
 _JSONL, _TEXT = (".jsonl", ".ndjson", ".json"), (".txt", ".text", ".md", ".rst", ".raw")
 _COMPRESSED = (".gz", ".zst")
-_NAMES_OF_SPLITS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev"}, "test": {"test"}}
+KINDS = (*_JSONL, *_TEXT, ".parquet")
+
+# What a file or folder is for, by the words of its name; of several the first that applies.
+_WORDS_OF_SPLITS = {
+    "test": {"test", "testing", "tests", "heldout", "holdout"},
+    "validation": {"validation", "valid", "val", "dev", "devel", "development", "eval", "evaluation"},
+    "train": {"train", "training"},
+}
+# What stands beside a data set, to be read by people or by the hub.
+_ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|datasheet|dataset_(card|infos?))(?![a-z])")
+
+TEXT_DOCUMENT = 4096  # characters of a text file after which a document ends with its paragraph
+_LONGEST_LINE = 2**25  # bytes: 32 MiB, ten times War and Peace
 
 
 class MalformedLine(ValueError):
-    """A line of a JSON-lines file that is no document; the message names file, line and reason."""
+    """A line of a JSON-lines file, or a row of Parquet, that is no document; the message names file, line, reason."""
 
 
 @dataclass(frozen=True)
 class SkippedLine:
-    """Where a line was skipped (lines count from 1), and why."""
+    """Where a line or row was skipped (both count from 1), and why."""
 
     file: str
     line: int
@@ -42,24 +56,29 @@ class LocalDocuments:
     `pile_set_name`, else `domain`, else the name of the file without its endings.
 
     Args:
-        path: a file, or a folder whose files are read in the order of their paths. Known are .jsonl (.ndjson, .json),
-            .txt (.text, .md, .rst, .raw; one document a file), each also with .gz or .zst, and .parquet.
-        split: "train", "validation" or "test": of a folder only the files that bear that name, such as `train.jsonl`,
-            `val.jsonl.zst`, `train/00.jsonl` or `train-00000-of-00002.parquet`.
-        on_error: "raise" stops at the first malformed line; "skip" goes on, and warns at the end of the file.
+        path: a file, or a folder whose files are read in the order of their paths; `~` is the home folder. Known are
+            .jsonl (.ndjson, .json), .txt (.text, .md, .rst, .raw), each also with .gz or .zst, and .parquet. Text is
+            cut into documents at the first end of a paragraph after 4,096 characters, or of a line or word if there is
+            none before 8,192; joined, they are the file. Links are followed. Left out are hidden files and folders,
+            and what is about a data set (README, LICENSE, dataset_infos.json and their kind) unless there is no other.
+        split: "train", "validation" or "test": of a folder only the files that bear that name; see `split_named_by`.
+            Where some file bears the name of another split and none that of "train", those without one are "train".
+        on_error: "raise" stops at the first malformed line or damaged file; "skip" goes on after a warning, and raises
+            only if no file was whole.
         text: the field that holds the text.
         domain: of documents that do not say.
 
     Attributes:
-        n_skipped: lines skipped in the latest iteration.
+        n_skipped: lines and rows skipped in the latest iteration.
         skipped: the first 100 of them.
 
     Raises:
         FileNotFoundError: there is no `path`, or no file of that split or a known kind below it.
-        ValueError: an argument or the file's kind is unknown. While reading, with the file's name: `MalformedLine`;
-            and ValueError for a compressed file that is damaged or cut off, which no choice skips.
+        ValueError: an argument or the file's kind is unknown. While reading, with the file's name: `MalformedLine`, of
+            which lines above 32 MiB are some; and ValueError for a file that is damaged, cut off, no UTF-8, or without
+            the field.
 
-    Empty lines are no documents and no errors.
+    Empty lines and files are no documents and no errors.
     """
 
     def __init__(
@@ -72,67 +91,76 @@ class LocalDocuments:
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error must be "raise" or "skip"; got {on_error!r}')
-        if split is not None and split not in _NAMES_OF_SPLITS:
-            raise ValueError(f"split must be one of {', '.join(_NAMES_OF_SPLITS)}; got {split!r}")
-        self.files = _find(Path(path), split)
+        if split is not None and split not in _WORDS_OF_SPLITS:
+            raise ValueError(f"split must be one of {', '.join(reversed(_WORDS_OF_SPLITS))}; got {split!r}")
+        self.files = _find(Path(os.path.expanduser(path)), split)
         self.on_error, self.text, self.domain = on_error, text, domain
         self.n_skipped, self.skipped = 0, []
 
     def __iter__(self) -> Iterator[Document]:
         self.n_skipped, self.skipped = 0, []
+        n_damaged = 0
         for file in self.files:
-            kind = _kind(file)
-            if kind == ".parquet":
-                yield from self._read_parquet(file)
-            elif kind in _JSONL:
-                yield from self._read_lines(file)
-            else:
-                yield self._document(file, {self.text: _read_text(file)})
+            before = self.n_skipped
+            try:
+                yield from self._read(file)
+            except (ValueError, OSError) as error:
+                n_damaged += 1
+                if self.on_error == "raise" or n_damaged == len(self.files):
+                    raise
+                warnings.warn(f"{error}. The rest of this file is skipped", stacklevel=2)
+            if n := self.n_skipped - before:
+                mine = [skipped for skipped in self.skipped if skipped.file == str(file)]
+                lines = ", ".join(str(skipped.line) for skipped in mine[:10]) + (", …" if n > 10 else "")
+                what = f"{n} malformed lines skipped ({lines})" if mine else f"{n} malformed lines skipped"
+                warnings.warn(f"{file}: {what}" + (f"; the first {mine[0].reason}" if mine else ""), stacklevel=2)
 
-    def _read_lines(self, file: Path) -> Iterator[Document]:
-        before = self.n_skipped
+    def _read(self, file: Path) -> Iterator[Document]:
+        kind, domain = _kind(file), self.domain or file.name.split(".")[0]
+        if kind in _TEXT:
+            for text in _texts(file):
+                yield Document(text, {"domain": domain})
+        elif kind == ".parquet":
+            yield from self._read_parquet(file, domain)
+        else:
+            yield from self._read_lines(file, domain)
+
+    def _read_lines(self, file: Path, domain: str) -> Iterator[Document]:
         for number, line in _lines(file):
             if not line.strip():
                 continue
             try:
-                yield self._document(file, json.loads(line.decode("utf-8-sig").rstrip("\r\n")))
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError(f"is longer than {_LONGEST_LINE} bytes")
+                yield as_document(json.loads(line.decode("utf-8-sig").rstrip("\r\n")), self.text, domain)
             except (ValueError, RecursionError) as error:  # of the decoders, and our own
                 reason = f"is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
-                self._malformed(file, number, reason)
-        if n := self.n_skipped - before:
-            mine = [skipped for skipped in self.skipped if skipped.file == str(file)]
-            lines = ", ".join(str(skipped.line) for skipped in mine[:10]) + (", …" if n > 10 else "")
-            what = f"{n} malformed lines skipped ({lines})" if mine else f"{n} malformed lines skipped"
-            warnings.warn(f"{file}: {what}" + (f"; the first {mine[0].reason}" if mine else ""), stacklevel=2)
+                self._malformed(file, "line", number, reason)
 
-    def _malformed(self, file: Path, number: int, reason: str) -> None:
+    def _read_parquet(self, file: Path, domain: str) -> Iterator[Document]:
+        number = 0
+        with _parquet_damage_named(file), require("pyarrow.parquet").ParquetFile(file) as table:
+            if self.text not in (names := table.schema_arrow.names):
+                raise MalformedLine(
+                    f"{file}: a row has no text: the field {self.text!r} is missing among {', '.join(names)}"
+                )
+            for batch in table.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    try:
+                        yield as_document(row, self.text, domain)
+                    except (ValueError, RecursionError) as error:
+                        self._malformed(file, "row", number, str(error))
+
+    def _malformed(self, file: Path, what: str, number: int, reason: str) -> None:
         if self.on_error == "raise":
             raise MalformedLine(
-                f'{file}, line {number}: {reason}. Expected {{"{self.text}": "…"}}; mend the line, or pass '
-                'on_error="skip" to leave such lines out and have them counted'
+                f'{file}, {what} {number}: {reason}. Expected {{"{self.text}": "…"}}; mend the {what}, or pass '
+                f'on_error="skip" to leave such {what}s out and have them counted'
             ) from None
         self.n_skipped += 1
         if len(self.skipped) < 100:
             self.skipped.append(SkippedLine(str(file), number, reason))
-
-    def _read_parquet(self, file: Path) -> Iterator[Document]:
-        parquet, arrow = require("pyarrow.parquet"), require("pyarrow")
-        try:
-            with parquet.ParquetFile(file) as table:
-                for batch in table.iter_batches(batch_size=256):
-                    for row in batch.to_pylist():
-                        yield self._document(file, row)
-        except arrow.ArrowException as error:
-            raise ValueError(f"{file} cannot be read as Parquet: {error}; copy or download it again") from error
-
-    def _document(self, file: Path, row: object) -> Document:
-        fallback = self.domain or file.name.split(".")[0]
-        try:
-            return as_document(row, self.text, fallback)
-        except ValueError as error:
-            if _kind(file) == ".parquet":
-                raise ValueError(f"{file}: a row {error}") from None
-            raise
 
 
 def as_document(row: object, text: str = "text", domain: str | None = None) -> Document:
@@ -144,7 +172,9 @@ def as_document(row: object, text: str = "text", domain: str | None = None) -> D
     if not isinstance(row, dict):
         raise ValueError(f"holds no JSON object but {type(row).__name__}")
     if not isinstance(row.get(text), str):
-        found = f"is {type(row[text]).__name__}" if text in row else f"is missing among {', '.join(map(str, row))}"
+        found = f"is missing among {', '.join(map(str, row))}"
+        if text in row:
+            found = "is null" if row[text] is None else f"is {type(row[text]).__name__}"
         raise ValueError(f"has no text: the field {text!r} {found}")
     facts = {key: value for key, value in row.items() if key not in (text, "meta")}
     facts |= row["meta"] if isinstance(row.get("meta"), dict) else {"meta": row.get("meta")}
@@ -152,6 +182,21 @@ def as_document(row: object, text: str = "text", domain: str | None = None) -> D
     facts = {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in facts.items()}
     facts["domain"] = facts.get("domain") or facts.get("pile_set_name") or domain or ""
     return Document(row[text], facts)
+
+
+def split_named_by(path: str | Path) -> str | None:
+    """The split that a file's name, or that of a folder in `path`, names: "train", "validation", "test" or None.
+
+    Letters that stand together are a word, whatever their case, so `wiki.train.raw`, `train_0.txt`, `owt_valid` and
+    `Test-00000-of-00002` name one, `latest` and `contest` none; "set", "data" or "split" may follow without a break.
+    Known are train, training; validation, valid, val, dev, devel, development, eval, evaluation; test, testing, tests,
+    heldout, holdout. What is named for test is test whatever else it is named for, and so is then validation.
+    """
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(path))
+    name = re.sub(r"(held|hold)[ _.-]?out", "heldout", name.lower())
+    words = set(re.findall(r"[^\W\d_]+", name))
+    words |= {re.sub("(set|data|split)$", "", word) for word in words}
+    return next((split for split, names in _WORDS_OF_SPLITS.items() if words & names), None)
 
 
 def _kind(file: Path) -> str:
@@ -162,41 +207,93 @@ def _kind(file: Path) -> str:
 
 
 def _find(path: Path, split: str | None) -> list[Path]:
-    known = (*_JSONL, *_TEXT, ".parquet")
-    if path.is_file():
-        if _kind(path) not in known:
-            raise ValueError(f"{path} is of no known kind; known are {' '.join(known)}, also with .gz or .zst")
+    known = f"known are {' '.join(KINDS)}, also with .gz or .zst"
+    if os.path.isfile(path):
+        if _kind(path) not in KINDS:
+            raise ValueError(f"{path} is of no known kind; {known}")
         return [path]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise FileNotFoundError(f"there is no file or folder {path}")
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in known)
-    if split is not None:
-        files = [file for file in files if _NAMES_OF_SPLITS[split] & _names(file.relative_to(path))]
+    files = sorted(file for file in _walk(path) if _kind(file) in KINDS)
+    files = [file for file in files if not _is_about(file)] or files
     if not files:
-        what = "file" if split is None else f"file of the split {split!r}"
-        raise FileNotFoundError(f"{path} holds no {what}; known are {' '.join(known)}, also with .gz or .zst")
-    return files
+        raise FileNotFoundError(f"{path} holds no file; {known}")
+    if split is None:
+        return files
+    named = {file: split_named_by(file.relative_to(path)) for file in files}
+    if split == "train" and "train" not in named.values() and any(named.values()):
+        split = None
+    if split not in named.values():
+        raise FileNotFoundError(
+            f"{path} holds no file of the split {split or 'train'!r} among its {len(files)}: a file, or a "
+            "folder above it, bears the name of its split"
+        )
+    return [file for file in files if named[file] == split]
 
 
-def _names(file: Path) -> set[str]:
-    """What a file may be called by: its folders, and its name up to the first dot or hyphen."""
-    return {*file.parts[:-1], file.name.split(".")[0].split("-")[0]}
+def _is_about(file: Path) -> bool:
+    """Whether it stands beside a data set, for people or for the hub to read."""
+    return _kind(file) in (*_TEXT, ".json") and _ABOUT.match(file.name.lower()) is not None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files below `folder` that are not hidden; a folder to which links lead once, by its own name first."""
+    folders, links, seen = [folder], [], set()
+    while folders or links:
+        current = folders.pop() if folders else links.pop()
+        identity = current.stat().st_dev, current.stat().st_ino
+        if identity in seen:
+            continue
+        seen.add(identity)
+        for name in sorted(os.listdir(current)):
+            path = current / name
+            if name.startswith("."):
+                continue
+            if os.path.isdir(path):
+                (links if path.is_symlink() else folders).append(path)
+            elif os.path.isfile(path):
+                yield path
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers; of one that is too long the beginning, one byte more than it may have."""
     number = 0
     with _damage_named(file, lambda: f" after line {number}"), _open(file) as lines:
-        for number, line in enumerate(lines, 1):
+        while line := lines.readline(_LONGEST_LINE + 1):
+            number += 1
             yield number, line
+            if len(line) > _LONGEST_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(2**16)
 
 
-def _read_text(file: Path) -> str:
+def _texts(file: Path) -> Iterator[str]:
+    """A text file in pieces that end where a paragraph, a line or a word does."""
     with _damage_named(file, lambda: ""), _open(file) as content:
-        data = content.read()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}; convert it first") from error
+        text = io.TextIOWrapper(content, "utf-8-sig", newline="")
+        held, ended = "", False
+        while not ended:
+            try:
+                read = text.read(TEXT_DOCUMENT)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is not UTF-8 text: {error}; convert it first") from error
+            held, ended = held + read, not read
+            while end := _end_of_document(held, ended):
+                yield held[:end]
+                held = held[end:]
+        if held:
+            yield held
+
+
+def _end_of_document(text: str, ended: bool) -> int:
+    """Where the first document of a text ends; 0 if that is not yet to be seen, or at its end."""
+    first, last = TEXT_DOCUMENT, 2 * TEXT_DOCUMENT
+    if paragraph := re.compile(r"\n[ \t\r]*\n").search(text, first, last):
+        return paragraph.end()
+    if len(text) < last and not ended:
+        return 0
+    line_or_word = re.compile(r"\n").search(text, first, last) or re.compile(r"\s").search(text, first, last)
+    return line_or_word.end() if line_or_word else last if len(text) > last else 0
 
 
 @contextmanager
@@ -206,7 +303,25 @@ def _damage_named(file: Path, where: Callable[[], str]) -> Iterator[None]:
     except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # not the content: the file is gone, or may not be read
+        if "too much memory" in str(error):
+            raise ValueError(
+                f"{file} is packed with a window above 128 MiB (zstd --long), too large to be read as a stream: unpack "
+                "it with `zstd -d --long=31`"
+            ) from error
         raise ValueError(f"{file} is damaged or cut off{where()}: {error}; copy or download it again") from error
+
+
+@contextmanager
+def _parquet_damage_named(file: Path) -> Iterator[None]:
+    """Arrow raises what it will on bytes that are no Parquet, and does not name the file."""
+    try:
+        yield
+    except (MalformedLine, ImportError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # not the content
+        raise ValueError(f"{file} cannot be read as Parquet: {error}; copy or download it again") from error
 
 
 def _open(file: Path) -> BinaryIO:

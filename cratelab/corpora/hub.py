@@ -4,6 +4,7 @@ Nothing is downloaded whole; reading the first thousand documents of The Pile mo
 already on this machine are read by `cratelab.corpora.files`, which needs no network.
 """
 
+import os
 from collections.abc import Iterator
 
 from cratelab.corpora.documents import Document, require
@@ -34,7 +35,7 @@ class HubDocuments:
         self, path: str, name: str | None = None, split: str = "train", text: str = "text", domain: str | None = None
     ):
         require("datasets")
-        self.path, self.name, self.split, self.text = path, name, split, text
+        self.path, self.name, self.split, self.text = os.path.expanduser(path), name, split, text
         self.domain = domain or path.rstrip("/").split("/")[-1]
 
     def __iter__(self) -> Iterator[Document]:

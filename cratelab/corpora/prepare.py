@@ -9,30 +9,43 @@
 | a file or folder | JSON lines, Parquet or text, as `cratelab.corpora.files` reads them | BPE of 4,096 |
 | a folder of tokens | `train` and `validation` as an earlier call left them in its cache | its own |
 
-Several of text are joined by `+`: `pydocs+packages`.
+Several of text are joined by `+`: `pydocs+packages`, `pydocs+./essays`. A name of the table is always that corpus
+(`./pile` is a folder of that name), `~` is the home folder, and what exists as a path is never taken apart: where a `+`
+could also belong to a path, the longest path that exists is meant.
+
+**Splits.** Of a folder in which files or folders are named for a split (`cratelab.corpora.files.split_named_by`), these
+are it, and likewise of several files that are joined: what is named for validation or test is never trained on. Without
+such names, and for validation where only training and test have theirs, the hash of each text decides
+(`cratelab.corpora.documents.split_of`); a corpus so small that none is left to validate on gives the text of the lowest
+hash. A text that is held out anywhere is left out of training everywhere, except for the test split of a data set on
+the hub, which is not read; blank documents are left out altogether.
+
+**Cache.** Tokens lie in a folder whose name ends in a hash of all that makes them: the content of local files (if they
+are above 1 GiB, their sizes and times), versions and sources of Python or of the packages, tokenizer, size and edition
+of this module. What has changed is made anew, and old folders may be removed. What a data set of the hub holds today is
+not asked: remove its folder to read it again.
 """
 
-import hashlib
 import os
-import platform
-from collections.abc import Iterator
-from contextlib import suppress
+import re
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
-from cratelab.corpora import hub, pydocs, tinyworld, tokens
-from cratelab.corpora.documents import Document, require, select
-from cratelab.corpora.files import LocalDocuments
-from cratelab.corpora.tokenized import MANIFEST, TokenizedCorpus, read_manifest
+from cratelab.corpora import sources, tinyworld, tokens
+from cratelab.corpora.documents import FRACTIONS
+from cratelab.corpora.sources import Text, first_characters, identity
+from cratelab.corpora.tokenized import FORMAT, MANIFEST, TokenizedCorpus, read_manifest
 from cratelab.corpora.tokenizing import tokenize
+from cratelab.storage import digest_of, locked, read_json, write_json
 
-_HUB = {"wikitext": hub.wikitext, "tinystories": hub.tiny_stories, "pile": hub.pile}
-_PYTHON = {"pydocs": pydocs.standard_library, "packages": pydocs.packages}
+_HUB, _PYTHON = sources.HUB, sources.PYTHON
 _SPLITS = "train", "validation"
 NAMES = "tinyworld", *_PYTHON, *_HUB
+
+# To be raised when the same files would give other documents than before.
+_EDITION = 2
 
 
 @dataclass
@@ -58,7 +71,7 @@ class PreparedCorpus:
 
 
 def prepare(
-    name: str,
+    name: str | Path,
     tokenizer: str | None = None,
     characters: int = 200_000_000,
     context: int = 512,
@@ -70,68 +83,120 @@ def prepare(
         name: see the table above.
         tokenizer: "words" (TinyWorld's), "bytes", "gpt2", or "bpe-N": a byte-level BPE of N tokens trained on the
             training text. The table's unless given.
-        characters: of training text, at most; validation takes at most a twentieth. TinyWorld's size is two million
-            tokens at most.
+        characters: of training text, at most; validation takes at most a twentieth, but one document. TinyWorld's size
+            is two million tokens at most.
         context: longest document of TinyWorld, so that a model's window can hold it.
-        cache: folder for the tokens; the environment's `CRATELAB_CACHE`, or ~/.cache/cratelab, unless given.
+        cache: folder for the tokens; the environment's `CRATELAB_CACHE`, or ~/.cache/cratelab, unless given. Of several
+            processes that need the same tokens one makes them, and the others wait.
 
     Raises:
-        ValueError: there is no corpus or tokenizer of that name.
-        FileNotFoundError: a path does not exist, or holds no text.
+        ValueError: there is no corpus or tokenizer of that name, `characters` or `context` is not at least 1, or there
+            is too little text to train and to validate on.
+        FileNotFoundError: a path holds no text, or none to train on.
         ConnectionError: a corpus of the hub is not on this machine, and the hub cannot be reached.
+        OSError: the cache cannot be written, or there is no home folder for it.
     """
-    parts, tokenizer = _check_names(name, tokenizer)
+    if not 1 <= characters < float("inf") or not 1 <= context < float("inf"):
+        raise ValueError(f"characters and context must be at least 1, and finite; got {characters} and {context}")
+    characters, parts = int(characters), _parts(name)
+    if folder := _folder_of_tokens(parts, tokenizer):
+        encoding = tokens.load(folder / "tokenizer.json")
+        return PreparedCorpus(*(TokenizedCorpus.open(folder / split, encoding) for split in _SPLITS), encoding)
+    tokenizer = _check_tokenizer(parts, tokenizer)
     if tokenizer == "words":
-        return _tinyworld(min(2_000_000, characters // 5), context)
-    if _holds_tokens(name):
-        encoding = tokens.load(Path(name) / "tokenizer.json")
-        return PreparedCorpus(*(TokenizedCorpus.open(Path(name) / split, encoding) for split in _SPLITS), encoding)
-    folder = _cache_folder(parts, tokenizer, characters, cache)
-    encoding = _tokenizer(tokenizer, parts, characters, folder)
+        return _tinyworld(min(2_000_000, max(1, characters // 5)), int(context))
+    text = Text(parts, characters)
+    facts = {
+        "edition": _EDITION,
+        "format": FORMAT,
+        "corpus": [identity(part) for part in parts],
+        "fractions": list(FRACTIONS),
+        "tokenizer": tokenizer,
+        "characters": characters,
+    }
+    names = "+".join(part if part in NAMES else Path(part).resolve().name for part in parts)[:40]
+    folder = _cache(cache) / f"{names}-{tokenizer}-{characters}-{digest_of(facts)[:16]}"
+    encoding = _tokenizer(tokenizer, text, folder, facts)
     corpora = []
-    for split, limit in zip(_SPLITS, (characters, characters // 20), strict=True):
+    for split, documents in zip(_SPLITS, (text.training, text.validation), strict=True):
         if (folder / split / MANIFEST).is_file():
             corpora.append(TokenizedCorpus.open(folder / split, encoding))
             continue
         with tqdm(desc=f"{name}: {split} tokens", unit="token", unit_scale=True, disable=None) as bar:
-            documents = _first(_documents(parts, split), limit)
-            done = tokenize(documents, folder / split, encoding, on_shard=lambda shard: bar.update(shard["n_tokens"]))
+            done = tokenize(documents(), folder / split, encoding, on_shard=lambda shard: bar.update(shard["n_tokens"]))
             corpora.append(done)
     return PreparedCorpus(*corpora, encoding)
 
 
-def vocabulary_size(name: str, tokenizer: str | None = None) -> int:
+def vocabulary_size(name: str | Path, tokenizer: str | None = None) -> int:
     """How many tokens `prepare(name, tokenizer)` will tell apart; nothing is read.
 
     Raises:
         ValueError: there is no corpus or tokenizer of that name.
     """
-    _, tokenizer = _check_names(name, tokenizer)
+    parts = _parts(name)
+    if folder := _folder_of_tokens(parts, tokenizer):
+        return read_manifest(folder / "train" / MANIFEST)["tokenizer"]["n_vocab"]
+    tokenizer = _check_tokenizer(parts, tokenizer)
     if tokenizer == "words":
         return len(tinyworld.vocabulary())
-    if _holds_tokens(name):
-        return read_manifest(Path(name) / "train" / MANIFEST)["tokenizer"]["n_vocab"]
     return {"gpt2": 50_257, "bytes": 257}.get(tokenizer) or int(tokenizer.removeprefix("bpe-"))
 
 
-def _check_names(name: str, tokenizer: str | None) -> tuple[list[str], str]:
-    """The corpora that `name` joins, and the tokenizer's name or their usual one."""
-    parts = name.split("+")
-    for part in parts:
-        if part not in NAMES and not Path(part).exists():
-            raise ValueError(f"no corpus {part!r}: give {', '.join(NAMES)}, or the path of an existing file or folder")
+def _parts(name: str | Path) -> list[str]:
+    """The corpora that `name` joins: names, and paths that exist."""
+    if isinstance(name, Path):
+        name = os.path.abspath(os.path.expanduser(name))
+    parts, rest = [], name
+    while True:
+        ends = [i for i in range(len(rest)) if rest[i] == "+"] + [len(rest)]
+        part = next((rest[:end] for end in reversed(ends) if _exists(rest[:end])), None)
+        if part is None:
+            wrong = rest.split("+")[0]
+            raise ValueError(
+                f"no corpus {wrong!r}{f' in {name!r}' if wrong != name else ''}: give {', '.join(NAMES)}, or the path "
+                "of an existing file or folder; several are joined by +"
+            )
+        parts.append(part if part in NAMES else os.path.expanduser(part))
+        if part == rest:
+            return parts
+        rest = rest[len(part) + 1 :]
+
+
+def _exists(part: str) -> bool:
+    return part in NAMES or (part != "" and os.path.exists(os.path.expanduser(part)))
+
+
+def _folder_of_tokens(parts: list[str], tokenizer: str | None) -> Path | None:
+    """The folder that a corpus is if it holds tokens.
+
+    Raises:
+        ValueError: it does, of another tokenizer than the one named.
+    """
+    folder = Path(parts[0])
+    if len(parts) > 1 or parts[0] in NAMES or not any((folder / split / MANIFEST).is_file() for split in _SPLITS):
+        return None
+    for split in _SPLITS:
+        if not (folder / split / MANIFEST).is_file():
+            raise ValueError(f"{folder} holds tokens, but {split} is missing or unfinished: copy it again, whole")
+        made_with = read_manifest(folder / split / MANIFEST)["tokenizer"]["name"]
+        if tokenizer not in (None, made_with):
+            raise ValueError(f"{folder} holds tokens of {made_with!r}, not of {tokenizer!r}: leave the tokenizer out")
+    return folder
+
+
+def _check_tokenizer(parts: list[str], tokenizer: str | None) -> str:
+    """The tokenizer's name, or the usual one of these corpora."""
     if "tinyworld" in parts:
-        if name != "tinyworld" or tokenizer not in (None, "words"):
+        if len(parts) > 1 or tokenizer not in (None, "words"):
             raise ValueError("tinyworld stands alone, and its tokens are words")
-        return parts, "words"
+        return "words"
     tokenizer = tokenizer or ("gpt2" if all(part in _HUB for part in parts) else "bpe-4096")
-    if not (tokenizer in ("gpt2", "bytes") or (tokenizer.startswith("bpe-") and tokenizer[4:].isdigit())):
+    if tokenizer not in ("gpt2", "bytes") and not re.fullmatch("bpe-[1-9][0-9]{0,9}", tokenizer):
         raise ValueError(f'a tokenizer is "gpt2", "bytes" or "bpe-N", such as bpe-4096; got {tokenizer!r}')
-    return parts, tokenizer
-
-
-def _holds_tokens(name: str) -> bool:
-    return all((Path(name) / split / MANIFEST).is_file() for split in _SPLITS)
+    if tokenizer.startswith("bpe-") and not 257 <= int(tokenizer[4:]) <= tokens.LARGEST_VOCABULARY:
+        raise ValueError(f"the N of bpe-N must be 257 to {tokens.LARGEST_VOCABULARY:,}; got {tokenizer!r}")
+    return tokenizer
 
 
 def _tinyworld(n_tokens: int, context: int) -> PreparedCorpus:
@@ -141,52 +206,28 @@ def _tinyworld(n_tokens: int, context: int) -> PreparedCorpus:
     return PreparedCorpus(training.corpus(), validation.corpus(), tokenizer, validation)
 
 
-def _cache_folder(parts: list[str], tokenizer: str, characters: int, cache: str | Path | None) -> Path:
-    root = Path(cache or os.environ.get("CRATELAB_CACHE") or Path.home() / ".cache" / "cratelab")
-    names = []
-    for part in parts:
-        if part in _PYTHON:
-            names.append(f"{part}-{platform.python_version()}")
-        elif part in _HUB:
-            names.append(part)
-        else:
-            path = Path(part).resolve()
-            names.append(f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")
-    return root / f"{'+'.join(names)}-{tokenizer}-{characters}"
+def _cache(folder: str | Path | None) -> Path:
+    try:
+        root = folder or os.environ.get("CRATELAB_CACHE") or Path.home() / ".cache" / "cratelab"
+        root = Path(os.path.expanduser(root))
+        root.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError) as error:  # RuntimeError: there is no home folder
+        raise OSError(f"there is no place to keep tokens in: {error}; set CRATELAB_CACHE to a folder") from error
+    return root
 
 
-def _tokenizer(name: str, parts: list[str], characters: int, folder: Path) -> tokens.Tokenizer:
-    file = folder / "tokenizer.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with require("filelock").FileLock(folder / "lock"):  # of several processes one makes it, the others load it
-        if not file.is_file():
-            if name.startswith("bpe-"):
-                sample = _first(_documents(parts, "train"), min(characters, 50_000_000))  # plenty for its merges
-                encoding = tokens.train_bpe(sample, int(name.removeprefix("bpe-")))
-            else:
-                encoding = tokens.gpt2() if name == "gpt2" else tokens.byte_encoding()
-            tokens.save(encoding, file)
+def _tokenizer(name: str, text: Text, folder: Path, facts: dict) -> tokens.Tokenizer:
+    file, made_of = folder / "tokenizer.json", folder / "made_of.json"
+    if not file.is_file():
+        with locked(folder / "lock"):  # of several processes one makes it, the others load it
+            if not file.is_file():
+                if name.startswith("bpe-"):
+                    sample = first_characters(text.training(), 50_000_000)  # plenty for its merges
+                    encoding = tokens.train_bpe(sample, int(name.removeprefix("bpe-")))
+                else:
+                    encoding = tokens.gpt2() if name == "gpt2" else tokens.byte_encoding()
+                write_json(made_of, facts)
+                tokens.save(encoding, file)
+    if read_json(made_of) != facts:
+        raise ValueError(f"{folder} was made of something else, as its {made_of.name} says: remove it")
     return tokens.load(file)
-
-
-def _documents(parts: list[str], split: str) -> Iterator[Document]:
-    return chain.from_iterable(map(lambda part: _part(part, split), parts))
-
-
-def _part(part: str, split: str) -> Iterator[Document]:
-    if part in _PYTHON:
-        return select(_PYTHON[part](), split)
-    if part in _HUB:
-        return iter(_HUB[part](split))
-    if Path(part).is_dir():
-        with suppress(FileNotFoundError):  # no file bears the split's name
-            return iter(LocalDocuments(part, split))
-    return select(LocalDocuments(part), split)
-
-
-def _first(documents: Iterator[Document], characters: int) -> Iterator[Document]:
-    for document in documents:
-        if characters <= 0:
-            return
-        characters -= len(document.text)
-        yield document

@@ -8,13 +8,16 @@ are about 1.7 million characters in Python 3.11 to 3.13.
 import ast
 import importlib.util
 import io
+import platform
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from cratelab.corpora.documents import Document
+from cratelab.storage import digest_of, digest_of_file
 
 _NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 
@@ -22,6 +25,7 @@ _NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idle_t
 SCIENTIFIC = (
     "einops", "IPython", "joblib", "matplotlib", "networkx", "numpy", "pandas", "scipy", "sklearn", "sympy", "torch",
 )  # fmt: skip
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
 
 def standard_library(folder: str | Path | None = None, comments: bool = False) -> Iterator[Document]:
@@ -70,6 +74,22 @@ def packages(names: Sequence[str] | None = None, comments: bool = True) -> Itera
                 yield Document(text, {"domain": name, "path": f"{name}/{path.as_posix()}"})
 
 
+def sources(name: str) -> list[str | None]:
+    """Version, where known, and SHA-256 of all source files: what decides the text of "python" or of a package."""
+    folder = Path(sysconfig.get_path("stdlib")) if name == "python" else _package_folder(name)
+    try:
+        version = platform.python_version() if name == "python" else metadata.version(_DISTRIBUTIONS.get(name, name))
+    except metadata.PackageNotFoundError:
+        version = None
+    digests = [[path.relative_to(folder).as_posix(), digest_of_file(path)] for path in _paths(folder)]
+    return [version, digest_of(digests)]
+
+
+def installed() -> list[str]:
+    """The packages of `SCIENTIFIC` that are here."""
+    return [name for name in SCIENTIFIC if _package_folder(name) is not None]
+
+
 def _package_folder(name: str) -> Path | None:
     """Where an installed package's sources are, found without importing it."""
     spec = importlib.util.find_spec(name) if "." not in name else None
@@ -78,13 +98,17 @@ def _package_folder(name: str) -> Path | None:
     return Path(spec.origin).parent
 
 
-def _texts(folder: Path, comments: bool) -> Iterator[tuple[Path, str]]:
-    """(path below folder, documentation) of the modules that have any."""
-    paths = sorted(
+def _paths(folder: Path) -> list[Path]:
+    return sorted(
         path
         for path in folder.rglob("*.py")
         if path.is_file() and not _NOT_DOCUMENTATION & set(path.relative_to(folder).parts)
     )
+
+
+def _texts(folder: Path, comments: bool) -> Iterator[tuple[Path, str]]:
+    """(path below folder, documentation) of the modules that have any."""
+    paths = _paths(folder)
     if not paths:
         raise FileNotFoundError(
             f"{folder} holds no Python sources; give the folder of a standard library with .py files"

@@ -6,7 +6,8 @@ tokenizer, fingerprint of the corpus, counts, SHA-256 of every file. `cratelab.c
 """
 
 import hashlib
-import json
+import math
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Self
 import numpy as np
 
 from cratelab.corpora.tokens import Tokenizer, fingerprint
+from cratelab.storage import digest_of_file, read_json
 
 FORMAT = "cratelab tokens 1"
+DTYPES = "<u2", "<u4"
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 
 
@@ -56,9 +59,13 @@ class TokenizedCorpus:
             n_vocab: tokens are 0 to n_vocab - 1.
 
         Raises:
-            ValueError: the arrays do not fit one another.
+            ValueError: the arrays do not fit one another or `n_vocab`.
         """
         tokens, document = np.asarray(tokens), np.asarray(document)
+        if not all(array.dtype.kind in "iu" and (array >= 0).all() for array in (tokens, document)):
+            raise ValueError(f"tokens and document must be integers, at least 0; got {tokens.dtype}, {document.dtype}")
+        if (tokens >= n_vocab).any():
+            raise ValueError(f"tokens must be below n_vocab = {n_vocab}; got {tokens.max()}")
         lengths = np.bincount(document)
         if tokens.shape != document.shape or (document[1:] < document[:-1]).any() or len(lengths) != len(domains):
             raise ValueError(
@@ -76,12 +83,13 @@ class TokenizedCorpus:
         Args:
             folder: where `cratelab.corpora.tokenizing.tokenize` wrote.
             tokenizer: the one that the reader will use; the corpus must be made with it.
-            checksums: read every file and compare its SHA-256; without, sizes only (for hundreds of gigabytes).
+            checksums: read every file, compare its SHA-256, and see that every token is one of the vocabulary's;
+                without, sizes only (for hundreds of gigabytes).
 
         Raises:
             FileNotFoundError: there is no corpus in `folder`, or a file of it is missing.
-            ValueError: the corpus is unfinished or of another tokenizer, or a file is not what was written. Each
-                message names the file, and what to do.
+            ValueError: the corpus is unfinished, of another tokenizer or of another format, or a file is not what was
+                written. Each message names the file, and what to do.
         """
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
@@ -91,13 +99,16 @@ class TokenizedCorpus:
         manifest = read_manifest(folder / MANIFEST)
         if tokenizer is not None:
             check_tokenizer(folder / MANIFEST, manifest, tokenizer)
-        dtype, shards = np.dtype(manifest["dtype"]), manifest["shards"]
-        tokens, tables = [], []
-        for number, shard in enumerate(shards):
-            check_shard(folder, number, shard, dtype, checksums)
-            tokens.append(np.memmap(token_file(folder, number), dtype, "r"))
-            tables.append(np.memmap(document_file(folder, number), "<u4", "r").reshape(-1, 2))
-        return cls(tokens, tables, [shard["domains"] for shard in shards], manifest["tokenizer"]["n_vocab"], manifest)
+        shards, n_vocab = manifest["shards"], manifest["tokenizer"]["n_vocab"]
+        opened = [
+            check_shard(folder, i, shard, manifest["dtype"], n_vocab, checksums) for i, shard in enumerate(shards)
+        ]
+        if token_file(folder, len(shards)).exists():
+            raise ValueError(
+                f"{folder} holds more than the {len(shards)} shards of {MANIFEST}: copy both again, or tokenize again"
+            )
+        tokens, tables = zip(*opened, strict=True)
+        return cls(tokens, tables, [shard["domains"] for shard in shards], n_vocab, manifest)
 
     def __len__(self) -> int:
         return int(self._token_ends[-1])
@@ -239,21 +250,57 @@ def read_manifest(file: Path) -> dict:
     """A manifest, or what stands in its place until the corpus is finished.
 
     Raises:
-        ValueError: the file is no manifest of this format.
+        ValueError: the file is no manifest of this format, or is not whole.
     """
     try:
-        manifest = json.loads(file.read_text(encoding="utf8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}; remove {file.parent} and tokenize again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {file.parent} and tokenize again") from error
+    if manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is no manifest of the format {FORMAT!r}; choose another folder, or tokenize again")
+    tokenizer, shards = manifest.get("tokenizer"), manifest.get("shards")
+    wrong = []
+    if not _has(tokenizer, name=str, n_vocab=int, eot_token=int, sha256=str) or not (
+        0 <= tokenizer["eot_token"] < tokenizer["n_vocab"]
+    ):
+        wrong.append("tokenizer")
+    elif file.name == MANIFEST and manifest.get("dtype") not in DTYPES[tokenizer["n_vocab"] > 2**16 :]:
+        wrong.append("dtype")
+    if not _has(manifest, shard_characters=int):
+        wrong.append("shard_characters")
+    if file.name == MANIFEST and not (isinstance(shards, list) and shards and all(map(_is_shard, shards))):
+        wrong.append("shards")
+    elif file.name == MANIFEST:
+        for name in "n_tokens", "n_documents":
+            if manifest.get(name) != sum(shard[name] for shard in shards):
+                wrong.append(f"{name}, which is not the sum over the {len(shards)} shards")
+    if wrong:
+        raise ValueError(
+            f"{file} is not as it was written: wrong {', '.join(wrong)}; copy it again, or remove {file.parent} and "
+            "tokenize again"
+        )
     return manifest
+
+
+def _has(content: object, **types: type) -> bool:
+    return isinstance(content, dict) and all(type(content.get(name)) is kind for name, kind in types.items())
+
+
+def _is_shard(shard: object) -> bool:
+    digests = "text_sha256", "tokens_sha256", "documents_sha256"
+    return (
+        _has(shard, domains=list, n_tokens=int, n_documents=int, **dict.fromkeys(digests, str))
+        and 1 <= shard["n_documents"] <= shard["n_tokens"]
+        and all(re.fullmatch("[0-9a-f]{64}", shard[name]) for name in digests)
+        and shard["domains"]
+        and all(isinstance(domain, str) for domain in shard["domains"])
+    )
 
 
 def check_tokenizer(file: Path, manifest: dict, tokenizer: Tokenizer) -> None:
     """Raises ValueError if the manifest in `file` names another tokenizer."""
     theirs, ours = manifest["tokenizer"], tokenizer_facts(tokenizer)
-    if theirs["sha256"] != ours["sha256"]:
+    if {**theirs, "name": ""} != {**ours, "name": ""}:
         raise ValueError(
             f"{file} is of the tokenizer {theirs['name']!r} ({theirs['n_vocab']} tokens, sha256 "
             f"{theirs['sha256'][:12]}…), not {ours['name']!r} ({ours['n_vocab']}, {ours['sha256'][:12]}…): load the "
@@ -261,21 +308,38 @@ def check_tokenizer(file: Path, manifest: dict, tokenizer: Tokenizer) -> None:
         )
 
 
-def check_shard(folder: Path, number: int, shard: dict, dtype: np.dtype, checksums: bool) -> None:
-    """Raises FileNotFoundError or ValueError if the files of a shard are not those that `shard` describes."""
+def check_shard(
+    folder: Path, number: int, shard: dict, dtype: str, n_vocab: int, checksums: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens and the table of documents of a shard, mapped.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the files are not those that `shard` describes.
+    """
     remedy = f"copy it again, or remove {folder} and tokenize again"
-    for file, size, digest in [
-        (token_file(folder, number), shard["n_tokens"] * dtype.itemsize, shard["tokens_sha256"]),
-        (document_file(folder, number), shard["n_documents"] * 8, shard["documents_sha256"]),
+    if not _is_shard(shard):
+        raise ValueError(f"shard {number} in {folder} is not described as it was written; {remedy}")
+    mapped = []
+    for file, kind, shape, digest in [
+        (token_file(folder, number), dtype, (shard["n_tokens"],), shard["tokens_sha256"]),
+        (document_file(folder, number), "<u4", (shard["n_documents"], 2), shard["documents_sha256"]),
     ]:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; {remedy}")
+        size = math.prod(shape) * np.dtype(kind).itemsize
         if (found := file.stat().st_size) != size:
             raise ValueError(f"{file} has {found} bytes, expected {size}; {remedy}")
-        if checksums and file_sha256(file) != digest:
+        if checksums and digest_of_file(file) != digest:
             raise ValueError(f"{file} is not what was written (its SHA-256 differs); {remedy}")
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+        mapped.append(np.memmap(file, kind, "r", shape=shape))
+    tokens, table = mapped
+    if checksums:
+        if (largest := int(tokens.max())) >= n_vocab:
+            raise ValueError(
+                f"{token_file(folder, number)} holds token {largest} of a vocabulary of {n_vocab}; {remedy}"
+            )
+        lengths, domains = table.T.astype(np.int64)
+        if lengths.sum() != len(tokens) or domains.max() >= len(shard["domains"]):
+            raise ValueError(f"{document_file(folder, number)} does not fit the tokens and domains; {remedy}")
+    return tokens, table

@@ -7,17 +7,18 @@ hash the shards that are done, and makes the others.
 """
 
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 
-from cratelab.corpora.documents import Document, encode_utf8, require
+from cratelab.corpora.documents import Document, encode_utf8
 from cratelab.corpora.tokenized import (
+    DTYPES,
     FORMAT,
     MANIFEST,
     UNFINISHED,
@@ -29,7 +30,8 @@ from cratelab.corpora.tokenized import (
     token_file,
     tokenizer_facts,
 )
-from cratelab.corpora.tokens import Tokenizer, encode
+from cratelab.corpora.tokens import Tokenizer, encode_pieces
+from cratelab.storage import locked, read_json, replacing, write_json
 
 
 def tokenize(
@@ -55,14 +57,17 @@ def tokenize(
         The corpus, checked as by `TokenizedCorpus.open`.
 
     Raises:
-        ValueError: there is no document; or `folder` was begun with another tokenizer, shard size or corpus.
+        ValueError: there is no document; `folder` was begun with another tokenizer, shard size or corpus; or the
+            tokenizer cannot encode a document, which is named, or gives a token that is not in its vocabulary.
         OSError: a file cannot be written. What was finished stays, and the next run goes on from there.
     """
-    if shard_characters < 1 or (workers is not None and workers < 1):
+    if not shard_characters >= 1 or not (workers is None or workers >= 1):
         raise ValueError(f"workers and shard_characters must be at least 1; got {workers} and {shard_characters}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with require("filelock").FileLock(folder / "lock"):  # the system frees it when a process dies
+    with locked(folder / "lock"):
+        for part in folder.glob("*.part"):  # a kill left it, since all who write hold the lock
+            part.unlink()
         finished = _begun(folder, tokenizer, shard_characters)
         if finished:
             _check_first_shard(folder, documents, shard_characters)
@@ -84,7 +89,7 @@ def _begun(folder: Path, tokenizer: Tokenizer, shard_characters: int) -> bool:
                 )
             return name == MANIFEST
     facts = {"format": FORMAT, "tokenizer": tokenizer_facts(tokenizer), "shard_characters": shard_characters}
-    _write_json(folder / UNFINISHED, facts)
+    write_json(folder / UNFINISHED, facts)
     return False
 
 
@@ -102,8 +107,9 @@ def _build(
     shard_characters: int,
     on_shard: Callable[[dict], None] | None,
 ) -> None:
-    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-    shards, waiting, corpus_digest = [], deque(), hashlib.sha256()
+    dtype = DTYPES[tokenizer.n_vocab > 2**16]
+    shards, waiting, corpus_digest, stopped = [], deque(), hashlib.sha256(), Event()
+    n_documents = 0
 
     def finish_one() -> None:
         shards.append(waiting.popleft().result())
@@ -116,25 +122,31 @@ def _build(
                 digests = _digests(group)
                 corpus_digest.update(digests)
                 text_sha256 = hashlib.sha256(digests).hexdigest()
-                waiting.append(pool.submit(_make_shard, folder, number, group, text_sha256, tokenizer, dtype))
+                make = _make_shard, folder, number, group, n_documents, text_sha256, tokenizer, dtype, stopped
+                waiting.append(pool.submit(*make))
+                n_documents += len(group)
                 if len(waiting) > workers:
                     finish_one()
             while waiting:
                 finish_one()
         except BaseException:
+            stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
     if not shards:
         raise ValueError(f"the corpus for {folder} holds no document")
+    ours = {name(folder, number) for number in range(len(shards)) for name in (token_file, document_file)}
+    for file in {*folder.glob("*.tokens"), *folder.glob("*.documents")} - ours:
+        file.unlink()  # of a larger corpus that was begun here
     manifest = {
         **read_manifest(folder / UNFINISHED),
-        "dtype": dtype.str,
+        "dtype": dtype,
         "corpus_sha256": corpus_digest.hexdigest(),
         "n_tokens": sum(shard["n_tokens"] for shard in shards),
         "n_documents": sum(shard["n_documents"] for shard in shards),
         "shards": shards,
     }
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
     for file in [folder / UNFINISHED, *folder.glob("*.shard.json")]:
         file.unlink()
 
@@ -152,26 +164,35 @@ def _groups(documents: Iterable[Document], characters: int) -> Iterator[list[Doc
 
 
 def _make_shard(
-    folder: Path, number: int, group: list[Document], text_sha256: str, tokenizer: Tokenizer, dtype: np.dtype
+    folder: Path,
+    number: int,
+    group: list[Document],
+    first: int,
+    text_sha256: str,
+    tokenizer: Tokenizer,
+    dtype: str,
+    stopped: Event,
 ) -> dict:
+    """The record of a shard, made unless it is there; `first` is the place of its first document in the corpus."""
     record_file = folder / f"{number:05}.shard.json"
     try:
-        record = json.loads(record_file.read_text(encoding="utf8"))
+        record = read_json(record_file)
         if record["text_sha256"] == text_sha256:
-            check_shard(folder, number, record, dtype, checksums=True)
+            check_shard(folder, number, record, dtype, tokenizer.n_vocab, checksums=True)
             return record
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError):
         pass  # not there, or not whole: made anew
     domains = sorted({document.meta.get("domain", "") for document in group})
     index = {domain: i for i, domain in enumerate(domains)}
     end = np.array([tokenizer.eot_token], dtype)
     pieces, table = [], np.empty((len(group), 2), "<u4")
-    for row, document in zip(table, group, strict=True):
-        pieces += [encode(tokenizer, document.text).astype(dtype), end]
+    for place, (row, document) in enumerate(zip(table, group, strict=True), first):
+        pieces += [_encode(tokenizer, document, place, stopped).astype(dtype), end]
         row[:] = len(pieces[-2]) + 1, index[document.meta.get("domain", "")]
     tokens = np.concatenate(pieces)
-    _write(token_file(folder, number), tokens)
-    _write(document_file(folder, number), table)
+    for file, data in (token_file(folder, number), tokens), (document_file(folder, number), table):
+        with replacing(file) as part:
+            part.write_bytes(data)
     record = {
         "n_tokens": len(tokens),
         "n_documents": len(group),
@@ -180,8 +201,26 @@ def _make_shard(
         "tokens_sha256": hashlib.sha256(tokens).hexdigest(),
         "documents_sha256": hashlib.sha256(table).hexdigest(),
     }
-    _write_json(record_file, record)
+    write_json(record_file, record)
     return record
+
+
+def _encode(tokenizer: Tokenizer, document: Document, place: int, stopped: Event) -> np.ndarray:
+    pieces = []
+    try:
+        for piece in encode_pieces(tokenizer, document.text):
+            if stopped.is_set():
+                raise InterruptedError("another shard failed, or the call was interrupted")
+            pieces.append(piece)
+        tokens = np.concatenate(pieces)
+        if len(tokens) and tokens.max() >= tokenizer.n_vocab:
+            raise ValueError(f"token {tokens.max()} is not in the vocabulary of {tokenizer.n_vocab}")
+    except ValueError as error:
+        known = ", ".join(f"{name} {value!r}" for name, value in document.meta.items() if name in ("domain", "path"))
+        raise ValueError(
+            f"document {place} of the corpus ({known}; it begins {document.text[:40]!r}) cannot be tokenised: {error}"
+        ) from error
+    return tokens
 
 
 def _digests(group: list[Document]) -> bytes:
@@ -193,21 +232,3 @@ def _digests(group: list[Document]) -> bytes:
         digest.update(encode_utf8(document.text))
         digests.append(digest.digest())
     return b"".join(digests)
-
-
-def _write(file: Path, data: bytes | np.ndarray) -> None:
-    """Whole or not at all, on the disk before anything refers to it."""
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("wb") as content:
-            content.write(data)
-            content.flush()
-            os.fsync(content.fileno())
-        os.replace(part, file)
-    except OSError:
-        part.unlink(missing_ok=True)  # a full disk is not made fuller
-        raise
-
-
-def _write_json(file: Path, content: dict) -> None:
-    _write(file, (json.dumps(content, indent=1) + "\n").encode())

@@ -5,16 +5,17 @@ tokenizer has to offer is said by `Tokenizer`.
 """
 
 import base64
-import hashlib
 import json
-import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from cratelab.corpora.documents import Document, require
+from cratelab.storage import digest_of, read_json, write_text
 
 if TYPE_CHECKING:
     import tiktoken
@@ -25,6 +26,18 @@ END_OF_TEXT = "<|endoftext|>"
 # Words with the space before them, numbers, punctuation, the rest of the white space: GPT-2's pattern, in the form
 # that tiktoken runs fastest.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# Bytes in pieces of bounded length, only because tiktoken is slower on longer ones; no merge depends on where they end.
+_BYTES_PATTERN = r"[\s\S]{1,400}"
+
+LONGEST_PIECE = 4096  # characters
+LARGEST_VOCABULARY = 2**20
+
+# All up to the last place in a text at which GPT-2's pattern always cuts: before white space, before ASCII's or East
+# Asian punctuation after a letter or digit, and between letter and digit. It never looks behind, nor past white space.
+_UP_TO_A_CUT = re.compile(
+    r"[\s\S]*(?:\S(?=[ \n\r\t])|[^\W_](?=[!-/:-@\[-`{-~、。，！？：；「」])|[a-zA-Z](?=[0-9])|[0-9](?=[a-zA-Z]))"
+)
 
 
 class Tokenizer(Protocol):
@@ -106,8 +119,7 @@ def gpt2() -> "tiktoken.Encoding":
 
 def byte_encoding() -> "tiktoken.Encoding":
     """256 bytes and the end of text: the trivial tokenizer, 257 tokens."""
-    # Pieces of bounded length only because tiktoken is slower on longer ones; no merge depends on where they end.
-    return _encoding("bytes", r"[\s\S]{1,400}", [bytes([value]) for value in range(256)])
+    return _encoding("bytes", _BYTES_PATTERN, [bytes([value]) for value in range(256)])
 
 
 def train_bpe(documents: Iterable[Document], vocab_size: int = 4096) -> "tiktoken.Encoding":
@@ -118,7 +130,9 @@ def train_bpe(documents: Iterable[Document], vocab_size: int = 4096) -> "tiktoke
         vocab_size: all tokens: 256 bytes, the merges, and the end of text, which is the last.
 
     Raises:
-        ValueError: `vocab_size` is below 257, or the corpus has too few different words for so many tokens.
+        ValueError: `vocab_size` is not 257 to 1,048,576, or the corpus has too few different words for so many tokens.
+
+    Text is cut as by `pieces`, since the library's time grows with the square of a word's length.
     """
     trained = train_library_bpe((document.text for document in documents), vocab_size)
     return from_library(trained, f"bpe-{vocab_size}")
@@ -130,8 +144,10 @@ def train_library_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Toke
     Raises:
         ValueError: as `train_bpe`.
     """
-    if vocab_size < 257:
-        raise ValueError(f"vocab_size must hold 256 bytes and the end of text; got {vocab_size}")
+    if not 257 <= vocab_size <= LARGEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size must be 257, for 256 bytes and the end of text, to {LARGEST_VOCABULARY:,}; got {vocab_size}"
+        )
     library = require("tokenizers")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -142,12 +158,20 @@ def train_library_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Toke
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # a lone surrogate is no text to the library
-    tokenizer.train_from_iterator((text.encode("utf8", "replace").decode() for text in texts), trainer)
+    stopped = Event()
+
+    def read() -> Iterator[str]:
+        for text in texts:
+            if stopped.is_set():
+                return
+            # a lone surrogate is no text to the library
+            yield from pieces(text.encode("utf8", "replace").decode())
+
+    _interruptibly(lambda: tokenizer.train_from_iterator(read(), trainer), stopped)
     if (found := tokenizer.get_vocab_size()) < vocab_size - 1:
         raise ValueError(
             f"the corpus gives only {found + 1} tokens that occur twice, not {vocab_size}; "
-            "take more text or a smaller vocabulary"
+            f"take more text or a smaller vocabulary, such as bpe-{found + 1} or bytes"
         )
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
@@ -173,27 +197,68 @@ def from_library(tokenizer: "tokenizers.Tokenizer", name: str) -> "tiktoken.Enco
 
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """`encode_ordinary` as a (n,) uint32 array, by tiktoken's faster way where there is one."""
-    if hasattr(tokenizer, "encode_to_numpy"):
-        try:
-            return tokenizer.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, which encode_ordinary replaces
-            pass
-    return np.array(tokenizer.encode_ordinary(text), np.uint32)
+    """`encode_ordinary` as a (n,) uint32 array, in time that is linear in the text whatever it is.
+
+    The text of a tokenizer with GPT-2's pattern, or of bytes, is cut as by `pieces`, so that the tokens may be others
+    than `encode_ordinary`'s only in a run without end.
+
+    Raises:
+        ValueError: the tokenizer cannot encode it, such as where a library gives up on its pattern.
+    """
+    return np.concatenate(list(encode_pieces(tokenizer, text)))
+
+
+def encode_pieces(tokenizer: Tokenizer, text: str) -> Iterator[np.ndarray]:
+    """What `encode` joins, for those who have to stop in between."""
+    cut = getattr(tokenizer, "_pat_str", None) in (GPT2_PATTERN, _BYTES_PATTERN)
+    return (_encode_piece(tokenizer, piece) for piece in (pieces(text) if cut else [text]))
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text cut into pieces of at most 4,096 characters, where GPT-2's pattern cuts it too.
+
+    tiktoken and `tokenizers` need time, and stack, that grow with the square of what their patterns leave whole, and
+    neither can be interrupted meanwhile. Only a run of 4,096 characters without a place to cut, such as one of spaces
+    or of one letter, is cut where it is.
+    """
+    start = 0
+    while len(text) - start > LONGEST_PIECE:
+        cut = _UP_TO_A_CUT.match(text, start, start + LONGEST_PIECE)
+        end = cut.end() if cut else start + LONGEST_PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _encode_piece(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    try:
+        if hasattr(tokenizer, "encode_to_numpy"):
+            try:
+                return tokenizer.encode_to_numpy(text, disallowed_special=())
+            except UnicodeEncodeError:  # a lone surrogate, which encode_ordinary replaces
+                pass
+        return np.array(tokenizer.encode_ordinary(text), np.uint32)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of tiktoken, which derives from no Exception
+            raise
+        raise ValueError(
+            f"the tokenizer {tokenizer.name!r} gave up on {len(text)} characters that begin {text[:40]!r}: {error}"
+        ) from error
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 of all that decides which tokens a text becomes; not of the name."""
-    facts = {key: value for key, value in _facts(tokenizer).items() if key != "name"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return digest_of({key: value for key, value in _facts(tokenizer).items() if key != "name"})
 
 
 def save(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Write a tokenizer of this module as JSON, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(_facts(tokenizer), indent=0) + "\n", encoding="utf8")
-    os.replace(part, path)
+    """Write a tokenizer of this module as JSON, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: the tokenizer is none of this module's kinds.
+    """
+    write_text(path, json.dumps(_facts(tokenizer), indent=0) + "\n")
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -201,18 +266,56 @@ def load(path: str | Path) -> Tokenizer:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no tokenizer.
+        ValueError: it holds no tokenizer, or one that does not give every text back.
     """
     try:
-        facts = json.loads(Path(path).read_text(encoding="utf8"))
-        if facts["kind"] == "words":
-            return WordEncoding(facts["tokens"], facts["end_of_text"])
-        if facts["kind"] != "bytes" or facts["end_of_text"] != END_OF_TEXT:
-            raise ValueError(f"unknown kind {facts['kind']!r} or end of text {facts['end_of_text']!r}")
-        tokens = [base64.b64decode(token, validate=True) for token in facts["tokens"]]
-        return _encoding(facts["name"], facts["pattern"], tokens)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        facts = read_json(path)
+        kind, names, end = facts["kind"], facts["tokens"], facts["end_of_text"]
+        strings = [facts["name"], end, *names, *([facts["pattern"]] if kind == "bytes" else [])]
+        if not isinstance(names, list) or not all(isinstance(string, str) for string in strings):
+            raise ValueError("tokens must be a list of strings, and all else a string")
+        if len(names) > LARGEST_VOCABULARY:
+            raise ValueError(f"{len(names)} tokens are more than {LARGEST_VOCABULARY}")
+        if kind == "words":
+            return WordEncoding(names, end)
+        if kind != "bytes" or end != END_OF_TEXT:
+            raise ValueError(f"unknown kind {kind!r} or end of text {end!r}")
+        encoding = _encoding(
+            facts["name"], facts["pattern"], [base64.b64decode(token, validate=True) for token in names]
+        )
+        if facts["pattern"] not in (GPT2_PATTERN, _BYTES_PATTERN):
+            _check_pattern(encoding)
+        return encoding
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{path} holds no tokenizer that cratelab.corpora.tokens.save wrote: {error!r}") from error
+
+
+def _check_pattern(encoding: "tiktoken.Encoding") -> None:
+    """Raises ValueError if a pattern leaves text out, or is more than tiktoken can do."""
+    text = "".join(map(chr, range(0x250))) + "Don't  stop 1999 \n\n\u3000日本語 🙂\u0301 " + "a" * 200 + " " * 200
+    if encoding.decode(encode(encoding, text).tolist()) != text:
+        raise ValueError("its pattern leaves characters out")
+
+
+def _interruptibly(call: Callable[[], None], stopped: Event) -> None:
+    """Run what is deaf to Ctrl-C in a thread of its own, which an interruption leaves behind with `stopped` set."""
+    raised = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    finally:
+        stopped.set()
+    if raised:
+        raise raised[0]
 
 
 def _facts(tokenizer: Tokenizer) -> dict:

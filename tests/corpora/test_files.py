@@ -1,13 +1,15 @@
 import gzip
 import json
 import os
+import random
 import tracemalloc
 import warnings
 from pathlib import Path
 
 import pytest
 
-from cratelab.corpora.files import LocalDocuments, MalformedLine, SkippedLine, as_document
+from cratelab.corpora import files
+from cratelab.corpora.files import LocalDocuments, MalformedLine, SkippedLine, as_document, split_named_by
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra `corpora` is not installed")
 
@@ -184,3 +186,183 @@ def test_real_files_in_the_form_of_the_pile():
     assert LocalDocuments(DATA / "corpora" / "legal", "test").files[0].name == "test.jsonl.gz"
     (wikitext,) = LocalDocuments(DATA / "wikitext/hf_rows/wikitext-2-v1", "test").files
     assert "".join(d.text for d in LocalDocuments(wikitext)).startswith(" = Robert <unk> = \n")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *[
+            (name, "train")
+            for name in ("train.jsonl", "wiki.train.raw", "train_0.txt", "owt_train/0.txt", "TRAIN-1.md")
+        ],
+        *[(name, "train") for name in ("training/a.txt", "trainset2.jsonl", "trainData.json", "a train.txt", "train0")],
+        *[(name, "validation") for name in ("valid.txt", "owt_valid.jsonl", "Val/00.txt", "x-dev.jsonl.gz", "eval1")],
+        *[(name, "validation") for name in ("validation-00000-of-00001.parquet", "train/val.txt", "dev_set.txt")],
+        *[
+            (name, "test")
+            for name in ("test.jsonl", "wiki.test.raw", "a/testing/b.txt", "testset.txt", "x_test_3.json")
+        ],
+        *[(name, "test") for name in ("test/train.txt", "train/held-out.txt", "2test2.txt", "TestSet.txt")],
+        *[
+            (name, None)
+            for name in ("latest.jsonl", "contest.txt", "data.json", "retrained.txt", "values.md", "étest.md")
+        ],
+    ],
+)
+def test_a_split_is_named_by_a_word(name, split):
+    assert split_named_by(name) == split
+
+
+def test_files_without_a_split_are_for_training_where_others_have_one(tmp_path):
+    for name in "data.jsonl", "latest.jsonl", "val.jsonl":
+        as_written(tmp_path / name, jsonl([{"text": name}]))
+    assert [d.text for d in LocalDocuments(tmp_path, "train")] == ["data.jsonl", "latest.jsonl"]
+    as_written(tmp_path / "train.jsonl", jsonl([{"text": "train"}]))
+    assert [d.text for d in LocalDocuments(tmp_path, "train")] == ["train"]
+    for name in "data.jsonl", "latest.jsonl", "train.jsonl":
+        (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match="no file of the split 'train' among its 1"):
+        LocalDocuments(tmp_path, "train")
+
+
+def test_links_are_followed_and_what_is_hidden_or_about_the_data_is_left_out(tmp_path):
+    folder = tmp_path / "corpus"
+    for name in ("a/one.txt", "README.md", "a/LICENSE-MIT.txt", "dataset_infos.json", ".b/two.txt", "a/.c.txt"):
+        as_written(folder / name, b"x")
+    as_written(folder / ".ipynb_checkpoints" / "one-checkpoint.txt", b"x")
+    as_written(tmp_path / "elsewhere" / "three.txt", b"x")
+    as_written(tmp_path / "four.bin", b"x")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "four.txt").symlink_to(tmp_path / "four.bin")
+    (folder / "a" / "again").symlink_to(folder)
+    (folder / "0alias").symlink_to(folder / "a")
+    (folder / "loop.txt").symlink_to(folder / "loop.txt")
+    (folder / "gone.txt").symlink_to(folder / "removed")
+    found = [file.relative_to(folder).as_posix() for file in LocalDocuments(folder).files]
+    assert found == ["a/one.txt", "four.txt", "linked/three.txt"]
+    as_written(tmp_path / "docs" / "README.md", b"x")
+    assert len(LocalDocuments(tmp_path / "docs").files) == 1, "there is no other"
+
+
+def test_the_home_folder_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    as_written(tmp_path / "rows.jsonl", jsonl())
+    assert len(list(LocalDocuments("~/rows.jsonl"))) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"Line {i} of a book.\n" + "\n" * (i % 30 == 0) for i in range(3000)),
+        "no end of a line " * 3000,
+        "x" * 30_000,
+        "\r\n".join(["ü" * 50, ""] * 1000),
+        "\n" * 30_000,
+        "x" * 8192,
+        "of two documents\n" * 300,
+        "short\n",
+        "",
+    ],
+)
+def test_a_long_text_is_cut_into_documents_that_join_to_it(tmp_path, text):
+    (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    documents = [document.text for document in LocalDocuments(tmp_path / "book.txt")]
+    assert "".join(documents) == text and "" not in documents
+    assert len(documents) >= len(text) / 8192 and all(4096 < len(document) <= 8192 for document in documents[:-1])
+    for document in documents[:-1]:
+        assert document.endswith("\n" if "\n" in text else (" ", "x"))
+
+
+def test_a_text_that_unpacks_without_end_is_streamed(tmp_path):
+    with gzip.open(tmp_path / "bomb.txt.gz", "wb", compresslevel=1) as file:
+        for _ in range(40):
+            file.write(bytes(1_000_000))
+    tracemalloc.start()
+    try:
+        assert sum(len(document.text) for document in LocalDocuments(tmp_path)) == 40_000_000
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_without_end_is_a_malformed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_LONGEST_LINE", 1000)
+    as_written(tmp_path / "rows.jsonl.gz", jsonl() + b"[" * 200_000 + b"\n" + jsonl() + b'{"text": "' + b"a" * 5000)
+    with pytest.raises(MalformedLine, match=r"rows.jsonl.gz, line 4: is longer than 1000 bytes"):
+        list(LocalDocuments(tmp_path))
+    corpus = LocalDocuments(tmp_path, on_error="skip")
+    with pytest.warns(UserWarning, match=r"2 malformed lines skipped \(4, 8\)"):
+        assert len(list(corpus)) == 6
+
+
+def test_a_row_of_parquet_without_text_is_named_or_skipped(tmp_path):
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "rows.parquet")
+    with pytest.raises(MalformedLine, match=r"rows.parquet, row 2: has no text: the field 'text' is null"):
+        list(LocalDocuments(tmp_path))
+    corpus = LocalDocuments(tmp_path, on_error="skip")
+    with pytest.warns(UserWarning, match=r"rows.parquet: 1 malformed lines skipped \(2\)"):
+        assert [document.text for document in corpus] == ["a", "b"]
+    assert corpus.skipped == [SkippedLine(str(tmp_path / "rows.parquet"), 2, "has no text: the field 'text' is null")]
+
+
+def test_one_bad_file_is_named_and_not_fatal_to_the_rest_if_it_may_be_skipped(tmp_path):
+    from pyarrow import parquet
+
+    good = [as_written(tmp_path / name, jsonl()) for name in ("0.jsonl", "5.jsonl", "9.jsonl")]
+    bad = {
+        "1.jsonl.gz": gzip.compress(jsonl())[:-9],
+        "2.txt": b"\xff\xfe",
+        "4.parquet": b"PAR1PAR1",
+        "6.jsonl.zst": b"z",
+        "7.txt.gz": b"",
+    }
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+    parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "3.parquet")
+    with pytest.warns(UserWarning) as warned:
+        documents = list(LocalDocuments(tmp_path, on_error="skip"))
+    assert len(documents) in (9, 12), "of the file that is cut off, as much as was read"
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == 6 and all(message.endswith("The rest of this file is skipped") for message in messages)
+    assert all(name in message for name, message in zip(sorted([*bad, "3.parquet"]), messages, strict=True))
+    for file in good:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"7.txt.gz"), warnings.catch_warnings(action="ignore"):
+        list(LocalDocuments(tmp_path, on_error="skip"))
+
+
+def test_a_window_too_large_is_not_called_damage(tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="writes what no other here can")
+    options = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    packer = zstandard.ZstdCompressor(compression_params=options).compressobj()
+    (tmp_path / "rows.jsonl.zst").write_bytes(packer.compress(jsonl()) + packer.flush())
+    with pytest.raises(ValueError, match=r"rows.jsonl.zst is packed with a window above 128 MiB .*zstd -d --long=31"):
+        list(LocalDocuments(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "text.txt", "text.txt.gz", "rows.parquet"]
+)
+def test_of_changed_bytes_only_errors_that_name_the_file_come_out(tmp_path, name):
+    file, draw = tmp_path / name, random.Random(name)
+    if name == "rows.parquet":
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist([{"text": f"Row {i}.", "n": {"a": i}} for i in range(50)]), file)
+    else:
+        as_written(file, jsonl(ROWS * 5))
+    whole = file.read_bytes()
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(draw.randrange(1, 6)):
+            data[draw.randrange(len(data))] = draw.choice([0, 0xFF, 0x22, 0x7B, draw.randrange(256)])
+        file.write_bytes(data[: draw.choice([len(data), draw.randrange(len(data))])])
+        for on_error in "raise", "skip":
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    documents = list(LocalDocuments(file, on_error=on_error))
+                assert all(isinstance(document.text, str) for document in documents)
+            except (ValueError, OSError) as error:
+                assert name in str(error)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import random
@@ -202,7 +203,7 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path, monkeypatch):
     def full(handle):
         nonlocal n_written
         n_written += 1
-        if n_written > 8:
+        if n_written > 16:  # two a file: itself, and its folder
             raise OSError(28, "No space left on device")
         fsync(handle)
 
@@ -312,3 +313,131 @@ def test_facts_identify_the_tokens_in_memory_and_on_disk(made, tmp_path):
     assert TokenizedCorpus.from_arrays(changed, document, names, opened.n_vocab).facts() != held.facts()
     shutil.copytree(tmp_path / "made", tmp_path / "copy")
     assert TokenizedCorpus.open(tmp_path / "copy").facts() == facts
+
+
+def rewritten(folder: Path, copy: Path, change) -> Path:
+    """A copy of a corpus whose manifest `change` has been at."""
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def without_last(manifest: dict) -> None:
+    last = manifest["shards"].pop()
+    for name in "n_tokens", "n_documents":
+        manifest[name] -= last[name]
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["shards"].pop(), "wrong n_tokens, which is not the sum over the"),
+        (without_last, r"holds more than the \d+ shards"),
+        (lambda m: m.update(shards=[]), "wrong shards"),
+        (lambda m: m.update(shards={"0": {}}), "wrong shards"),
+        (lambda m: m.pop("shards"), "wrong shards"),
+        (lambda m: m["shards"][0].update(n_tokens=-5), "wrong shards"),
+        (lambda m: m["shards"][0].update(n_documents=0), "wrong shards"),
+        (lambda m: m["shards"][0].update(n_tokens=True), "wrong shards"),
+        (lambda m: m["shards"][0].update(domains="abc"), "wrong shards"),
+        (lambda m: m["shards"][0].update(domains=[1]), "wrong shards"),
+        (lambda m: m["shards"][0].pop("tokens_sha256"), "wrong shards"),
+        (lambda m: m.update(n_documents=10**30), "wrong n_documents"),
+        *[
+            (lambda m, dtype=dtype: m.update(dtype=dtype), "wrong dtype")
+            for dtype in (">u2", "<i2", "<f2", "|O", 2, None)
+        ],
+        (lambda m: m.update(dtype="<u4"), "bytes, expected"),
+        (lambda m: m["tokenizer"].update(n_vocab=2**20), "wrong dtype"),
+        (lambda m: m["tokenizer"].update(n_vocab=0), "wrong tokenizer"),
+        (lambda m: m["tokenizer"].update(n_vocab="257"), "wrong tokenizer"),
+        (lambda m: m["tokenizer"].update(eot_token=257), "wrong tokenizer"),
+        (lambda m: m.update(tokenizer=None), "wrong tokenizer"),
+        (lambda m: m.update(shard_characters=None), "wrong shard_characters"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused_by_name(made, tmp_path, change, message, checksums):
+    folder = rewritten(tmp_path / "made", tmp_path / "changed", change)
+    with pytest.raises(ValueError, match=rf"changed.*{message}"):
+        TokenizedCorpus.open(folder, checksums=checksums)
+
+
+def test_tokens_outside_the_vocabulary_and_tables_that_do_not_fit_are_refused(made, tmp_path):
+    folder = rewritten(
+        tmp_path / "made", tmp_path / "changed", lambda m: m["tokenizer"].update(n_vocab=99, eot_token=9)
+    )
+    with pytest.raises(ValueError, match=r"00000.tokens holds token 256 of a vocabulary of 99"):
+        TokenizedCorpus.open(folder)
+    with pytest.raises(ValueError, match=r"is of the tokenizer 'bytes'"):
+        TokenizedCorpus.open(folder, BYTES)
+    for table in [[[2**32 - 1, 0]], [[5, 7]]]:
+        folder = rewritten(tmp_path / "made", tmp_path / "changed", lambda m: None)
+        documents = np.fromfile(folder / "00000.documents", "<u4").reshape(-1, 2)
+        documents[:1] = table
+        documents.tofile(folder / "00000.documents")
+        digest = hashlib.sha256(documents).hexdigest()
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["shards"][0]["documents_sha256"] = digest
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=r"00000.documents does not fit the tokens and domains"):
+            TokenizedCorpus.open(folder)
+
+
+def test_of_a_changed_corpus_only_errors_that_name_the_file_come_out(made, tmp_path):
+    draw = random.Random(0)
+    odd = [None, 0, -1, 1.5, True, "", "<u2", [], {}, 10**30, [None], {"a": 1}, "\ud800"]
+    manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    places = [(), ("tokenizer",), ("shards", 0)]
+    for place in places:
+        held = manifest
+        for step in place:
+            held = held[step]
+        for name, value in [(name, value) for name in held for value in odd]:
+            before, held[name] = held[name], value
+            (tmp_path / "made" / "manifest.json").write_text(json.dumps(manifest))
+            held[name] = before
+            for checksums in True, False:
+                try:
+                    opened = TokenizedCorpus.open(tmp_path / "made", checksums=checksums)
+                except (ValueError, FileNotFoundError) as error:
+                    assert str(tmp_path / "made") in str(error)
+                else:
+                    assert len(opened) == len(made) and opened.facts() and (not checksums or opened.domain(0))
+    whole = json.dumps(manifest).encode()
+    for _ in range(200):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] = draw.randrange(256)
+        (tmp_path / "made" / "manifest.json").write_bytes(data)
+        try:
+            TokenizedCorpus.open(tmp_path / "made", BYTES)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(tmp_path / "made") in str(error)
+
+
+@pytest.mark.parametrize(
+    ("tokens_", "document"),
+    [
+        ([0, 5], [0, 0]),
+        ([0, -1], [0, 0]),
+        ([0.0, 1.0], [0, 0]),
+        ([True, True], [0, 0]),
+        ([0, 1], [-1, 0]),
+        ([0, 1], [0.0, 0]),
+    ],
+)
+def test_arrays_that_hold_no_tokens_are_refused(tokens_, document):
+    with pytest.raises(ValueError, match=r"must be integers, at least 0|below n_vocab = 5"):
+        TokenizedCorpus.from_arrays(np.array(tokens_), np.array(document), ["d"], 5)
+
+
+def test_what_a_larger_corpus_left_unfinished_is_no_part_of_a_smaller(tmp_path):
+    with pytest.raises(Killed):
+        tokenize(corpus(), tmp_path / "a", BYTES, 1, 1000, stop_after(5))
+    (tmp_path / "a" / "00000.tokens.1-aa.part").write_bytes(b"left by a kill")
+    tokenize(corpus()[:8], tmp_path / "a", BYTES, 1, 1000)
+    tokenize(corpus()[:8], tmp_path / "b", BYTES, 1, 1000)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")

@@ -3,7 +3,11 @@ import itertools
 import json
 import os
 import random
+import signal
+import time
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 
 from cratelab.corpora import pydocs, tokens
 from cratelab.corpora.documents import Document
+from cratelab.corpora.tokenizing import tokenize
 
 pytest.importorskip("tiktoken", reason="the extra `corpora` is not installed")
 pytest.importorskip("tokenizers", reason="the extra `corpora` is not installed")
@@ -217,3 +222,194 @@ def test_too_little_text_and_tokenizers_of_another_kind_are_refused():
 
 def test_training_survives_text_that_is_no_unicode():
     assert tokens.train_bpe([Document("aba aba \ud800")], 258).n_vocab == 258
+
+
+def pieces_of(text: str, longest: int, monkeypatch) -> list[str]:
+    monkeypatch.setattr(tokens, "LONGEST_PIECE", longest)
+    return list(tokens.pieces(text))
+
+
+@pytest.mark.skipif(not (DATA / "gpt2_bpe").is_dir(), reason="no shared data here; CRATELAB_DATA names another place")
+def test_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, corpus):
+    """Random text of all kinds of characters, cut often; only where no place to cut was found may tokens differ."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken_cache"))
+    gpt2, draw, compared = tokens.gpt2(), random.Random(0), 0
+    alphabets = [
+        " \n\t\r\u00a0\u3000\x1c\x85'sdtrelvm10aA,.!_-。、½²٣é\u0301日本🙂",
+        " \n,.'aA1é日",
+        "ab'l\u0301!  \n\n7",
+    ]
+    for i in range(4000):
+        letters = alphabets[i % 3] if i % 4 else "".join(chr(draw.randrange(32, 0x3000)) for _ in range(20)) + "  ab'"
+        text = "".join(draw.choices(letters, k=draw.randrange(1, 60)))
+        cut = pieces_of(text, 12, monkeypatch)
+        assert "".join(cut) == text and max(map(len, cut)) <= 12
+        if all(len(piece) < 12 for piece in cut[:-1]):
+            compared += 1
+            assert tokens.encode(gpt2, text).tolist() == gpt2.encode_ordinary(text)
+    assert compared > 1000
+    monkeypatch.undo()
+    text = "".join(document.text for document in corpus)
+    assert len(text) > 50_000 and len(pieces_of(text, 4096, monkeypatch)) < 1.1 * len(text) / 4096
+    assert tokens.encode(gpt2, text).tolist() == gpt2.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("run", [" ", "a", "ab1", "\n", "-", "日", "\u0301", "'"])
+def test_a_run_without_end_reaches_no_library_whole(bpe, run, monkeypatch):
+    text, longest = run * (200_000 // len(run)) + "x", []
+    encode = tokens._encode_piece
+
+    def encode_piece(tokenizer, piece):
+        longest.append(len(piece))
+        return encode(tokenizer, piece)
+
+    monkeypatch.setattr(tokens, "_encode_piece", encode_piece)
+    for tokenizer in bpe, tokens.byte_encoding():
+        longest.clear()
+        assert tokenizer.decode(tokens.encode(tokenizer, text).tolist()) == text
+        assert max(longest) <= 4096 and len(longest) <= 2 + 2 * len(text) // 4096
+
+
+def watch_training(monkeypatch, train) -> None:
+    """`train(library's tokenizer, texts, trainer)` takes the place of the library's training."""
+    library = tokens.require("tokenizers")
+    real = library.Tokenizer
+
+    class Watched:
+        def __init__(self, model):
+            self.__dict__["real"] = real(model)
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def __setattr__(self, name, value):
+            setattr(self.real, name, value)
+
+        def train_from_iterator(self, texts, trainer):
+            train(self.real, texts, trainer)
+
+    monkeypatch.setattr(library, "Tokenizer", Watched)
+
+
+def test_training_reads_a_run_without_end_in_pieces(monkeypatch):
+    read = []
+
+    def train(tokenizer, texts, trainer):
+        read.extend(texts)
+        tokenizer.train_from_iterator(read, trainer)
+
+    watch_training(monkeypatch, train)
+    text = "The cat sat on the mat. " * 50
+    runs = tokens.train_library_bpe([text, " " * 100_000 + "a", "b" * 100_000], 270)
+    assert max(map(len, read)) <= 4096 and sum(map(len, read)) == 200_001 + len(text)
+    assert runs.get_vocab_size() == 270
+
+
+@contextmanager
+def interrupted_after(seconds: float):
+    """Ctrl-C."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_training_and_tokenising_can_be_interrupted(monkeypatch, tmp_path):
+    heard, ended, encoded = Event(), Event(), []
+
+    def train(tokenizer, texts, trainer):
+        next(texts)
+        heard.wait(60)
+        assert not list(texts), "no more is read"
+        ended.set()
+
+    watch_training(monkeypatch, train)
+    start = time.monotonic()
+    with interrupted_after(0.3):
+        tokens.train_library_bpe(["abc"] * 9, 300)
+    assert time.monotonic() - start < 30
+    heard.set()
+    assert ended.wait(30)
+
+    def encode_piece(tokenizer, piece):
+        encoded.append(piece)
+        time.sleep(0.01)
+        return np.zeros(1, np.uint32)
+
+    monkeypatch.setattr(tokens, "_encode_piece", encode_piece)
+    with interrupted_after(0.3):
+        tokenize([Document("a" * 4096 * 10_000)], tmp_path, tokens.byte_encoding())
+    n = len(encoded)
+    time.sleep(0.05)
+    assert n == len(encoded) < 1000, "the thread that encodes has stopped, too"
+
+
+@pytest.mark.parametrize("pattern", ["", "(", r"(?<=a*)b", "a+", r"\w+", r"\p{Foo}", "(a|b)*\\1", r"\S+|\s+(?!\S)"])
+def test_a_pattern_that_a_library_cannot_use_or_that_loses_text_is_refused(tmp_path, pattern):
+    tokens.save(tokens.byte_encoding(), tmp_path / "t.json")
+    facts = json.loads((tmp_path / "t.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps(facts | {"pattern": pattern}))
+    with pytest.raises(ValueError, match=r"t.json holds no tokenizer"):
+        tokens.load(tmp_path / "t.json")
+    (tmp_path / "t.json").write_text(json.dumps(facts | {"pattern": r"\S+|\s+"}))
+    assert tokens.load(tmp_path / "t.json").encode_ordinary("a b") == [97, 32, 98]
+
+
+def test_a_document_that_cannot_be_encoded_is_named(tmp_path):
+    import tiktoken
+
+    ranks = {bytes([value]): value for value in range(256)}
+    panics = tiktoken.Encoding("p", pat_str="b|(?=d)", mergeable_ranks=ranks, special_tokens={tokens.END_OF_TEXT: 256})
+    documents = [Document("b", {"domain": "d"}), Document("acd", {"domain": "d", "path": "x/y.txt"})]
+    with pytest.raises(
+        ValueError, match=r"document 1 .*domain 'd', path 'x/y.txt'; it begins 'acd'.* 'p' gave up on 3"
+    ):
+        tokenize(documents, tmp_path / "panics", panics)
+    with pytest.raises(ValueError, match=r"document 0 .*1 words are not among"):
+        tokenize(documents, tmp_path / "words", tokens.WordEncoding(["a"]))
+    wrong = tokens.WordEncoding(["b", "acd"])
+    wrong.n_vocab = 1
+    with pytest.raises(ValueError, match=r"document 1 .*token 1 is not in the vocabulary of 1"):
+        tokenize(documents, tmp_path / "wrong", wrong)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_of_a_changed_tokenizer_only_errors_that_name_the_file_come_out(tmp_path, kind):
+    file, draw = tmp_path / "t.json", random.Random(kind)
+    tokens.save(tokens.byte_encoding() if kind == "bytes" else tokens.WordEncoding(["a", "b"]), file)
+    facts = json.loads(file.read_text())
+    odd = [None, 0, -1, 1.5, 1e400, True, "", "a", [], ["a"], [1], {}, [[]], {"a": "b"}, "\ud800", ["\ud800"], 10**400]
+    changes = [{name: value} for name in facts for value in odd]
+    changes += [{"tokens": [*facts["tokens"][:-1], value]} for value in odd]
+    for change in changes:
+        file.write_text(json.dumps({name: value for name, value in (facts | change).items() if value != {}}))
+        try:
+            loaded = tokens.load(file)
+        except ValueError as error:
+            assert "t.json" in str(error)
+        else:
+            tokens.fingerprint(loaded)
+            assert change.keys() & {"name", "tokens", "pattern", "end_of_text"}
+    whole = json.dumps(facts).encode()
+    for _ in range(100):
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] = draw.randrange(256)
+        file.write_bytes(data)
+        try:
+            tokens.load(file)
+        except ValueError as error:
+            assert "t.json" in str(error)
+
+
+@pytest.mark.parametrize("size", [256, 0, -1, 2**20 + 1, float("nan")])
+def test_vocabularies_of_no_size_are_refused_before_anything_is_read(size):
+    with pytest.raises(ValueError, match="vocab_size must be 257"):
+        tokens.train_bpe((pytest.fail("read") for _ in range(1)), size)

@@ -110,15 +110,18 @@ def generate(n_tokens: int = 1_000_000, seed: int = 0, context: int = 512) -> Wo
     """Write a world. The same seed gives the same tokens on every machine, and a longer world starts like a shorter.
 
     Args:
-        n_tokens: n ≥ 1.
+        n_tokens: n, 1 to 2³¹ - 1.
         seed: of the random numbers, at least 0.
-        context: the most tokens that a document has; lengths spread from a few sentences to all of it.
+        context: the most tokens that a document has, 2²⁰ at most; lengths spread from a few sentences to all of it.
 
     Raises:
         ValueError: `n_tokens` or `seed` is out of range, or some document would not fit the context.
     """
-    if n_tokens < 1 or seed < 0:
-        raise ValueError(f"TinyWorld needs n_tokens >= 1 and seed >= 0; got n_tokens={n_tokens}, seed={seed}")
+    if not 1 <= n_tokens < 2**31 or not seed >= 0 or not context <= 2**20:
+        raise ValueError(
+            "TinyWorld needs n_tokens of 1 to 2**31 - 1, seed >= 0 and context <= 2**20; got "
+            f"n_tokens={n_tokens}, seed={seed}, context={context}"
+        )
     grammar = _grammar()
     tokens, items, domains, topics, lengths, log_probs, splits = [], [], [], [], [], [], []
     distance = np.zeros(n_tokens, dtype=np.int32)
