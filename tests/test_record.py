@@ -38,7 +38,7 @@ def test_commit_is_none_outside_a_checkout_and_marked_where_files_changed(monkey
         (["--api-key", "s3cret", "--n-tokens", "20"], "--api-key *** --n-tokens 20"),
         (["--api-key=s3cret & s3cret", "--tokenizer=bytes"], "--api-key=*** --tokenizer=bytes"),
         (["--hfToken", "s3cret", "--key-frames", "7"], "--hfToken *** --key-frames 7"),
-        (["OPENAI_API_KEY=s3cret", "sk-proj-s3cret", "hf_s3cret", "runs/task-s3cret"], "OPENAI_API_KEY=*** *** *** runs/task-s3cret"),
+        (["A_KEY=s3cret", "sk-proj-s3cret", "hf_s3cret", "runs/task-s3cret"], "A_KEY=*** *** *** runs/task-s3cret"),
         (["-H", "Authorization: Bearer s3cret"], "-H Authorization: ***"),
         (["-H", "X-Api-Key: s3cret"], "-H X-Api-Key: ***"),
         (["--headers", '{"api_key": "s3cret", "model": "m"}'], '--headers {"api_key": ***, "model": "m"}'),
