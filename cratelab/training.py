@@ -88,6 +88,7 @@ class Recipe:
                 raise ValueError(f"{name} must be at least {low}; got {value}")
             setattr(self, name, int(value) if whole else float(value))
         check_seed(self.seed)
+        self.check_division(1)
         if self.precision not in ("auto", "no", "bf16"):
             raise ValueError(f'precision must be "auto", "no" or "bf16"; got {self.precision!r}')
         if self.compile not in (None, True, False):
@@ -104,6 +105,14 @@ class Recipe:
             raise ValueError(f"no preset {name!r}; there are {', '.join(LanguageModelConfig.presets)}")
         toy = dict(steps=1000, batch=16, peak_rate=3e-3, final_rate=3e-4, validate_every=100, validation_windows=64)
         return cls(**(toy if name == "toy" else {}) | overrides)
+
+    def check_division(self, processes: int) -> None:
+        """Raises ValueError if so many processes cannot divide the batch among them and into their parts."""
+        if processes < 1 or self.batch % (processes * self.accumulate):
+            raise ValueError(
+                f"the batch must be a multiple of processes × accumulate; got {self.batch}, {processes} and "
+                f"{self.accumulate}"
+            )
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step, counted from 0 (eq-07-3): linear up to the peak, then half a cosine down."""
@@ -167,11 +176,7 @@ def train(
         mixed_precision=None if is_initialized() else precision,  # a process has one for good: it is ours that counts
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.accumulate),
     )
-    if recipe.batch % (accelerator.num_processes * recipe.accumulate):
-        raise ValueError(
-            f"the batch must be a multiple of processes × accumulate; got {recipe.batch}, "
-            f"{accelerator.num_processes} and {recipe.accumulate}"
-        )
+    recipe.check_division(accelerator.num_processes)
     length = model.config.context + 1
     held_out = validation.validation_windows(length, min(recipe.validation_windows, len(validation) // length))
     arguments = model, recipe, training, validation, accelerator, command, tokenizer

@@ -284,12 +284,44 @@ def test_document_log_probs_end_with_the_context():
         (dict(steps=0), "steps must be at least 1; got 0"),
         (dict(batch=-1), "batch must be at least 1; got -1"),
         (dict(peak_rate=math.nan), "peak_rate must be at least 0; got nan"),
+        (dict(peak_rate=math.inf), "peak_rate must be at least 0; got inf"),
+        (dict(final_rate="1e-4"), "final_rate must be a number; got '1e-4'"),
+        (dict(clip=None), "clip must be a number; got None"),
+        (dict(weight_decay=True), "weight_decay must be a number; got True"),
+        (dict(batch=True), "batch must be a whole number; got True"),
+        (dict(steps=1.5), "steps must be a whole number; got 1.5"),
+        (dict(steps=math.nan), "steps must be a whole number; got nan"),
+        (dict(checkpoint_every="2"), "checkpoint_every must be a whole number; got '2'"),
+        (dict(validate_every=None), "validate_every must be a whole number; got None"),
+        (dict(seed=-1), "seed must be at least 0; got -1"),
+        (dict(seed=2**32), r"a seed must be at least 0 and below 2\*\*32"),
+        (dict(compile="yes"), "compile must be True, False or None; got 'yes'"),
+        (dict(precision=None), 'precision must be "auto", "no" or "bf16"; got None'),
         (dict(precision="fp8"), 'precision must be "auto", "no" or "bf16"'),
     ],
 )
 def test_a_recipe_out_of_range_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**wrong)
+
+
+def test_numbers_of_numpy_are_numbers_and_the_largest_seed_is_one(tmp_path):
+    r = recipe(steps=np.int64(2), peak_rate=np.float32(0.01), seed=np.uint32(2**32 - 1), warmup=None)
+    train(new_model(), corpus(), corpus(seed=1), r, tmp_path)
+    kept = json.loads((tmp_path / "run.json").read_text())["recipe"]
+    assert kept["steps"] == 2 and kept["seed"] == 2**32 - 1 and kept["peak_rate"] == float(np.float32(0.01))
+
+
+@pytest.mark.parametrize("name", ["Toy", "tiny", "", "s", None, 3])
+def test_a_preset_that_there_is_not_is_refused(name):
+    with pytest.raises(ValueError, match=r"no preset .*; there are toy, 1L, 2L, 3L, S, B"):
+        Recipe.preset(name)
+    assert Recipe.preset("S") == Recipe() != Recipe.preset("toy")
+
+
+def test_a_model_that_is_wrapped_is_refused():
+    with pytest.raises(ValueError, match="itself and not wrapped; got OptimizedModule"):
+        train(torch.compile(new_model()), corpus(), corpus(), recipe())
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
