@@ -309,10 +309,15 @@ class Reproduce:
         on_run = partial(print, flush=True)
         if self.what == "reference":
             folder = self.out or self.reference
-            print_table(make_reference_models(folder, self.seeds, self.text, self.steps or 1500, on_run, _report), None)
+            print_table(
+                make_reference_models(
+                    folder, self.seeds, self.text, 1500 if self.steps is None else self.steps, on_run, _report
+                ),
+                None,
+            )
             print(f"{folder}/packed is what cratelab/reference holds")
         else:
-            steps = (self.steps, self.steps) if self.steps else (2000, 1500)
+            steps = (2000, 1500) if self.steps is None else (self.steps, self.steps)
             folder = self.out or Path("runs/chapter-9")
             table = reproduce_chapter_9(folder, self.reference, self.seeds, steps, on_run, _report)
             print(f"{table} is what cratelab/reference holds")

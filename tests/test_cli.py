@@ -94,7 +94,7 @@ def test_another_corpus_is_read_with_the_tokenizer_of_the_run(tmp_path, monkeypa
     monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / "cache"))
     for name, letters in ("a", "abcdef"), ("b", "uvwxyz"):
         write_text(tmp_path / f"{name}", letters)
-    run, options = str(tmp_path / "run"), ["--context", "16", "--steps", "2", "--batch", "2", "--tokenizer", "bytes"]
+    run, options = str(tmp_path / "run"), ["--context", "96", "--steps", "2", "--batch", "2", "--tokenizer", "bytes"]
     main(["train", "--run-dir", run, "--corpus", str(tmp_path / "a"), *options])
     main(["steer", run, "--corpus", str(tmp_path / "b"), "--n-new", "2", "--n-tokens", "64"])
     with pytest.raises(SystemExit, match=r"trained on other tokens \(bytes, 257 of them\)"):
@@ -157,6 +157,8 @@ def test_an_odd_command_in_a_run_is_named(tmp_path, wrong):
         (["compare", "--presets", "toy", "toy"], "presets must be one or more, each once; got ['toy', 'toy']"),
         (["compare", "--context", "0"], "context must be at least 1; got 0"),
         (["reproduce", "reference", "--seeds", "0"], "seeds must be one or more"),
+        (["reproduce", "reference", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["reproduce", "chapter-9", "--steps", "0"], "steps must be at least 2"),
         (["reproduce", "chapter-9", "--steps", "2"], "steps must be at least 3"),
     ],
 )

@@ -319,7 +319,7 @@ def test_a_preset_that_there_is_not_is_refused(name):
     assert Recipe.preset("S") == Recipe() != Recipe.preset("toy")
 
 
-def test_a_model_that_is_wrapped_is_refused():
+def test_a_model_that_is_wrapped_is_refused(quick_compile):
     with pytest.raises(ValueError, match="itself and not wrapped; got OptimizedModule"):
         train(torch.compile(new_model()), corpus(), corpus(), recipe())
 
