@@ -1,20 +1,20 @@
 """The command line: one dataclass a command, from which tyro makes options, help and errors."""
 
-import json
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import torch
 import tyro
 
 from cratelab import plots
 from cratelab.budget import estimate
-from cratelab.comparison import compare, new_model, summarise
+from cratelab.comparison import check_ladder, compare, new_model, summarise
 from cratelab.corpora.prepare import PreparedCorpus, prepare, vocabulary_size
+from cratelab.corpora.tokenized import tokenizer_facts
 from cratelab.devices import best_device
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
 from cratelab.interpret.crate_against_gpt2 import reproduce_chapter_9
@@ -25,10 +25,11 @@ from cratelab.language_model import LanguageModel, LanguageModelConfig, load
 from cratelab.record import provenance
 from cratelab.reference_models import make_reference_models
 from cratelab.steering import direct_effect, full_effect, neuron_maxima, steer
-from cratelab.storage import write_json
+from cratelab.storage import read_json, write_json
 from cratelab.training import Diverged, Recipe, train
 
 Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]
+_NOT_KEPT = "run_dir", "resume", "dry_run"  # of the options of a run
 
 
 @dataclass
@@ -106,11 +107,11 @@ class Train(CorpusOptions, RecipeOptions):
         name = command.corpus.replace("/", "_")
         run_dir = run_dir or Path("runs") / f"{command.model}-{command.preset}-{name}-{command.seed}"
         print(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}", flush=True)
-        kept = {key: value for key, value in asdict(command).items() if key not in ("run_dir", "resume", "dry_run")}
-        metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, kept)
+        kept = {key: value for key, value in asdict(command).items() if key not in _NOT_KEPT}
+        metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, kept, corpus.tokenizer)
+        plots.save_loss_curve(metrics, run_dir / "loss.png", corpus.floor)
         floor = f"; the floor is {corpus.floor:.3f}" if corpus.floor else ""
         print(f"validation loss {metrics[-1]['validation_loss']:.3f} nats a token{floor}")
-        plots.save_loss_curve(metrics, run_dir / "loss.png", corpus.floor)
         print(f"{run_dir}/loss.png shows it; cratelab.load('{run_dir}/model') is the model")
 
 
@@ -126,8 +127,11 @@ class Compare(CorpusOptions, RecipeOptions):
     """Where runs, table and plot go."""
 
     def run(self) -> None:
+        check_ladder(self.presets, range(self.seeds))
         recipe = self.recipe(self.presets[0], seed=0)
-        context = self.context or _preset_context(self.presets[0])
+        for preset in self.presets:  # what is out of range is said before the corpus is made
+            new_model("crate", preset, vocabulary_size(self.corpus, self.tokenizer), 0, self.context)
+        context = _preset_context(self.presets[0]) if self.context is None else self.context
         _use_one_thread(max(LanguageModelConfig.preset(preset).width for preset in self.presets))
         corpus = _prepare(self, recipe, context)
         runs = compare(
@@ -135,8 +139,8 @@ class Compare(CorpusOptions, RecipeOptions):
         )
         table = summarise(runs)
         write_json(self.out / "compare.json", {"provenance": provenance(), "runs": runs, "table": table})
-        print_table(table, corpus.floor)
         plots.save_comparison(runs, self.out / "compare.png", corpus.floor)
+        print_table(table, corpus.floor)
         print(f"{self.out}/compare.png and compare.json hold it")
 
 
@@ -150,16 +154,26 @@ class TrainedModel:
     """As for train; a run's own unless given."""
 
     def load(self) -> tuple[LanguageModel, PreparedCorpus]:
-        folder = self.model / "model" if (self.model / "model").is_dir() else self.model
-        model = load(folder).to(best_device())
-        _use_one_thread(model.config.width)
-        command = _read_command(self.model) if (self.model / "run.json").is_file() else Train()
+        run = read_json(self.model / "run.json") if (self.model / "run.json").is_file() else {}
+        folder = self.model / "model" if run or (self.model / "model").is_dir() else self.model
+        if run and not folder.is_dir():
+            raise FileNotFoundError(_why_no_model(self.model, run))
         if self.corpus is None and folder == self.model:
             raise ValueError(f"{self.model} is no run, so nothing says what it has read: give --corpus")
+        model = load(folder).to(best_device())
+        _use_one_thread(model.config.width)
+        command = _read_command(self.model) if self.corpus is None or run.get("command") else Train()
+        theirs = _kept_tokenizer(folder.parent)
         if self.corpus:
-            command.corpus, command.tokenizer = self.corpus, None
+            command.corpus = self.corpus
+            inherited = self.corpus != "tinyworld" and theirs.get("name") in ("bytes", "gpt2")
+            command.tokenizer = theirs["name"] if inherited else None
         command.tokenizer = self.tokenizer or command.tokenizer
-        return model, _prepare(command, command.recipe(command.preset, command.seed), model.config.context)
+        corpus = _prepare(command, command.recipe(command.preset, command.seed), model.config.context)
+        _check_tokenizer(folder, theirs, model, corpus)
+        if self.corpus is None and not theirs and run["validation"] != corpus.validation.facts():
+            raise ValueError(f"the text that {self.model} has read has changed, and its tokens may have: give --corpus")
+        return model, corpus
 
 
 @dataclass
@@ -296,10 +310,15 @@ class Reproduce:
         on_run = partial(print, flush=True)
         if self.what == "reference":
             folder = self.out or self.reference
-            print_table(make_reference_models(folder, self.seeds, self.text, self.steps or 1500, on_run, _report), None)
+            print_table(
+                make_reference_models(
+                    folder, self.seeds, self.text, 1500 if self.steps is None else self.steps, on_run, _report
+                ),
+                None,
+            )
             print(f"{folder}/packed is what cratelab/reference holds")
         else:
-            steps = (self.steps, self.steps) if self.steps else (2000, 1500)
+            steps = (2000, 1500) if self.steps is None else (self.steps, self.steps)
             folder = self.out or Path("runs/chapter-9")
             table = reproduce_chapter_9(folder, self.reference, self.seeds, steps, on_run, _report)
             print(f"{table} is what cratelab/reference holds")
@@ -356,13 +375,59 @@ def _plain(options: dict) -> dict:
 
 
 def _read_command(folder: Path) -> Train:
+    """The options with which a run was begun."""
     file = folder / "run.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no run: there is no run.json in it")
-    command = json.loads(file.read_text()).get("command")
+    command = read_json(file).get("command")
     if not command:
         raise ValueError(f"{folder} was not begun by `cratelab train`: call cratelab.training.train again instead")
+    hints = {name: hint for name, hint in get_type_hints(Train).items() if name not in _NOT_KEPT}
+    if not isinstance(command, dict) or not command.keys() <= hints.keys():
+        raise ValueError(f"{file} is damaged: command may hold {', '.join(hints)}; got {command!r}")
+    for name, value in command.items():
+        if not any(value == fit if isinstance(fit, str) else type(value) is fit for fit in _fitting(hints[name])):
+            raise ValueError(f"{file} is damaged: {name} of its command is {value!r}")
     return Train(**command)
+
+
+def _fitting(hint: type) -> list:
+    """The types, and of a Literal the values, that an option may have."""
+    parts = [part for each in get_args(hint) or [hint] for part in (get_args(each) or [each])]
+    return [*parts, int] if float in parts else parts
+
+
+def _why_no_model(folder: Path, run: dict) -> str:
+    if "recipe" in run and "sae" not in run:
+        how = f"cratelab train --resume {folder}" if run.get("command") else "the call of `train` that began it"
+        return f"{folder} holds a run that has not ended, and no model yet: go on with {how}"
+    return f"{folder} holds a run of another kind, and no language model: give the folder of `cratelab train`"
+
+
+def _kept_tokenizer(folder: Path) -> dict:
+    """What the run.json of a folder says of the tokenizer; nothing if it does not, or there is none."""
+    file = folder / "run.json"
+    facts = read_json(file).get("tokenizer", {}) if file.is_file() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file} is damaged: tokenizer must be an object; got {facts!r}")
+    return facts
+
+
+def _check_tokenizer(folder: Path, theirs: dict, model: LanguageModel, corpus: PreparedCorpus) -> None:
+    """Raises ValueError if the model was trained on tokens that stand for other texts than those of the corpus."""
+    ours = tokenizer_facts(corpus.tokenizer)
+    names = [f"{facts.get('name')}, {facts.get('n_vocab')}" for facts in (theirs, ours)]
+    if theirs and theirs.get("sha256") != ours["sha256"]:
+        raise ValueError(
+            f"the model in {folder} was trained on other tokens ({names[0]} of them) than the corpus has ({names[1]}), "
+            "as after a change of its text: bring back the text that it has read, or tokenize another with "
+            f"{folder.parent / 'tokenizer.json'} and give that folder as --corpus"
+        )
+    if corpus.validation.n_vocab > model.config.vocab_size:
+        raise ValueError(
+            f"the corpus has {corpus.validation.n_vocab} tokens, the model in {folder} {model.config.vocab_size}: "
+            "give a corpus of the tokenizer that it was trained with"
+        )
 
 
 def _report(row: dict) -> None:

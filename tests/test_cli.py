@@ -47,6 +47,129 @@ def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch):
     assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
+def write_text(folder, letters):
+    """Documents of two-letter words, from which another tokenizer is learnt for other letters."""
+    words = [a + b for a in letters for b in letters]
+    folder.mkdir(exist_ok=True)
+    for split, first in ("train", 0), ("validation", 20):
+        documents = [" ".join(words[(i * j) % len(words)] for j in range(60)) for i in range(first, first + 20)]
+        lines = [json.dumps({"text": document}) + "\n" for document in documents]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+
+
+def test_a_run_whose_text_has_changed_is_refused_where_its_tokens_are_others(tmp_path, monkeypatch, capsys):
+    text, run = tmp_path / "text", str(tmp_path / "run")
+    write_text(text, "abcdef")
+    for corpus in "first", "second":  # a cache each
+        monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / corpus))
+        if corpus == "first":
+            options = [
+                "--corpus",
+                str(text),
+                "--tokenizer",
+                "bpe-270",
+                "--context",
+                "16",
+                "--steps",
+                "3",
+                "--batch",
+                "2",
+            ]
+            main(["train", "--run-dir", run, *options])
+            main(["steer", run, "--n-new", "2", "--n-tokens", "64"])
+            write_text(text, "uvwxyz")
+    for command in ["steer", run], ["interpret", run], ["interpret", run, "--corpus", str(text)]:
+        with pytest.raises(
+            SystemExit, match=r"trained on other tokens \(\S*, 270 of them\) .*, 270\).*run/tokenizer.json"
+        ):
+            main([*command, *(["--tokenizer", "bpe-270"] if "--corpus" in command else [])])
+    with pytest.raises(SystemExit, match=r"a run with another tokenizer \(sha256 was .*bring back the text"):
+        main(["train", "--resume", run])
+    write_text(text, "abcdef")
+    monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / "third"))
+    main(["steer", run, "--n-new", "2", "--n-tokens", "64"])
+
+
+def test_another_corpus_is_read_with_the_tokenizer_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / "cache"))
+    for name, letters in ("a", "abcdef"), ("b", "uvwxyz"):
+        write_text(tmp_path / f"{name}", letters)
+    run, options = str(tmp_path / "run"), ["--context", "96", "--steps", "2", "--batch", "2", "--tokenizer", "bytes"]
+    main(["train", "--run-dir", run, "--corpus", str(tmp_path / "a"), *options])
+    main(["steer", run, "--corpus", str(tmp_path / "b"), "--n-new", "2", "--n-tokens", "64"])
+    with pytest.raises(SystemExit, match=r"trained on other tokens \(bytes, 257 of them\)"):
+        main(["steer", run, "--corpus", "tinyworld", "--n-new", "2"])
+    main(["steer", f"{run}/model", "--corpus", str(tmp_path / "b"), "--tokenizer", "bytes", "--n-new", "2"])
+
+
+def test_a_run_without_a_model_says_what_it_is(tmp_path, monkeypatch):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="the same command goes on"):
+        patched.setattr("cratelab.cli._report", stop)
+        main(["train", "--run-dir", str(tmp_path / "run"), *SHORT])
+    with pytest.raises(SystemExit, match=r"has not ended, and no model yet: go on with cratelab train --resume"):
+        main(["interpret", str(tmp_path / "run")])
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "run.json").write_text('{"sae": {}, "recipe": {}}')
+    with pytest.raises(SystemExit, match="a run of another kind"):
+        main(["steer", str(tmp_path / "sae")])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": "many"},
+        {"preset": "huge"},
+        {"more": 1},
+        {"corpus": None},
+        {"seed": True},
+        {"compile": 1},
+        {"batch": [1]},
+    ],
+    ids=str,
+)
+def test_an_odd_command_in_a_run_is_named(tmp_path, wrong):
+    command = {"corpus": "tinyworld", "preset": "toy", "seed": 0} | wrong
+    (tmp_path / "run.json").write_text(json.dumps({"command": command}))
+    with pytest.raises(SystemExit, match=rf"run.json is damaged: .*{next(iter(wrong))}"):
+        main(["train", "--resume", str(tmp_path)])
+    (tmp_path / "run.json").write_text(json.dumps({"command": [wrong]}))
+    with pytest.raises(SystemExit, match=r"run.json is damaged: command may hold .*corpus"):
+        main(["train", "--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--seed", str(2**32)], "a seed must be at least 0 and below 2**32"),
+        (["train", "--seed", "-1"], "seed must be at least 0; got -1"),
+        (["train", "--context", "0"], "context must be at least 1; got 0"),
+        (["train", "--context", str(10**11)], "memory does not hold CrateConfig"),
+        (
+            ["train", "--dry-run", "--accumulate", "3"],
+            "the batch must be a multiple of processes × accumulate; got 16, 1",
+        ),
+        (["train", "--peak-rate", "nan"], "peak_rate must be at least 0; got nan"),
+        (["compare", "--seeds", "0"], "seeds must be one or more, each once; got []"),
+        (["compare", "--seeds", "-2"], "seeds must be one or more, each once; got []"),
+        (["compare", "--presets", "toy", "toy"], "presets must be one or more, each once; got ['toy', 'toy']"),
+        (["compare", "--context", "0"], "context must be at least 1; got 0"),
+        (["reproduce", "reference", "--seeds", "0"], "seeds must be one or more"),
+        (["reproduce", "reference", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["reproduce", "chapter-9", "--steps", "0"], "steps must be at least 2"),
+        (["reproduce", "chapter-9", "--steps", "2"], "steps must be at least 3"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_before_any_work(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cratelab.cli.prepare", lambda *options: pytest.fail("a corpus was made"))
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main(arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cratelab.budget.measure_matmul_rate", lambda device: 1e12)
