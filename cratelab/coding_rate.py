@@ -9,6 +9,8 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from cratelab.devices import exact
+
 # Beyond this ‖scale·ZᵀZ‖ the identity beside it drowns in rounding, and singular values are the accurate way.
 _CHOLESKY_LIMIT = 1e10
 
@@ -93,9 +95,9 @@ def subspace_rate(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
     Source: Yu et al. (2023).
     """
     _check_tokens(z, eps)
-    w = project(_precise(z), _precise(U))
+    w = project(exact(z), exact(U))
     n, p = w.shape[-2:]
-    return _half_logdet(w, p / (n * eps**2)).sum(-1).to(torch.promote_types(z.dtype, torch.float32))
+    return _half_logdet(w, p / (n * eps**2)).sum(-1).to(z.device, torch.promote_types(z.dtype, torch.float32))
 
 
 def subspace_rate_gradient(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
@@ -117,10 +119,10 @@ def subspace_rate_gradient(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
     Source: Yu et al. (2023).
     """
     _check_tokens(z, eps)
-    U = _precise(U)
-    w = project(_precise(z), U)
+    U = exact(U)
+    w = project(exact(z), U)
     n, p = w.shape[-2:]
-    return einsum(_shrink(w, p / (n * eps**2)), U, "... k n p, k d p -> ... n d").to(z.dtype)
+    return einsum(_shrink(w, p / (n * eps**2)), U, "... k n p, k d p -> ... n d").to(z)
 
 
 def rate_reduction(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
@@ -175,10 +177,6 @@ def _check_tokens(z: Tensor, eps: float) -> None:
         raise ValueError(f"tokens must be finite; {int((~torch.isfinite(z)).sum())} of {z.numel()} entries are not")
 
 
-def _precise(z: Tensor) -> Tensor:
-    return z.float() if z.device.type == "mps" else z.double()  # MPS has no float64
-
-
 def _identity_plus_gram(z: Tensor, scale: float) -> Tensor:
     """I + scale·(the smaller Gram matrix of z): (..., m, m), m = min(n, d)."""
     n, d = z.shape[-2:]
@@ -192,21 +190,21 @@ def _is_huge(z: Tensor, scale: float) -> bool:
 
 def _half_logdet(z: Tensor, scale: float) -> Tensor:
     """½ logdet(I + scale·zᵀz) of each matrix (..., n, d): (...)."""
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    z = _precise(z)
+    as_given = dict(device=z.device, dtype=torch.promote_types(z.dtype, torch.float32))
+    z = exact(z)
     if _is_huge(z, scale):
-        return 0.5 * torch.log1p(scale * torch.linalg.svdvals(z).square()).sum(-1).to(dtype)
+        return 0.5 * torch.log1p(scale * torch.linalg.svdvals(z).square()).sum(-1).to(**as_given)
     cholesky = torch.linalg.cholesky(_identity_plus_gram(z, scale))
-    return cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(dtype)
+    return cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(**as_given)
 
 
 def _shrink(z: Tensor, scale: float) -> Tensor:
     """scale·z(I + scale·zᵀz)⁻¹ of each matrix, in its shape and dtype; = scale·(I + scale·zzᵀ)⁻¹z."""
-    dtype, z = z.dtype, _precise(z)
+    given, z = z, exact(z)
     if _is_huge(z, scale):
         left, s, right = torch.linalg.svd(z, full_matrices=False)
-        return ((left * (scale * s / (1 + scale * s.square())).unsqueeze(-2)) @ right).to(dtype)
+        return ((left * (scale * s / (1 + scale * s.square())).unsqueeze(-2)) @ right).to(given)
     cholesky = torch.linalg.cholesky(_identity_plus_gram(z, scale))
     n, d = z.shape[-2:]
     solved = torch.cholesky_solve(z, cholesky) if n < d else torch.cholesky_solve(z.mT, cholesky).mT
-    return (scale * solved).to(dtype)
+    return (scale * solved).to(given)

@@ -11,11 +11,23 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+WITHOUT_FLOAT64 = ("mps",)
+
+
 def exact(x: Tensor) -> Tensor:
     """`x` in float64: where it is, or on the CPU if its device has no float64, as Apple's MPS."""
-    return x.cpu().double() if x.device.type == "mps" else x.double()
+    return _where_exact(x).double()
 
 
 def exact_sum(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """`x.sum(dim)` added up in float64, where `exact` would put it, without a copy of `x` in float64."""
-    return (x.cpu() if x.device.type == "mps" else x).sum(dim, dtype=torch.float64)
+    return _where_exact(x).sum(dim, dtype=torch.float64)
+
+
+def single(x: Tensor) -> Tensor:
+    """`x` in float32 where it is half precision; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _where_exact(x: Tensor) -> Tensor:
+    return x.cpu() if x.device.type in WITHOUT_FLOAT64 else x

@@ -169,6 +169,7 @@ class LanguageModel(nn.Module):
                 "generate needs n_new >= 0, temperature >= 0 and top_k >= 1; "
                 f"got n_new={n_new}, temperature={temperature}, top_k={top_k}"
             )
+        tokens = tokens.to(self.token_embedding.weight.device)
         context = self.config.context
         if tokens.shape[1] + n_new - 1 > context:
             warnings.warn(

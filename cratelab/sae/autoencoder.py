@@ -80,7 +80,7 @@ class Sae(nn.Module):
         self.register_buffer("threshold", torch.zeros(config.n_features))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Neurons (..., d_in) to the code (..., m), at least 0.
+        """Neurons (..., d_in) of any dtype to the code (..., m), at least 0.
 
         Raises:
             ValueError: `x` has another width.
@@ -92,11 +92,11 @@ class Sae(nn.Module):
         """(x − b_dec) W_enc + b_enc, (..., d_in) to (..., m)."""
         if x.shape[-1] != self.config.d_in:
             raise ValueError(f"the auto-encoder reads {self.config.d_in} neurons; got a tensor {tuple(x.shape)}")
-        return F.linear(x - self.b_dec, self.W_enc.mT, self.b_enc)
+        return F.linear(x.to(self.b_dec.dtype) - self.b_dec, self.W_enc.mT, self.b_enc)
 
     def decode(self, code: Tensor) -> Tensor:
         """The code (..., m) to neurons (..., d_in)."""
-        return code @ self.W_dec + self.b_dec
+        return code.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of neurons (..., d_in)."""
