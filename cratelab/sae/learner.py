@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cratelab.devices import exact
 from cratelab.sae.autoencoder import Sae
 
 
@@ -54,7 +55,7 @@ class Learner:
     def resample(self, x: Tensor, patience: int, draw: np.random.Generator) -> None:
         """Let features silent for `patience` tokens point at inputs that are badly reconstructed."""
         dead = (self.idle >= patience).nonzero()[:, 0]
-        errors = (self.sae(x) - x).square().sum(1).double()
+        errors = exact((self.sae(x) - x).square().sum(1))
         share = errors.square() / errors.square().sum()
         if not len(dead) or not share.isfinite().all():
             return
