@@ -169,7 +169,6 @@ class LanguageModel(nn.Module):
                 "generate needs n_new >= 0, temperature >= 0 and top_k >= 1; "
                 f"got n_new={n_new}, temperature={temperature}, top_k={top_k}"
             )
-        tokens = tokens.to(self.token_embedding.weight.device)
         context = self.config.context
         if tokens.shape[1] + n_new - 1 > context:
             warnings.warn(
@@ -177,6 +176,7 @@ class LanguageModel(nn.Module):
                 "past it the last window is encoded anew for every token",
                 stacklevel=2,
             )
+        tokens = tokens.to(self.token_embedding.weight.device)
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         cache = self.new_cache(len(tokens))
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)

@@ -45,7 +45,7 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def check_same_run(path: Path, facts: dict[str, dict]) -> None:
     """Refuse a folder in which a run of these facts can neither begin nor go on.
 
-    What a kill left half-written, such as run.json.part, is in nobody's way.
+    What a kill left half-written, such as run.json.part, is in nobody's way, and a lock neither.
 
     Raises:
         ValueError: the run.json in `path` states other facts, or there is none but other files.
@@ -58,7 +58,9 @@ def check_same_run(path: Path, facts: dict[str, dict]) -> None:
             if differing:
                 listed = ", ".join(f"{name} was {theirs.get(name)}, now {ours[name]}" for name in differing)
                 raise ValueError(f"{path} holds a run with another {part} ({listed}): choose another folder")
-    elif path.is_dir() and any(entry.suffix != ".part" for entry in path.iterdir()):
+    elif path.is_dir() and any(
+        entry.suffix not in (".part", ".lock") and entry.name != "lock" for entry in path.iterdir()
+    ):
         raise ValueError(f"{path} is not empty and holds no run: choose another folder")
 
 

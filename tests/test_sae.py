@@ -466,7 +466,7 @@ def test_whatever_a_folder_holds_only_errors_that_name_it_come_out(tmp_path):
     for kind in "relu", "batchtopk", "jumprelu":
         random_sae(4, 2, kind, k=2).save(folder)
         whole.append({file: file.read_bytes() for file in folder.iterdir()})
-    for trial in range(600):
+    for trial in range(150):
         for file, content in whole[trial % 3].items():
             file.write_bytes(content)
         file = folder / draw.choice(["cfg.json", "cfg.json", "sae_weights.safetensors"])
@@ -494,7 +494,7 @@ def test_whatever_a_folder_holds_only_errors_that_name_it_come_out(tmp_path):
         except (ValueError, OSError) as error:
             assert "an auto-encoder" in str(error), error
             refused += 1
-    assert refused > 300
+    assert refused > 70
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])

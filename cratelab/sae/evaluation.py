@@ -109,6 +109,11 @@ def cross_entropy(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int |
     return sum(nats) / sum(counts)
 
 
+def check_text(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None = None) -> None:
+    """Raises ValueError if `evaluate_sae` could not read the corpus."""
+    next(_texts(model, corpus, n_tokens, 1))
+
+
 def _texts(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None, batch: int) -> Iterator[Text]:
     """All pieces, the longest first, which leaves less padding."""
     if corpus.n_vocab > model.config.vocab_size:
