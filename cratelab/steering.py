@@ -57,7 +57,7 @@ class Edit:
         _check_numbers(self.neuron)
         if len(self.neuron.unique()) != len(self.neuron):
             raise ValueError(f"neuron must be one integer or several different ones; got {self.neuron.tolist()}")
-        if not (self.value.abs() <= LARGEST).all() or self.value.shape not in ((), self.neuron.shape):
+        if not _in_range(self.value) or self.value.shape not in ((), self.neuron.shape):
             raise ValueError(
                 f"value must be finite, at most {LARGEST:g} in size, and one number or one for each of "
                 f"{len(self.neuron)} neurons; got {self.value.tolist()}"
@@ -77,7 +77,7 @@ class Edit:
         neurons, value = self.neuron.to(code.device), self.value.to(code)
         before = code[..., neurons]
         after = {"set": value.expand_as(before), "add": before + value, "scale": before * value}[self.by]
-        if not (after.abs() <= LARGEST).all():
+        if not _in_range(after):
             raise ValueError(
                 f"layer {self.layer}: {self.by} {self.value.tolist()} makes of neurons {self.neuron.tolist()} "
                 f"activations of {float(after.abs().max()):g} in {code.dtype}; {LARGEST:g} is the limit"
@@ -111,6 +111,7 @@ def steer(model: LanguageModel, *edits: Edit, **edit) -> Iterator[None]:
 
     Raises:
         ValueError: an edit is not possible, or the model has no such layer or neuron. Nothing has been edited then.
+            A pass inside the block raises it if an edited layer's output is not finite.
     """
     edits = (*edits, Edit(**edit)) if edit else edits
     for each in edits:
@@ -118,9 +119,24 @@ def steer(model: LanguageModel, *edits: Edit, **edit) -> Iterator[None]:
         _check_range(model, each.value)
     with ExitStack() as hooks:
         for each in edits:
-            site = model.blocks[each.layer].neurons
-            hooks.callback(site.register_forward_hook(lambda module, inputs, code, each=each: each(code)).remove)
+            block = model.blocks[each.layer]
+            edit = block.neurons.register_forward_hook(lambda module, inputs, code, each=each: each(code))
+            check = block.register_forward_hook(lambda module, inputs, output, each=each: _check_output(each, output))
+            hooks.callback(edit.remove)
+            hooks.callback(check.remove)
         yield
+
+
+def _check_output(edit: Edit, output: Tensor) -> None:
+    if not output.isfinite().all():
+        raise ValueError(
+            f"layer {edit.layer}: after {edit.by} {edit.value.tolist()} of neurons {edit.neuron.tolist()} its output is "
+            f"not finite in {output.dtype}: take smaller values"
+        )
+
+
+def _in_range(values: Tensor) -> bool:
+    return bool((single(values).abs() <= LARGEST).all())  # in half precision `LARGEST` would be infinite
 
 
 def _check_numbers(neurons: Tensor) -> None:
@@ -132,7 +148,7 @@ def _check_numbers(neurons: Tensor) -> None:
 def _check_range(model: LanguageModel, values: Tensor) -> None:
     """Raises ValueError unless all values are finite in the model's dtype and at most `LARGEST` in size."""
     dtype = model.token_embedding.weight.dtype
-    if not (values.to(dtype).abs() <= LARGEST).all():
+    if not _in_range(values.to(dtype)):
         raise ValueError(f"values must be finite in {dtype} and at most {LARGEST:g} in size; got {values.tolist()}")
 
 
@@ -253,9 +269,7 @@ def steered_logits(
         ValueError: there is no such layer or neuron; values are not (s, m), not finite in the model's dtype or larger
             than `LARGEST`; `by` is unknown; or the steered logits are not finite.
     """
-    if by not in ("set", "add", "scale"):
-        raise ValueError(f'by must be "set", "add" or "scale"; got {by!r}')
-    check_values(model, layer, neurons, values)
+    check_values(model, layer, neurons, values, by)
     device = model.token_embedding.weight.device
     directions = single(atoms(model, layer, neurons))
     tokens, neurons, values = tokens.to(device), neurons.to(device), values.to(directions)
@@ -316,6 +330,7 @@ def full_effect(
         ValueError: as `steered_logits` and `check_contexts`.
     """
     check_contexts(model, contexts, batch)
+    check_values(model, layer, neurons, values[None], by)
     change = torch.zeros(len(neurons), model.config.vocab_size, dtype=torch.float64, device="cpu")
     for tokens in contexts.to(model.token_embedding.weight.device).split(batch):
         before = single(model(tokens)).log_softmax(-1)
@@ -324,8 +339,10 @@ def full_effect(
     return change / contexts.numel()
 
 
-def check_values(model: LanguageModel, layer: int, neurons: Tensor, values: Tensor) -> None:
+def check_values(model: LanguageModel, layer: int, neurons: Tensor, values: Tensor, by: str = "set") -> None:
     """Raises ValueError unless the layer has these neurons (m,), and they can take these values (s, m)."""
+    if by not in ("set", "add", "scale"):
+        raise ValueError(f'by must be "set", "add" or "scale"; got {by!r}')
     _check_neurons(model, layer, neurons)
     if values.ndim != 2 or values.shape[1] != len(neurons):
         raise ValueError(f"{len(neurons)} neurons need as many values each time; got {tuple(values.shape)}")

@@ -142,6 +142,8 @@ def frontier(
     device = model.token_embedding.weight.device
     targets, controls, maxima = targets.to(device), controls.to(device), single(maxima.to(device))
     values = torch.outer(torch.tensor(strengths, dtype=maxima.dtype, device=device), maxima)
+    with within():
+        check_values(model, layer, neurons, values)
     sums = torch.zeros(3, 1 + len(values), len(neurons), dtype=torch.float64, device="cpu")
     loss_penalty, kl_penalty = 0.0, 0.0
     for tokens in contexts.to(device).split(batch):

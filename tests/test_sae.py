@@ -339,6 +339,36 @@ def test_a_corpus_with_other_tokens_or_none_to_predict_is_refused(model):
             measure()
 
 
+@pytest.mark.parametrize("sae_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_models_and_auto_encoders_of_every_precision_fit(model, dtype, tolerance, sae_dtype):
+    tokens, text, saes = some_tokens(), corpus(200), {0: random_sae(), 1: random_sae(kind="jumprelu")}
+    tolerance = max(tolerance, 0.05 if sae_dtype == torch.bfloat16 else 0)
+    with splice(model, {0: saes[0]}), torch.no_grad():
+        expected = model(tokens)
+    scores, priced = evaluate_sae(model, text, saes), cross_entropy(model, text)
+    model.to(dtype)
+    saes = {layer: sae.to(sae_dtype) for layer, sae in saes.items()}
+    for error_term in False, True:
+        with splice(model, {0: saes[0]}, error_term), torch.no_grad():
+            logits = model(tokens)
+        assert logits.dtype == dtype
+        if not error_term:
+            torch.testing.assert_close(logits, expected, atol=3 * tolerance, rtol=tolerance, check_dtype=False)
+    assert cross_entropy(model, text) == pytest.approx(priced, rel=tolerance)
+    for layer, found in evaluate_sae(model, text, saes).items():
+        for name in "l0", "explained_variance", "ce_clean", "ce_spliced", "ce_zero":
+            assert getattr(found, name) == pytest.approx(getattr(scores[layer], name), rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("n_tokens, batch", [(0, 16), (-5, 16), (None, 0)])
+def test_to_read_nothing_is_refused(n_tokens, batch):
+    for measure in evaluate_sae, cross_entropy:
+        arguments = {"saes": {0: random_sae()}} if measure is evaluate_sae else {}
+        with pytest.raises(ValueError, match="a token or more to read"):
+            measure(talkative(), corpus(), **arguments, n_tokens=n_tokens, batch=batch)
+
+
 # Files
 
 
