@@ -2,7 +2,8 @@
 
 Tokens are rows here, `z` of shape (..., n, d); the book writes them as the columns of Z ∈ R^{d×n}.
 Rates are in nats a token: what it takes, on average, to name one token to precision ε.
-Small matrices are factorised in double precision, so float32 and bfloat16 tokens are safe too.
+Everything is computed in double precision, whatever the tokens come in, and rounded once: rates to the dtype of the
+tokens but at least to float32, since half precision has no room for a sum over many tokens; gradients to their dtype.
 """
 
 import torch
@@ -28,13 +29,12 @@ def coding_rate(z: Tensor, eps: float = 0.5) -> Tensor:
         (...) rates in nats, at least 0, in the dtype of `z` (at least float32).
 
     Raises:
-        ValueError: `z` is not (..., n, d) with n, d > 0, is not finite or not floating point, or `eps` is not positive.
+        ValueError: `z` is not (..., n, d) with n, d > 0, is not finite or not floating point, or `eps` is not positive
+            (from 1e-100 to 1e100).
 
     Source: Ma, Derksen, Hong & Wright (2007); Yu et al. (2023).
     """
-    _check_tokens(z, eps)
-    n, d = z.shape[-2:]
-    return _half_logdet(z, d / (n * eps**2))
+    return _rounded(_coding_rate(z, eps), z)
 
 
 def coding_rate_gradient(z: Tensor, eps: float = 0.5) -> Tensor:
@@ -52,7 +52,7 @@ def coding_rate_gradient(z: Tensor, eps: float = 0.5) -> Tensor:
     """
     _check_tokens(z, eps)
     n, d = z.shape[-2:]
-    return _shrink(z, d / (n * eps**2))
+    return _shrink(exact(z), d / (n * eps**2)).to(z.dtype).to(z.device)
 
 
 def project(z: Tensor, U: Tensor) -> Tensor:
@@ -87,17 +87,14 @@ def subspace_rate(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
         eps: precision ε > 0, in the units of `z`.
 
     Returns:
-        (...) rates in nats.
+        (...) rates in nats, in the dtype of `z` (at least float32).
 
     Raises:
-        ValueError: as `coding_rate` and `project`.
+        ValueError: as `coding_rate` and `project`, or `U` is not finite or not floating point.
 
     Source: Yu et al. (2023).
     """
-    _check_tokens(z, eps)
-    w = project(exact(z), exact(U))
-    n, p = w.shape[-2:]
-    return _half_logdet(w, p / (n * eps**2)).sum(-1).to(z.device, torch.promote_types(z.dtype, torch.float32))
+    return _rounded(_subspace_rate(z, U, eps), z)
 
 
 def subspace_rate_gradient(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
@@ -118,11 +115,9 @@ def subspace_rate_gradient(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
 
     Source: Yu et al. (2023).
     """
-    _check_tokens(z, eps)
-    U = exact(U)
-    w = project(exact(z), U)
+    w = _projected(z, U, eps)
     n, p = w.shape[-2:]
-    return einsum(_shrink(w, p / (n * eps**2)), U, "... k n p, k d p -> ... n d").to(z)
+    return einsum(_shrink(w, p / (n * eps**2)), exact(U), "... k n p, k d p -> ... n d").to(z.dtype).to(z.device)
 
 
 def rate_reduction(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
@@ -134,14 +129,15 @@ def rate_reduction(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
         eps: precision ε > 0.
 
     Returns:
-        (...) in nats; negative where the subspaces overlap so much that coding them apart costs more.
+        (...) in nats, in the dtype of `z` (at least float32); negative where the subspaces overlap so much that coding
+        them apart costs more.
 
     Raises:
         ValueError: as `subspace_rate`.
 
     Source: Yu et al. (2023); Yu, Chan, You, Song & Ma (2020).
     """
-    return coding_rate(z, eps) - subspace_rate(z, U, eps)
+    return _rounded(_reduction(z, U, eps), z)
 
 
 def sparse_rate_reduction(z: Tensor, U: Tensor, lam: float = 0.1, eps: float = 0.5) -> Tensor:
@@ -154,27 +150,59 @@ def sparse_rate_reduction(z: Tensor, U: Tensor, lam: float = 0.1, eps: float = 0
         eps: precision ε > 0.
 
     Returns:
-        (...) in nats.
+        (...) in nats, in the dtype of `z` (at least float32).
 
     Raises:
-        ValueError: as `subspace_rate`, or `lam` is negative.
+        ValueError: as `subspace_rate`, or `lam` is negative or not finite.
 
     Source: Yu et al. (2023), with ‖·‖₁ for ‖·‖₀.
     """
-    if lam < 0:
-        raise ValueError(f"the sparsity weight lam must be at least 0; got {lam}")
-    return rate_reduction(z, U, eps) - lam * z.abs().sum((-2, -1))
+    if not 0 <= lam < torch.inf:
+        raise ValueError(f"the sparsity weight lam must be finite and at least 0; got {lam}")
+    return _rounded(_reduction(z, U, eps) - lam * exact(z).abs().sum((-2, -1)), z)
 
 
 def _check_tokens(z: Tensor, eps: float) -> None:
-    if not z.is_floating_point() or z.ndim < 2 or 0 in z.shape[-2:]:
+    if z.ndim < 2 or 0 in z.shape[-2:]:
         raise ValueError(
             f"tokens must be floating point, (..., n, d) with n and d at least 1; got {z.dtype} {tuple(z.shape)}"
         )
-    if not eps > 0:
-        raise ValueError(f"the precision eps must be positive; got {eps}")
+    if not 1e-100 <= eps <= 1e100:  # so that its square is neither 0 nor infinite
+        raise ValueError(f"the precision eps must be positive, from 1e-100 to 1e100; got {eps}")
+    _check_finite("tokens", z)
+
+
+def _check_finite(name: str, z: Tensor) -> None:
+    if not z.is_floating_point():
+        raise ValueError(f"{name} must be floating point; got {z.dtype} {tuple(z.shape)}")
     if not torch.isfinite(z).all():
-        raise ValueError(f"tokens must be finite; {int((~torch.isfinite(z)).sum())} of {z.numel()} entries are not")
+        raise ValueError(f"{name} must be finite; {int((~torch.isfinite(z)).sum())} of {z.numel()} entries are not")
+
+
+def _rounded(rate: Tensor, z: Tensor) -> Tensor:
+    return rate.to(torch.promote_types(z.dtype, torch.float32)).to(z.device)
+
+
+def _coding_rate(z: Tensor, eps: float) -> Tensor:
+    _check_tokens(z, eps)
+    n, d = z.shape[-2:]
+    return _half_logdet(exact(z), d / (n * eps**2))
+
+
+def _subspace_rate(z: Tensor, U: Tensor, eps: float) -> Tensor:
+    w = _projected(z, U, eps)
+    n, p = w.shape[-2:]
+    return _half_logdet(w, p / (n * eps**2)).sum(-1)
+
+
+def _reduction(z: Tensor, U: Tensor, eps: float) -> Tensor:
+    return _coding_rate(z, eps) - _subspace_rate(z, U, eps)
+
+
+def _projected(z: Tensor, U: Tensor, eps: float) -> Tensor:
+    _check_tokens(z, eps)
+    _check_finite("subspaces U", U)
+    return project(exact(z), exact(U))
 
 
 def _identity_plus_gram(z: Tensor, scale: float) -> Tensor:
@@ -190,21 +218,20 @@ def _is_huge(z: Tensor, scale: float) -> bool:
 
 def _half_logdet(z: Tensor, scale: float) -> Tensor:
     """½ logdet(I + scale·zᵀz) of each matrix (..., n, d): (...)."""
-    as_given = dict(device=z.device, dtype=torch.promote_types(z.dtype, torch.float32))
-    z = exact(z)
     if _is_huge(z, scale):
-        return 0.5 * torch.log1p(scale * torch.linalg.svdvals(z).square()).sum(-1).to(**as_given)
+        s = scale**0.5 * torch.linalg.svdvals(z)
+        return torch.hypot(torch.ones_like(s), s).log().sum(-1)  # the square of s may be infinite
     cholesky = torch.linalg.cholesky(_identity_plus_gram(z, scale))
-    return cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(**as_given)
+    return cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def _shrink(z: Tensor, scale: float) -> Tensor:
-    """scale·z(I + scale·zᵀz)⁻¹ of each matrix, in its shape and dtype; = scale·(I + scale·zzᵀ)⁻¹z."""
-    given, z = z, exact(z)
+    """scale·z(I + scale·zᵀz)⁻¹ of each matrix, in its shape; = scale·(I + scale·zzᵀ)⁻¹z."""
     if _is_huge(z, scale):
         left, s, right = torch.linalg.svd(z, full_matrices=False)
-        return ((left * (scale * s / (1 + scale * s.square())).unsqueeze(-2)) @ right).to(given)
+        s = scale**0.5 * s
+        norm = torch.hypot(torch.ones_like(s), s)
+        return (left * (scale**0.5 * (s / norm / norm)).unsqueeze(-2)) @ right
     cholesky = torch.linalg.cholesky(_identity_plus_gram(z, scale))
     n, d = z.shape[-2:]
-    solved = torch.cholesky_solve(z, cholesky) if n < d else torch.cholesky_solve(z.mT, cholesky).mT
-    return (scale * solved).to(given)
+    return scale * (torch.cholesky_solve(z, cholesky) if n < d else torch.cholesky_solve(z.mT, cholesky).mT)

@@ -1,7 +1,7 @@
 """Where tensors live. Nothing else in the library names a kind of device."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def best_device() -> torch.device:
@@ -12,6 +12,12 @@ def best_device() -> torch.device:
 
 
 WITHOUT_FLOAT64 = ("mps",)
+
+
+def check_floating(module: nn.Module) -> None:
+    """Raises ValueError if parameters were cast to integers, which leaves nothing of them."""
+    if bad := [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]:
+        raise ValueError(f"weights must be floating point; {', '.join(bad)} of {type(module).__name__} are not")
 
 
 def exact(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.devices import exact_sum, single
+from cratelab.devices import check_floating, exact_sum, single
 from cratelab.interpret.reading import watch_neurons
 from cratelab.language_model import LanguageModel
 
@@ -130,8 +130,8 @@ def steer(model: LanguageModel, *edits: Edit, **edit) -> Iterator[None]:
 def _check_output(edit: Edit, output: Tensor) -> None:
     if not output.isfinite().all():
         raise ValueError(
-            f"layer {edit.layer}: after {edit.by} {edit.value.tolist()} of neurons {edit.neuron.tolist()} its output is "
-            f"not finite in {output.dtype}: take smaller values"
+            f"layer {edit.layer}: after {edit.by} {edit.value.tolist()} of neurons {edit.neuron.tolist()} its output "
+            f"is not finite in {output.dtype}: take smaller values"
         )
 
 
@@ -155,6 +155,7 @@ def _check_range(model: LanguageModel, values: Tensor) -> None:
 def _check_neurons(model: LanguageModel, layer: int, neurons: Tensor) -> None:
     """Raises ValueError if the model has no such layer, or the layer no such neurons."""
     _check_numbers(neurons)
+    check_floating(model)
     if layer not in range(len(model.blocks)):
         raise ValueError(f"the model has layers 0 to {len(model.blocks) - 1}; got {layer}")
     n_neurons = _count_neurons(model, layer)
@@ -195,6 +196,7 @@ def neuron_maxima(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int |
     """
     if n_tokens is not None and n_tokens < 1:
         raise ValueError(f"n_tokens must be at least 1; got {n_tokens}")
+    check_floating(model)
     maxima: list[Tensor] = []
     for text, layers in watch_neurons(model, corpus, n_tokens=n_tokens):
         here = [activations[text.present].amax(0) for activations in layers]
@@ -356,6 +358,7 @@ def check_contexts(model: LanguageModel, contexts: Tensor, batch: int = 1, least
             f"contexts must be (c, n), c at least 1, n at least {least}, and read 1 or more at a time; "
             f"got {tuple(contexts.shape)}, {batch} at a time"
         )
+    check_floating(model)
     v = model.config.vocab_size
     if contexts.dtype not in (torch.int32, torch.int64) or not ((contexts >= 0) & (contexts < v)).all():
         raise ValueError(

@@ -172,6 +172,30 @@ def test_double_precision_is_had_where_there_is_some(device):
     assert single(x.half()).dtype == torch.float32 and single(x.double()).dtype == torch.float64
 
 
+def test_weights_cast_to_integers_are_refused_by_name():
+    def as_integers(module):
+        for parameter in module.requires_grad_(False).parameters():
+            parameter.data = parameter.data.int()
+        return module
+
+    text, tokens, neurons = corpus(100), some_tokens(2, 3), torch.tensor([1])
+    cast, sae = as_integers(shaken(cl.Gpt2)), random_sae()
+    for use in (
+        lambda: full_effect(cast, tokens, 0, neurons, torch.ones(1)),
+        lambda: direct_effect(cast, 0, neurons),
+        lambda: neuron_maxima(cast, text),
+        lambda: layer_statistics(cast, [tokens]),
+        lambda: steer(cast, layer=0, neuron=1, value=1.0).__enter__(),
+        lambda: splice(cast, {0: sae}).__enter__(),
+        lambda: evaluate_sae(cast, text, {0: sae}),
+        lambda: cross_entropy(cast, text),
+        lambda: train_saes(cast, text, text, config(), recipe=recipe()),
+        lambda: splice(shaken(cl.Gpt2), {0: as_integers(random_sae())}).__enter__(),
+    ):
+        with pytest.raises(ValueError, match=r"weights must be floating point; .* of (Gpt2|Sae) are not"):
+            use()
+
+
 # Rates, losses
 
 

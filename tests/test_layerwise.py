@@ -44,7 +44,8 @@ def test_rates_and_sparsity_are_those_of_a_walk_through_the_blocks(model):
             hook = block.neurons.register_forward_hook(lambda module, inputs, code: codes.append(code))  # noqa: B023
             x = block(x)
             hook.remove()
-            assert_close(found["active"][i], (codes[0] > 0).double().mean().cpu())
+            few = 2 / codes[0].numel()  # a code at the threshold may fall on either side
+            assert_close(found["active"][i], (codes[0] > 0).double().mean().cpu(), rtol=0, atol=few)
 
 
 def test_gpt2s_subspaces_are_what_its_values_read():

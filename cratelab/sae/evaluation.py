@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.devices import exact, exact_sum
+from cratelab.devices import check_floating, exact, exact_sum
 from cratelab.interpret.reading import Text, pieces_of
 from cratelab.language_model import LanguageModel
 from cratelab.sae.autoencoder import Sae
@@ -116,6 +116,7 @@ def check_text(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | No
 
 def _texts(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None, batch: int) -> Iterator[Text]:
     """All pieces, the longest first, which leaves less padding."""
+    check_floating(model)
     if corpus.n_vocab > model.config.vocab_size:
         raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
     total = len(corpus) if n_tokens is None else min(n_tokens, len(corpus))

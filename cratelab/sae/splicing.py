@@ -7,6 +7,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from cratelab.devices import check_floating
 from cratelab.language_model import LanguageModel
 from cratelab.sae.autoencoder import Sae
 
@@ -26,14 +27,18 @@ def splice(model: LanguageModel, saes: dict[int, Sae], error_term: bool = False)
             to edit nothing changes nothing, to rounding.
 
     Raises:
-        ValueError: there is no such layer, or its neurons are not as many as the auto-encoder reads.
+        ValueError: there is no such layer, or its neurons are not as many as the auto-encoder reads; or weights were
+            cast to integers.
     """
+    check_floating(model)
     width = model.config.expansion * model.config.width
     for layer, sae in saes.items():
         if layer not in range(len(model.blocks)):
             raise ValueError(f"the model has the layers 0 to {len(model.blocks) - 1}; got {layer}")
         if sae.config.d_in != width:
             raise ValueError(f"layer {layer} has {width} neurons, its auto-encoder reads {sae.config.d_in}")
+        if isinstance(sae, Sae):
+            check_floating(sae)
     saes = {layer: on_device(sae, model.token_embedding.weight.device) for layer, sae in saes.items()}
     sites = {layer: model.blocks[layer].neurons for layer in saes}
     try:
