@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cratelab.corpora.tokens import Tokenizer
-from cratelab.devices import single
 from cratelab.interpret.viewer import Viewer, _token_text
 from cratelab.interpret.viewer_html import escape, number
 from cratelab.language_model import LanguageModel
@@ -71,9 +70,8 @@ def steering_viewer(
         raise ValueError(f"{len(strengths)} strengths were given, and {len(found.lift) - 1} measured")
     if not re.fullmatch("#[0-9a-fA-F]{6}", colour):
         raise ValueError(f"colour must be #rrggbb, such as {CRATE}; got {colour!r}")
-    values = torch.outer(torch.tensor(strengths, device=maxima.device), single(maxima))
-    chances = torch.empty(1 + len(values), m, len(prompts), model.config.vocab_size, device="cpu")
-    prompts, targets = prompts.to(model.token_embedding.weight.device), targets.cpu()
+    values = torch.outer(torch.tensor(strengths, device=maxima.device), maxima)
+    chances = torch.empty(1 + len(values), m, len(prompts), model.config.vocab_size)
     chances[0] = model(prompts)[:, -1].softmax(-1)
     for some, logits in steered_logits(model, prompts, layer, neurons, values):
         chances[1:, some] = logits[..., -1, :].softmax(-1).cpu()
@@ -81,7 +79,7 @@ def steering_viewer(
     texts = torch.stack(
         [plain.expand(m, -1, -1)]
         + [generate_when_set(model, prompts, layer, neurons, value, n_new, temperature=0) for value in values]
-    ).cpu()
+    )
     top = chances.topk(n_tokens, -1)
 
     table: dict[int, int] = {}  # token -> its place among those shown
@@ -100,7 +98,7 @@ def steering_viewer(
                         [places(top.indices[i, j, p]), _percent(top.values[i, j, p]), _marks(targets[j], top, i, j, p)]
                         for p in range(len(prompts))
                     ],
-                    "mass": [number(100 * chances[i, j, p][targets[j]].sum()) for p in range(len(prompts))],
+                    "mass": [number(100 * chances[i, j, p][targets[j].cpu()].sum()) for p in range(len(prompts))],
                     "text": [places(texts[i, j, p]) for p in range(len(prompts))],
                 }
                 for i in range(1 + len(strengths))
@@ -124,7 +122,7 @@ def _percent(chances: Tensor) -> list[int]:
 
 
 def _marks(targets: Tensor, top, i: int, j: int, p: int) -> list[int]:
-    return targets[top.indices[i, j, p]].int().tolist()
+    return targets[top.indices[i, j, p].to(targets.device)].int().tolist()
 
 
 def _fragment(title: str, colour: str, data: dict) -> str:

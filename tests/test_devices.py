@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 import cratelab as cl
 from cratelab import devices
 from cratelab.coding_rate import coding_rate_gradient
-from cratelab.corpora.tokens import WordEncoding
 from cratelab.devices import best_device, exact, exact_sum, single
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.ground_truth import match_concepts
@@ -32,7 +31,6 @@ from cratelab.layerwise import layer_statistics
 from cratelab.sae import cross_entropy, evaluate_sae, splice, train_saes
 from cratelab.steering import Edit, atoms, direct_effect, full_effect, neuron_maxima, steer, steered_logits
 from cratelab.steering_cost import control_tokens, draw_live, frontier, generate_when_set, most_raised, token_counts
-from cratelab.steering_viewer import steering_viewer
 from cratelab.training import document_log_probs, next_token_loss, validation_loss
 
 PRETENDED = "meta"
@@ -308,13 +306,6 @@ def test_the_frontier_is_that_of_the_cpu(device, sae, on_the_cpu):
     for name in "lift", "control_lift", "off_target", "loss_penalty", "kl_penalty":
         close(getattr(found, name), getattr(expected, name), 1e-3)
     assert found.lift.device.type == "cpu" and found.mean_cost(0.01).shape == (5,)
-    if not sae:
-        words = WordEncoding([f"w{i}" for i in range(VOCAB)])
-        shown = [
-            steering_viewer(model, words, contexts, 1, *some, expected, list("abcde"), n_tokens=1, n_new=2).html
-            for model, some in ((there, (moved[2], moved[3], moved[4])), (here, given[2:5]))
-        ]
-        assert len(shown[0]) == len(shown[1])
 
 
 def test_targets_and_controls_are_chosen_where_the_effects_are(device):
