@@ -4,7 +4,7 @@ import math
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def best_device() -> torch.device:
@@ -14,14 +14,28 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+WITHOUT_FLOAT64 = ("mps",)
+
+
+def check_floating(module: nn.Module) -> None:
+    """Raises ValueError if parameters were cast to integers, which leaves nothing of them."""
+    if bad := [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]:
+        raise ValueError(f"weights must be floating point; {', '.join(bad)} of {type(module).__name__} are not")
+
+
 def exact(x: Tensor) -> Tensor:
     """`x` in float64: where it is, or on the CPU if its device has no float64, as Apple's MPS."""
-    return x.cpu().double() if x.device.type == "mps" else x.double()
+    return _where_exact(x).double()
 
 
 def exact_sum(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
     """`x.sum(dim)` added up in float64, where `exact` would put it, without a copy of `x` in float64."""
-    return (x.cpu() if x.device.type == "mps" else x).sum(dim, dtype=torch.float64)
+    return _where_exact(x).sum(dim, dtype=torch.float64)
+
+
+def single(x: Tensor) -> Tensor:
+    """`x` in float32 where it is half precision; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def memory(device: torch.device) -> float:
@@ -31,3 +45,7 @@ def memory(device: torch.device) -> float:
     if device.type == "cpu" and hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return math.inf
+
+
+def _where_exact(x: Tensor) -> Tensor:
+    return x.cpu() if x.device.type in WITHOUT_FLOAT64 else x

@@ -204,6 +204,7 @@ class LanguageModel(nn.Module):
                 "past it the last window is encoded anew for every token",
                 stacklevel=2,
             )
+        tokens = tokens.to(self.token_embedding.weight.device)
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         cache = self.new_cache(len(tokens))
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from cratelab.coding_rate import coding_rate, subspace_rate
 from cratelab.crate import Crate
+from cratelab.devices import exact, single
 from cratelab.ista import ista, lasso_objective
 from cratelab.language_model import LanguageModel
+from cratelab.steering import check_contexts
 
 
 def subspaces(model: LanguageModel) -> list[Tensor]:
@@ -48,19 +50,22 @@ def layer_statistics(
         lasso objective" and "lasso active", the share above 1e-6 there.
 
     Raises:
-        ValueError: `batches` is empty, `lasso_steps` is given for a model without ISTA, or `eps` is not positive.
+        ValueError: `batches` is empty or holds what are no tokens of the model's, `lasso_steps` is negative or given
+            for a model without ISTA, or `eps` is not positive.
 
     Source: the layer-wise figures of Yu et al. (2023), on the tokens that U sees.
     """
+    if lasso_steps < 0 or not eps > 0:
+        raise ValueError(f"layer_statistics needs lasso_steps >= 0 and eps > 0; got {lasso_steps} and {eps}")
     if lasso_steps and not isinstance(model, Crate):
         raise ValueError(f"lasso_steps needs a model with ISTA layers; got {type(model).__name__}")
     learned = subspaces(model)
-    orthonormal = [torch.linalg.qr(U.double()).Q.to(U.dtype) for U in learned]
+    orthonormal = [torch.linalg.qr(exact(U)).Q.to(single(U)) for U in learned]
     sums: list[dict[str, float]] = [{} for _ in model.blocks]
 
     def add(layer: int, name: str, values: Tensor) -> None:
         """Add the mean of `values` a sequence, times the sequences."""
-        sums[layer][name] = sums[layer].get(name, 0.0) + float(values.double().mean()) * sequences
+        sums[layer][name] = sums[layer].get(name, 0.0) + float(exact(values).mean()) * sequences
 
     def watch(layer: int, stack: ExitStack) -> None:
         block, inputs = model.blocks[layer], {}
@@ -77,10 +82,10 @@ def layer_statistics(
         def at_neurons(module, arguments, code) -> None:
             add(layer, "active", code > 0)
             if lasso_steps:
-                D, lam, target = block.ista.D, block.ista.lam, inputs["target"]
-                step_size = 1 / float(torch.linalg.matrix_norm(D.float(), 2)) ** 2
+                D, lam, target = single(block.ista.D), block.ista.lam, single(inputs["target"])
+                step_size = 1 / float(torch.linalg.matrix_norm(D.cpu().float(), 2)) ** 2  # not on every device
                 converged = ista(target, D, step_size, lam, lasso_steps)
-                add(layer, "lasso objective", lasso_objective(target, code, D, lam))
+                add(layer, "lasso objective", lasso_objective(target, single(code), D, lam))
                 add(layer, "converged lasso objective", lasso_objective(target, converged, D, lam))
                 add(layer, "lasso active", converged > 1e-6)
 
@@ -99,8 +104,9 @@ def layer_statistics(
         for layer in range(len(model.blocks)):
             watch(layer, stack)
         for tokens in batches:
+            check_contexts(model, tokens)
             sequences = len(tokens)
-            model(tokens)
+            model(tokens.to(model.token_embedding.weight.device))
             total += sequences
     if not total:
         raise ValueError("layer_statistics needs at least one batch of tokens; got none")

@@ -17,10 +17,12 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.devices import check_floating, exact_sum, single
 from cratelab.interpret.reading import watch_neurons
 from cratelab.language_model import LanguageModel
 
 CHUNK = 2**20  # logits at a time: what a cache holds
+LARGEST = 1e15  # in size, of an edited activation: norms square what it makes of the tokens, and float32 ends at 3e38
 
 
 @dataclass(eq=False)
@@ -38,8 +40,8 @@ class Edit:
             anew; or a (b, n) mask, true where the edit acts, for forward passes on (b, n) tokens and no others.
 
     Raises:
-        ValueError: a value is not finite, the numbers of values and neurons differ, a neuron stands twice, `by` or
-            `where` is unknown, or the mask is not (b, n) bool.
+        ValueError: a value is not finite or larger than `LARGEST`, the numbers of values and neurons differ, a neuron
+            stands twice, `by` or `where` is unknown, or the mask is not (b, n) bool.
     """
 
     layer: int
@@ -52,12 +54,13 @@ class Edit:
         self.neuron, self.value = torch.as_tensor(self.neuron).reshape(-1), torch.as_tensor(self.value)
         if self.by not in ("set", "add", "scale"):
             raise ValueError(f'by must be "set", "add" or "scale"; got {self.by!r}')
-        if self.neuron.dtype.is_floating_point or len(self.neuron.unique()) != len(self.neuron) or not len(self.neuron):
+        _check_numbers(self.neuron)
+        if len(self.neuron.unique()) != len(self.neuron):
             raise ValueError(f"neuron must be one integer or several different ones; got {self.neuron.tolist()}")
-        if not self.value.isfinite().all() or self.value.shape not in ((), self.neuron.shape):
+        if not _in_range(self.value) or self.value.shape not in ((), self.neuron.shape):
             raise ValueError(
-                f"value must be finite, and one number or one for each of {len(self.neuron)} neurons; "
-                f"got {self.value.tolist()}"
+                f"value must be finite, at most {LARGEST:g} in size, and one number or one for each of "
+                f"{len(self.neuron)} neurons; got {self.value.tolist()}"
             )
         is_mask = isinstance(self.where, Tensor) and self.where.dtype == torch.bool and self.where.ndim == 2
         if not is_mask and (isinstance(self.where, Tensor) or self.where not in ("all", "last")):
@@ -68,11 +71,17 @@ class Edit:
         """Activations (b, n, h), edited in a copy.
 
         Raises:
-            ValueError: the mask is for another number of tokens.
+            ValueError: the mask is for another number of tokens, or an edited activation is not finite, or is larger
+                than `LARGEST`.
         """
         neurons, value = self.neuron.to(code.device), self.value.to(code)
         before = code[..., neurons]
         after = {"set": value.expand_as(before), "add": before + value, "scale": before * value}[self.by]
+        if not _in_range(after):
+            raise ValueError(
+                f"layer {self.layer}: {self.by} {self.value.tolist()} makes of neurons {self.neuron.tolist()} "
+                f"activations of {float(after.abs().max()):g} in {code.dtype}; {LARGEST:g} is the limit"
+            )
         if isinstance(self.where, Tensor):
             if self.where.shape != code.shape[:2]:
                 raise ValueError(
@@ -102,20 +111,52 @@ def steer(model: LanguageModel, *edits: Edit, **edit) -> Iterator[None]:
 
     Raises:
         ValueError: an edit is not possible, or the model has no such layer or neuron. Nothing has been edited then.
+            A pass inside the block raises it if an edited layer's output is not finite.
     """
     edits = (*edits, Edit(**edit)) if edit else edits
     for each in edits:
         _check_neurons(model, each.layer, each.neuron)
+        _check_range(model, each.value)
     with ExitStack() as hooks:
         for each in edits:
-            site = model.blocks[each.layer].neurons
-            hooks.callback(site.register_forward_hook(lambda module, inputs, code, each=each: each(code)).remove)
+            block = model.blocks[each.layer]
+            edit = block.neurons.register_forward_hook(lambda module, inputs, code, each=each: each(code))
+            check = block.register_forward_hook(lambda module, inputs, output, each=each: _check_output(each, output))
+            hooks.callback(edit.remove)
+            hooks.callback(check.remove)
         yield
+
+
+def _check_output(edit: Edit, output: Tensor) -> None:
+    if not output.isfinite().all():
+        raise ValueError(
+            f"layer {edit.layer}: after {edit.by} {edit.value.tolist()} of neurons {edit.neuron.tolist()} its output "
+            f"is not finite in {output.dtype}: take smaller values"
+        )
+
+
+def _in_range(values: Tensor) -> bool:
+    return bool((single(values).abs() <= LARGEST).all())  # in half precision `LARGEST` would be infinite
+
+
+def _check_numbers(neurons: Tensor) -> None:
+    """Raises ValueError unless they are (m,) integers, m at least 1."""
+    if neurons.dtype not in (torch.int32, torch.int64) or neurons.ndim != 1 or not len(neurons):
+        raise ValueError(f"neurons must be one integer or several, (m,) and m at least 1; got {neurons.tolist()}")
+
+
+def _check_range(model: LanguageModel, values: Tensor) -> None:
+    """Raises ValueError unless all values are finite in the model's dtype and at most `LARGEST` in size."""
+    dtype = model.token_embedding.weight.dtype
+    if not _in_range(values.to(dtype)):
+        raise ValueError(f"values must be finite in {dtype} and at most {LARGEST:g} in size; got {values.tolist()}")
 
 
 def _check_neurons(model: LanguageModel, layer: int, neurons: Tensor) -> None:
     """Raises ValueError if the model has no such layer, or the layer no such neurons."""
-    if not 0 <= layer < len(model.blocks):
+    _check_numbers(neurons)
+    check_floating(model)
+    if layer not in range(len(model.blocks)):
         raise ValueError(f"the model has layers 0 to {len(model.blocks) - 1}; got {layer}")
     n_neurons = _count_neurons(model, layer)
     if not ((neurons >= 0) & (neurons < n_neurons)).all():
@@ -148,11 +189,23 @@ def neuron_maxima(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int |
     """Of each layer the largest activation of every neuron, (h,), read as `watch_neurons` reads.
 
     A neuron whose maximum is 0 is dead on this text.
+
+    Raises:
+        ValueError: the corpus has tokens that the model does not know, or none; `n_tokens` is less than 1; or
+            activations are not finite.
     """
+    if n_tokens is not None and n_tokens < 1:
+        raise ValueError(f"n_tokens must be at least 1; got {n_tokens}")
+    check_floating(model)
     maxima: list[Tensor] = []
     for text, layers in watch_neurons(model, corpus, n_tokens=n_tokens):
         here = [activations[text.present].amax(0) for activations in layers]
         maxima = [torch.maximum(*pair) for pair in zip(maxima or here, here, strict=True)]
+    if not maxima:
+        raise ValueError("the corpus holds no token")
+    for layer, largest in enumerate(maxima):
+        if not largest.isfinite().all():
+            raise ValueError(f"activations of layer {layer} are not finite: is the model damaged, or did it diverge?")
     return maxima
 
 
@@ -168,7 +221,7 @@ def atoms(model: LanguageModel, layer: int, neurons: Tensor) -> Tensor:
 
     def single(module, inputs, code: Tensor) -> Tensor:
         codes = torch.zeros_like(code)
-        codes[torch.arange(m), 0, neurons.to(code.device)] = 1
+        codes[torch.arange(m, device=code.device), 0, neurons.to(code.device)] = 1
         return codes  # the last is all zero
 
     hook = block.neurons.register_forward_hook(single)
@@ -212,12 +265,16 @@ def steered_logits(
         by: "set", "add" or "scale".
 
     Yields:
-        Which of the neurons, and logits (s, m', b, n, v).
+        Which of the neurons, and logits (s, m', b, n, v), in the model's dtype.
 
     Raises:
-        ValueError: there is no such layer or neuron.
+        ValueError: there is no such layer or neuron; values are not (s, m), not finite in the model's dtype or larger
+            than `LARGEST`; `by` is unknown; or the steered logits are not finite.
     """
-    directions, neurons, values = atoms(model, layer, neurons), neurons.to(tokens.device), values.to(tokens.device)
+    check_values(model, layer, neurons, values, by)
+    device = model.token_embedding.weight.device
+    directions = single(atoms(model, layer, neurons))
+    tokens, neurons, values = tokens.to(device), neurons.to(device), values.to(directions)
     block, seen = model.blocks[layer], {}
     hooks = [
         block.neurons.register_forward_hook(lambda module, inputs, code: seen.update(code=code[..., neurons])),
@@ -235,10 +292,15 @@ def steered_logits(
         value, old = rearrange(values[:, some], "s m -> s m 1 1"), before[some]
         change = {"set": value - old, "add": value + 0 * old, "scale": (value - 1) * old}[by]
         x = seen["output"] + einsum(change, directions[some], "s m b n, m d -> s m b n d")
-        x = rearrange(x, "s m b n d -> (s m b) n d")
+        x = rearrange(x, "s m b n d -> (s m b) n d").to(seen["output"].dtype)
         for above in model.blocks[layer + 1 :]:
             x = above(x)
         logits = F.linear(model.norm(x), model.token_embedding.weight)
+        if not logits.isfinite().all():
+            raise ValueError(
+                f"logits are not finite in {logits.dtype} when neurons {neurons[some].cpu().tolist()} of layer {layer} "
+                f"are edited ({by}) by {values[:, some].cpu().tolist()}: take smaller values"
+            )
         yield some, rearrange(logits, "(s m b) n v -> s m b n v", s=len(values), b=len(tokens))
 
 
@@ -264,14 +326,42 @@ def full_effect(
         batch: contexts at a time.
 
     Returns:
-        (m, v) float64, in nats.
+        (m, v) float64 on the CPU, in nats.
 
     Raises:
-        ValueError: there is no such layer or neuron.
+        ValueError: as `steered_logits` and `check_contexts`.
     """
-    change = torch.zeros(len(neurons), model.config.vocab_size, dtype=torch.float64, device=contexts.device)
-    for tokens in contexts.split(batch):
-        before = model(tokens).log_softmax(-1)
+    check_contexts(model, contexts, batch)
+    check_values(model, layer, neurons, values[None], by)
+    change = torch.zeros(len(neurons), model.config.vocab_size, dtype=torch.float64, device="cpu")
+    for tokens in contexts.to(model.token_embedding.weight.device).split(batch):
+        before = single(model(tokens)).log_softmax(-1)
         for some, logits in steered_logits(model, tokens, layer, neurons, values[None], by):
-            change[some] += (logits[0].log_softmax(-1) - before).sum((1, 2), dtype=torch.float64)
+            change[some] += exact_sum(single(logits[0]).log_softmax(-1) - before, (1, 2)).cpu()
     return change / contexts.numel()
+
+
+def check_values(model: LanguageModel, layer: int, neurons: Tensor, values: Tensor, by: str = "set") -> None:
+    """Raises ValueError unless the layer has these neurons (m,), and they can take these values (s, m)."""
+    if by not in ("set", "add", "scale"):
+        raise ValueError(f'by must be "set", "add" or "scale"; got {by!r}')
+    _check_neurons(model, layer, neurons)
+    if values.ndim != 2 or values.shape[1] != len(neurons):
+        raise ValueError(f"{len(neurons)} neurons need as many values each time; got {tuple(values.shape)}")
+    _check_range(model, values)
+
+
+def check_contexts(model: LanguageModel, contexts: Tensor, batch: int = 1, least: int = 1) -> None:
+    """Raises ValueError unless these are (c, n) tokens of the model's, n at least `least`, to be read in batches."""
+    if contexts.ndim != 2 or not len(contexts) or contexts.shape[1] < least or batch < 1:
+        raise ValueError(
+            f"contexts must be (c, n), c at least 1, n at least {least}, and read 1 or more at a time; "
+            f"got {tuple(contexts.shape)}, {batch} at a time"
+        )
+    check_floating(model)
+    v = model.config.vocab_size
+    if contexts.dtype not in (torch.int32, torch.int64) or not ((contexts >= 0) & (contexts < v)).all():
+        raise ValueError(
+            f"contexts must be integers from 0 to {v - 1}; got {contexts.dtype}, "
+            f"{contexts.min().item()} to {contexts.max().item()}"
+        )

@@ -21,6 +21,7 @@ auto-encoder without error term does, pays for that in both. In short::
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,10 +29,11 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.devices import exact_sum, single
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.explainers import SuffixExplanations
 from cratelab.language_model import LanguageModel
-from cratelab.steering import steered_logits
+from cratelab.steering import check_contexts, check_values, steered_logits
 
 STRENGTHS = 0.5, 1.0, 2.0, 4.0, 8.0
 
@@ -59,7 +61,12 @@ class Frontier:
 
         It is infinite for a neuron that does not reach it, so that a median over neurons takes all of them into
         account; the share of infinite costs is to be reported beside it.
+
+        Raises:
+            ValueError: `lift` is NaN.
         """
+        if lift != lift:
+            raise ValueError("the lift must be a number; got NaN")
         reached = self.lift >= lift
         after = reached.int().argmax(0, keepdim=True)
         before = (after - 1).clamp(min=0)
@@ -69,7 +76,17 @@ class Frontier:
         return cost.masked_fill(~reached.any(0), torch.inf)
 
     def mean_cost(self, lift: float, n: int = 50) -> Tensor:
-        """(m,) area under the frontier up to `lift`, divided by `lift` (eq-11-6); infinite as in `cost_at`."""
+        """(m,) area under the frontier up to `lift`, divided by `lift` (eq-11-6); infinite as in `cost_at`.
+
+        Args:
+            lift: positive.
+            n: pieces of the trapezoidal rule.
+
+        Raises:
+            ValueError: `lift` is not positive and finite, or `n` is less than 1.
+        """
+        if not 0 < lift < np.inf or n < 1:
+            raise ValueError(f"a mean cost needs a positive finite lift and n of at least 1; got {lift} and {n}")
         costs = torch.stack([self.cost_at(i * lift / n) for i in range(n + 1)])
         return (costs[1:] + costs[:-1]).mean(0) / 2
 
@@ -102,8 +119,19 @@ def frontier(
         batch: contexts at a time.
 
     Raises:
-        ValueError: targets or controls are not (m, v) bool with some and not all tokens for each neuron.
+        ValueError: targets or controls are not (m, v) bool with some and not all tokens for each neuron; contexts are
+            not (c, n) tokens with n at least 2; maxima are not (m,), finite and at least 0; strengths do not rise from
+            above 0; or as `steered_logits`.
     """
+    check_contexts(model, contexts, batch, least=2)
+    strengths = [float(strength) for strength in strengths]
+    if not strengths or not all(low < high < np.inf for low, high in pairwise([0, *strengths])):
+        raise ValueError(f"strengths must be positive numbers that rise; got {strengths}")
+    if not len(neurons) or maxima.shape != neurons.shape or not ((maxima >= 0) & maxima.isfinite()).all():
+        raise ValueError(
+            f"a frontier needs one neuron or more, and their maxima, finite and at least 0; got {neurons.tolist()} and "
+            f"{maxima.tolist()}"
+        )
     shape = len(neurons), model.config.vocab_size
     for name, tokens in ("targets", targets), ("controls", controls):
         if tokens.shape != shape or tokens.dtype != torch.bool:
@@ -111,23 +139,25 @@ def frontier(
         if (useless := ~tokens.any(1) | tokens.all(1)).any():
             rows = useless.nonzero()[:, 0].tolist()
             raise ValueError(f"{name} must name some and not all tokens for each neuron; leave out rows {rows}")
-    targets, controls = targets.to(contexts.device), controls.to(contexts.device)
-    values = torch.outer(torch.tensor(strengths, device=maxima.device), maxima)
-    sums = torch.zeros(3, 1 + len(values), len(neurons), dtype=torch.float64, device=contexts.device)
+    device = model.token_embedding.weight.device
+    targets, controls, maxima = targets.to(device), controls.to(device), single(maxima.to(device))
+    values = torch.outer(torch.tensor(strengths, dtype=maxima.dtype, device=device), maxima)
+    with within():
+        check_values(model, layer, neurons, values)
+    sums = torch.zeros(3, 1 + len(values), len(neurons), dtype=torch.float64, device="cpu")
     loss_penalty, kl_penalty = 0.0, 0.0
-    for tokens in contexts.split(batch):
-        clean = model(tokens).log_softmax(-1)
+    for tokens in contexts.to(device).split(batch):
+        clean = single(model(tokens)).log_softmax(-1)
         with within():
-            plain = model(tokens).log_softmax(-1)
+            plain = single(model(tokens)).log_softmax(-1)
             unsteered = repeat(torch.stack([clean, plain]), "r b n v -> r m b n v", m=len(neurons))
             for some, logits in steered_logits(model, tokens, layer, neurons, values):
-                logits = torch.cat([unsteered[:, some], logits])
-                sums[:, :, some] += _measure(logits, targets[some], controls[some]).sum((3, 4), dtype=torch.float64)
-        kl_penalty += float((clean.exp() * (clean - plain)).sum(dtype=torch.float64))
-        loss_penalty += float((clean - plain)[:, :-1].gather(2, tokens[:, 1:, None]).sum(dtype=torch.float64))
+                logits = torch.cat([unsteered[:, some], single(logits)])
+                sums[:, :, some] += exact_sum(_measure(logits, targets[some], controls[some]), (3, 4)).cpu()
+        kl_penalty += float(exact_sum(clean.exp() * (clean - plain)))
+        loss_penalty += float(exact_sum((clean - plain)[:, :-1].gather(2, tokens[:, 1:, None].long())))
     n_contexts, n = contexts.shape
-    means = (sums / contexts.numel()).cpu()
-    return Frontier(*means, loss_penalty / (n_contexts * (n - 1)), kl_penalty / contexts.numel())
+    return Frontier(*sums / contexts.numel(), loss_penalty / (n_contexts * (n - 1)), kl_penalty / contexts.numel())
 
 
 def _measure(logits: Tensor, targets: Tensor, controls: Tensor) -> Tensor:
@@ -159,7 +189,13 @@ def _lists(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_live(maxima: Tensor, n: int, seed: int = 0) -> Tensor:
-    """At most n of the neurons (h,) whose maximum is positive, drawn at random, ascending."""
+    """At most n of the neurons (h,) whose maximum is positive, drawn at random, ascending.
+
+    Raises:
+        ValueError: `n` is less than 1, or `maxima` are not finite.
+    """
+    if n < 1 or not maxima.isfinite().all():
+        raise ValueError(f"draw_live needs n of at least 1 and finite maxima; got {n} and {maxima.tolist()}")
     live = (maxima > 0).nonzero()[:, 0].cpu().numpy()
     drawn = np.random.default_rng(seed).permutation(live)[:n]
     return torch.from_numpy(np.sort(drawn)).to(maxima.device)
@@ -169,12 +205,30 @@ def most_raised(effects: Tensor, n: int, n_vocab: int) -> Tensor:
     """The n tokens below `n_vocab` with the largest effect for each neuron, (m, v) to (m, v) bool.
 
     Rows of the unembedding from `n_vocab` on only fill it up: no text holds their tokens.
+
+    Raises:
+        ValueError: `effects` are NaN somewhere, or not 1 <= n <= n_vocab <= v.
     """
+    if not 1 <= n <= n_vocab <= effects.shape[1] or effects.isnan().any():
+        raise ValueError(
+            f"most_raised needs effects that are numbers, and 1 <= n <= n_vocab <= {effects.shape[1]}; got n={n}, "
+            f"n_vocab={n_vocab}, {int(effects.isnan().sum())} NaN"
+        )
     return torch.zeros_like(effects, dtype=torch.bool).scatter_(1, effects[:, :n_vocab].topk(n, 1).indices, True)
 
 
 def named_tokens(explanations: SuffixExplanations, layer: int, neurons: Tensor, n: int, v: int) -> Tensor:
-    """The n tokens that each neuron's explanation by `TokenExplainer` names first, or fewer: (m, v) bool."""
+    """The n tokens that each neuron's explanation by `TokenExplainer` names first, or fewer: (m, v) bool.
+
+    Raises:
+        ValueError: there is no such layer or neuron, or not 1 <= n <= v.
+    """
+    n_layers, h = explanations.shape
+    if layer not in range(n_layers) or not ((neurons >= 0) & (neurons < h)).all() or not 1 <= n <= v:
+        raise ValueError(
+            f"named_tokens needs a layer from 0 to {n_layers - 1}, neurons from 0 to {h - 1}, and n from 1 to {v}; "
+            f"got {layer}, {neurons.tolist()}, {n}"
+        )
     own, tokens = explanations.keys[0] // explanations.base, explanations.keys[0] % explanations.base
     row = torch.full(explanations.shape, -1)
     row[layer, neurons.cpu()] = torch.arange(len(neurons))
@@ -190,14 +244,24 @@ def concept_tokens(concepts: Concepts, corpus: TokenizedCorpus, which: Tensor, v
     """The tokens that have a concept more often than not in a corpus, (m, v) bool for the concepts `which` (m,).
 
     Concepts of context, such as "inside a quotation", may have none.
+
+    Raises:
+        ValueError: the corpus has more than v tokens.
     """
+    counts_of_all = token_counts(corpus, v)
     stream = torch.from_numpy(corpus[:].astype(np.int64))
     counts = torch.zeros(v, len(which)).index_add_(0, stream, concepts.truth[:, which.cpu()].float())
-    return counts.mT > token_counts(corpus, v) / 2
+    return counts.mT > counts_of_all / 2
 
 
 def token_counts(corpus: TokenizedCorpus, v: int) -> Tensor:
-    """(v,) how often each token stands in a corpus that fits into memory."""
+    """(v,) how often each token stands in a corpus that fits into memory.
+
+    Raises:
+        ValueError: the corpus has more than v tokens.
+    """
+    if corpus.n_vocab > v:
+        raise ValueError(f"the corpus has {corpus.n_vocab} tokens, more than v={v}")
     return torch.from_numpy(np.bincount(corpus[:], minlength=v))
 
 
@@ -212,7 +276,15 @@ def control_tokens(targets: Tensor, counts: Tensor, n_bins: int = 20, seed: int 
         counts: (v,) frequencies.
         n_bins: how many bins.
         seed: of the draw.
+
+    Raises:
+        ValueError: targets are not (m, v) bool, counts not (v,), or there is no bin.
     """
+    if targets.dtype != torch.bool or targets.ndim != 2 or counts.shape != targets.shape[1:] or n_bins < 1:
+        raise ValueError(
+            "control_tokens needs targets (m, v) of bool, counts (v,) and n_bins of at least 1; "
+            f"got {tuple(targets.shape)} {targets.dtype}, {tuple(counts.shape)}, {n_bins}"
+        )
     keys = torch.from_numpy(np.random.default_rng(seed).random(targets.shape, dtype=np.float32)).to(targets.device)
     keys = keys.masked_fill(targets, 2)  # drawn last
     controls = torch.zeros_like(targets)
@@ -240,11 +312,16 @@ def bootstrap(
         The statistic, and the ends of the interval, which are resamples' own values.
 
     Raises:
-        ValueError: the arms have different numbers of seeds, or no neuron under one of them.
+        ValueError: the arms have different numbers of seeds, no neuron under one of them, or NaN; or there is no
+            resample.
     """
     if not arms or len({len(arm) for arm in arms}) != 1 or not all(len(values) for arm in arms for values in arm):
         raise ValueError("bootstrap needs arms with equally many seeds, and at least one neuron under each seed")
     held = [[np.asarray(values.cpu(), np.float64) for values in arm] for arm in arms]
+    if n_resamples < 1 or any(np.isnan(values).any() for arm in held for values in arm):
+        raise ValueError(
+            f"bootstrap needs one resample or more, and values that are numbers; got {n_resamples}, {held}"
+        )
     draw = np.random.default_rng(seed)
     resampled = []
     for _ in range(n_resamples):
@@ -273,8 +350,14 @@ def generate_when_set(
 
     Returns:
         The new tokens, (m, p, n_new).
+
+    Raises:
+        ValueError: there is no such layer or neuron, or no prompt; values are not (m,), or as for `Edit`; or as
+            `generate`.
     """
-    p, device = len(prompts), prompts.device
+    check_contexts(model, prompts)
+    check_values(model, layer, neurons, values[None])
+    p, device = len(prompts), model.token_embedding.weight.device
     rows = torch.arange(len(neurons) * p, device=device)
     neurons, values = (repeat(each.to(device), "m -> (m p)", p=p) for each in (neurons, values))
 
@@ -299,7 +382,7 @@ def repetition(tokens: Tensor, length: int = 3) -> Tensor:
 
     Source: Welleck et al. (2020), who call it seq-rep-n.
     """
-    if tokens.shape[-1] < length:
+    if not 1 <= length <= tokens.shape[-1]:
         raise ValueError(f"runs of {length} tokens need texts as long; got {tokens.shape[-1]}")
     runs = tokens.unfold(-1, length, 1)
     numbers = runs.reshape(-1, length).unique(dim=0, return_inverse=True)[1].reshape(runs.shape[:-1]).sort(-1).values

@@ -267,6 +267,7 @@ def _train(
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean cross-entropy in nats of each token of the windows (b, n + 1) given those before it (eq-07-1)."""
+    windows = windows.to(next(model.parameters()).device)
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1).float(), windows[:, 1:].flatten())
 
 

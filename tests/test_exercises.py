@@ -1,5 +1,6 @@
 """Exercises: the stub fails, the solution passes, wrong answers are told what is wrong; the generator refuses gaps."""
 
+import math
 import re
 import runpy
 import shutil
@@ -9,6 +10,7 @@ import chapters
 import check_chapters
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
 import sync
 import torch
@@ -77,6 +79,37 @@ WRONG_ANSWERS = [
 def test_wrong_answer_is_told_what_is_wrong(slug, exercise, message, answer):
     with pytest.raises(CheckFailed, match=message):
         run(slug, exercise, answer)
+
+
+def with_nan(answer):
+    """The same answer with NaN for every number that is no integer."""
+    if isinstance(answer, torch.Tensor | np.ndarray):
+        answer = torch.as_tensor(answer)
+        return torch.full_like(answer, torch.nan) if answer.is_floating_point() else answer
+    if isinstance(answer, dict):
+        return {key: with_nan(value) for key, value in answer.items()}
+    if isinstance(answer, tuple | list):
+        return type(answer)(with_nan(value) for value in answer)
+    return math.nan if isinstance(answer, float) else answer
+
+
+@each_exercise
+def test_nan_is_never_right(slug, exercise):
+    if any("conduct(" in cell.source for cell in exercise.cells):
+        pytest.skip("an experiment, of which test_conduct_of_an_experiment tries it")
+    right = run(slug, exercise)[exercise.functions[-1]]
+    changed = []
+
+    def answer(*arguments, **options):
+        given = right(*arguments, **options)
+        changed.append(repr(with_nan(given)) != repr(given))
+        return with_nan(given)
+
+    try:
+        run(slug, exercise, answer)
+    except Exception:
+        return
+    assert not any(changed)
 
 
 @each_exercise

@@ -1,5 +1,6 @@
 import json
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -102,6 +103,12 @@ def test_rows_start_at_unit_length_and_the_encoder_as_their_transpose():
         (dict(d_in=0), "d_in=0"),
         (dict(d_in=8, expansion=0.01), "0 features"),
         (dict(d_in=8, l1=float("nan")), "l1=nan"),
+        (dict(d_in=8, l1=float("inf")), "l1=inf"),
+        (dict(d_in=8, l1="much"), "l1='much'"),
+        (dict(d_in=8.0), "d_in=8.0"),
+        (dict(d_in=True), "d_in=True"),
+        (dict(d_in=8, expansion=float("inf")), "expansion=inf"),
+        (dict(d_in=8, kind=["relu"]), "kind must be one of"),
         (dict(d_in=8, kind="batchtopk", k=129), "k must be 1 to 128, the number of features; got 129"),
     ],
 )
@@ -332,6 +339,36 @@ def test_a_corpus_with_other_tokens_or_none_to_predict_is_refused(model):
             measure()
 
 
+@pytest.mark.parametrize("sae_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_models_and_auto_encoders_of_every_precision_fit(model, dtype, tolerance, sae_dtype):
+    tokens, text, saes = some_tokens(), corpus(200), {0: random_sae(), 1: random_sae(kind="jumprelu")}
+    tolerance = max(tolerance, 0.05 if sae_dtype == torch.bfloat16 else 0)
+    with splice(model, {0: saes[0]}), torch.no_grad():
+        expected = model(tokens)
+    scores, priced = evaluate_sae(model, text, saes), cross_entropy(model, text)
+    model.to(dtype)
+    saes = {layer: sae.to(sae_dtype) for layer, sae in saes.items()}
+    for error_term in False, True:
+        with splice(model, {0: saes[0]}, error_term), torch.no_grad():
+            logits = model(tokens)
+        assert logits.dtype == dtype
+        if not error_term:
+            torch.testing.assert_close(logits, expected, atol=3 * tolerance, rtol=tolerance, check_dtype=False)
+    assert cross_entropy(model, text) == pytest.approx(priced, rel=tolerance)
+    for layer, found in evaluate_sae(model, text, saes).items():
+        for name in "l0", "explained_variance", "ce_clean", "ce_spliced", "ce_zero":
+            assert getattr(found, name) == pytest.approx(getattr(scores[layer], name), rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("n_tokens, batch", [(0, 16), (-5, 16), (None, 0)])
+def test_to_read_nothing_is_refused(n_tokens, batch):
+    for measure in evaluate_sae, cross_entropy:
+        arguments = {"saes": {0: random_sae()}} if measure is evaluate_sae else {}
+        with pytest.raises(ValueError, match="a token or more to read"):
+            measure(talkative(), corpus(), **arguments, n_tokens=n_tokens, batch=batch)
+
+
 # Files
 
 
@@ -379,6 +416,31 @@ def test_half_precision_comes_back_in_single(tmp_path):
         ({}, dict(architecture="jumprelu", metadata={}), "weights.safetensors holds .* it should hold .*'threshold'"),
         ({}, dict(normalize_activations="layer_norm"), "cfg.json asks for .* normalize_activations='layer_norm'"),
         ({}, dict(activation_fn_str="topk"), "cfg.json asks for .* activation_fn_str='topk'"),
+        ({}, dict(activation_fn="topk"), "activation_fn='topk'"),
+        ({}, dict(activation_fn="tanh-relu"), "activation_fn='tanh-relu'"),
+        ({}, dict(activation_fn_kwargs={"k": 3}), "activation_fn_kwargs={'k': 3}"),
+        ({}, dict(finetuning_scaling_factor=True), "finetuning_scaling_factor=True"),
+        ({}, dict(rescale_acts_by_decoder_norm=True), "rescale_acts_by_decoder_norm=True"),
+        ({}, dict(use_error_term=True), "use_error_term=True"),
+        ({}, dict(apply_b_dec_to_input="false"), "apply_b_dec_to_input='false'"),
+        ({}, dict(apply_b_dec_to_input=0), "apply_b_dec_to_input=0"),
+        ({}, dict(normalize_activations="constant_norm_rescale"), "normalize_activations='constant_norm_rescale'"),
+        ({}, dict(normalize_activations=True), "normalize_activations=True"),
+        ({}, dict(reshape_activations="hook_z"), "reshape_activations='hook_z'"),
+        ({}, dict(reshape_activations=None, hook_name="blocks.0.attn.hook_z"), "reshape_activations='hook_z'"),
+        ({}, dict(dtype="int8"), "dtype='int8'"),
+        ({}, dict(k=4), "k=4"),
+        ({}, dict(d_out=24), "d_out=24"),
+        ({}, dict(a_setting_of_tomorrow=1), "a_setting_of_tomorrow=1"),
+        ({}, dict(architecture="transcoder"), "has the architecture 'transcoder'"),
+        ({}, dict(d_in=True), "positive integers; got True"),
+        ({}, dict(d_sae=48.0), "positive integers; got 24 and 48.0"),
+        ({}, dict(metadata={"cratelab": {"d_in": 24, "expansion": 10**400}}), "cfg.json describes no auto-encoder"),
+        ({}, dict(d_sae=10**400, metadata={}), "cfg.json describes no auto-encoder"),
+        ({"b_enc": torch.zeros(48, dtype=torch.int32)}, {}, r"must hold numbers of float32.*got b_enc torch\.int32"),
+        ({"b_enc": torch.zeros(48, dtype=torch.bool)}, {}, r"got b_enc torch\.bool"),
+        ({"b_enc": torch.zeros(48, dtype=torch.complex64)}, {}, r"got b_enc torch\.complex64"),
+        ({"b_enc": torch.full((48,), 1e300, dtype=torch.float64)}, {}, "weights.safetensors is damaged: .* b_enc"),
         ({}, dict(d_in="24"), "cfg.json must give d_in and d_sae as positive integers; got '24' and 48"),
         ({}, dict(d_sae=-1), "positive integers; got 24 and -1"),
         ({}, dict(d_sae=None), "positive integers; got 24 and None"),
@@ -396,6 +458,73 @@ def test_foreign_files_that_do_not_fit_are_refused(tmp_path, weights, changes, c
     rewrite(tmp_path, weights, **changes)
     with pytest.raises(ValueError, match=complaint):
         Sae.load(tmp_path)
+
+
+def test_settings_that_change_nothing_are_accepted(tmp_path):
+    sae = random_sae(24)
+    sae.save(tmp_path)
+    named = dict(hook_name="blocks.3.mlp.hook_post", hook_layer=3, model_name="gpt2-small", prepend_bos=True)
+    plain = dict(
+        activation_fn_str="relu", activation_fn_kwargs={}, finetuning_scaling_factor=False, dtype="torch.float32"
+    )
+    rewrite(tmp_path, **named, **plain, normalize_activations=False, context_size=128, l1_coefficient=5.0)
+    assert Sae.load(tmp_path).W_enc.equal(sae.W_enc)
+
+
+def test_sizes_are_not_believed_before_the_weights_are_seen(tmp_path, monkeypatch):
+    random_sae(24).save(tmp_path)
+    rewrite(tmp_path, d_sae=60_000_000, metadata=None)
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: pytest.fail(f"made {shape}"))
+    with pytest.raises(ValueError, match=r"weights.safetensors holds .*'W_enc': \(24, 48\).*\(24, 60000000\)"):
+        Sae.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_one_of_another_dtype_is_saved_as_such(tmp_path, dtype):
+    sae = random_sae(24).to(dtype)
+    sae.save(tmp_path)
+    assert json.loads((tmp_path / "cfg.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert Sae.load(tmp_path).W_enc.equal(sae.W_enc.float())
+
+
+ODD = None, True, 0, -1, 1.5, 1e308, 10**30, "", "x", [], [1], {}, {"k": 1}
+
+
+def test_whatever_a_folder_holds_only_errors_that_name_it_come_out(tmp_path):
+    """Settings of odd values, bytes flipped, files cut short: seeded, and each is loaded right or refused by name."""
+    draw, folder, whole, refused = random.Random(0), tmp_path / "an auto-encoder", [], 0
+    for kind in "relu", "batchtopk", "jumprelu":
+        random_sae(4, 2, kind, k=2).save(folder)
+        whole.append({file: file.read_bytes() for file in folder.iterdir()})
+    for trial in range(150):
+        for file, content in whole[trial % 3].items():
+            file.write_bytes(content)
+        file = folder / draw.choice(["cfg.json", "cfg.json", "sae_weights.safetensors"])
+        content = bytearray(file.read_bytes())
+        how = draw.choice(["value", "flip", "cut", "zero"])
+        if file.suffix == ".json" and how == "value":
+            cfg = json.loads(content)
+            place = cfg["metadata"]["cratelab"] if draw.random() < 0.4 else cfg
+            name = draw.choice([*place, "extra"])
+            if draw.random() < 0.1 and name in place:
+                del place[name]
+            else:
+                place[name] = draw.choice(ODD)
+            content = json.dumps(cfg).encode()
+        elif how == "cut":
+            content = content[: draw.randrange(len(content))]
+        elif how == "zero":
+            content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+        else:
+            for _ in range(draw.randint(1, 4)):
+                content[draw.randrange(len(content))] = draw.randrange(256)
+        file.write_bytes(content)
+        try:
+            assert all(tensor.isfinite().all() for tensor in Sae.load(folder).state_dict().values())
+        except (ValueError, OSError) as error:
+            assert "an auto-encoder" in str(error), error
+            refused += 1
+    assert refused > 70
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
@@ -418,11 +547,11 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     old = random_sae(24)
     old.save(tmp_path)
 
-    def full_disk(tensors, file):
+    def full_disk(tensors, file, metadata):
         file.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("cratelab.sae.autoencoder.save_file", full_disk)
+    monkeypatch.setattr("cratelab.storage.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         random_sae(24).save(tmp_path)
     assert Sae.load(tmp_path).W_enc.equal(old.W_enc)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from test_sae import WIDTH, talkative
 from test_training import corpus
 
 import cratelab as cl
+from cratelab import storage
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.sae import Sae, SaeConfig, SaeRecipe, evaluate_sae, train_saes
 from cratelab.sae import training as module
@@ -368,7 +370,7 @@ def test_a_kill_while_the_run_is_written_down_is_in_nobodys_way(tmp_path, monkey
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("cratelab.storage.os.replace", dying)
         train_saes(talkative(), corpus(), corpus(200), **arguments)
-    assert not list(tmp_path.iterdir())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lock"]
     (tmp_path / "run.json.4711-0a1b2c3d.part").write_text("{")  # what a kill leaves that nothing can catch
     train_saes(talkative(), corpus(), corpus(200), **arguments)
     assert (tmp_path / "layer-0" / "cfg.json").is_file()
@@ -385,7 +387,7 @@ def test_a_finished_run_is_returned_as_it_is(tmp_path, monkeypatch):
 def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path
     whole = train_saes(*arguments[:-1])
-    save, calls = module.save_file, count(1)
+    save, calls = storage.save_file, count(1)
 
     def dying(tensors, file, metadata):
         if next(calls) == 3:
@@ -394,9 +396,8 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch
         save(tensors, file, metadata)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(module, "save_file", dying)
+        patch.setattr(storage, "save_file", dying)
         train_saes(*arguments)
-    assert (tmp_path / "checkpoint.safetensors.part").exists()
     assert train_saes(*arguments).saes[1].W_dec.equal(whole.saes[1].W_dec)
 
 
@@ -421,19 +422,184 @@ def test_another_run_or_other_files_are_not_touched(tmp_path):
         train_saes(talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path / "mine")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "stateless", "lacking"])
-def test_a_damaged_checkpoint_is_named(tmp_path, damage):
-    arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path
-    train_saes(*arguments)
+@pytest.mark.parametrize("damage", ["truncated", "zeros", "flipped", "stateless", "lacking", "of another run", "empty"])
+def test_a_damaged_checkpoint_is_named_and_what_to_do(tmp_path, damage):
+    arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(max_tokens=600, evaluations=2), tmp_path
+    whole = train_saes(*arguments)
     file = tmp_path / "checkpoint.safetensors"
     content = file.read_bytes()
-    held = {name: tensor for name, tensor in module.read_tensors(file).items() if name != "0/idle"}
-    if damage == "truncated":
-        file.write_bytes(content[:-100])
+    held = {name: tensor for name, tensor in storage.read_tensors(file).items() if name != "0/idle"}
+    if damage in ("stateless", "lacking"):
+        storage.save_file(held, file, {"state": "{}"} if damage == "lacking" else None)
+    elif damage == "of another run":
+        other = recipe(max_tokens=600, evaluations=2, seed=9)
+        train_saes(*arguments[:5], other, tmp_path / "other")
+        file.write_bytes((tmp_path / "other" / file.name).read_bytes())
     else:
-        module.save_file(held, file, {"state": "{}"} if damage == "lacking" else None)
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors"):
+        half = len(content) // 2  # what a loss of power leaves
+        flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+        damaged = dict(truncated=content[:-100], zeros=content[:half] + bytes(len(content) - half), flipped=flipped)
+        file.write_bytes((damaged | {"empty": b""})[damage])
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors .*Remove it, and the run begins anew"):
         train_saes(*arguments)
+    file.unlink()
+    assert train_saes(*arguments).saes[1].W_dec.equal(whole.saes[1].W_dec)
+
+
+def test_two_never_train_in_one_folder(tmp_path):
+    arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(max_tokens=600, evaluations=2), tmp_path
+    with storage.locked(tmp_path / "lock"), pytest.raises(BlockingIOError, match="another process trains in"):
+        train_saes(*arguments)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lock"]
+    train_saes(*arguments)  # a lock that nobody holds is in nobody's way
+
+
+def test_a_full_disk_is_an_oserror_and_the_checkpoint_before_is_whole(tmp_path, monkeypatch):
+    arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path
+    whole, save, calls = train_saes(*arguments[:-1]), storage.save_file, count(1)
+
+    def full(tensors, file, metadata):
+        if next(calls) == 3:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(tensors, file, metadata)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"checkpoint\.safetensors .*No space left"):
+        patch.setattr(storage, "save_file", full)
+        train_saes(*arguments)
+    assert train_saes(*arguments).saes[1].W_dec.equal(whole.saes[1].W_dec)
+
+
+def test_files_of_the_user_in_the_folder_stay(tmp_path):
+    arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(max_tokens=600, evaluations=2), tmp_path
+    train_saes(*arguments)
+    mine = ["notes.txt", "checkpoint-best.safetensors", "checkpoint.safetensors.backup"]
+    for name in mine:
+        (tmp_path / name).write_text("dear")
+    train_saes(*arguments)
+    assert [(tmp_path / name).read_text() for name in mine] == ["dear"] * 3
+
+
+# Silence, and numbers that are none
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_silent_batch_does_no_harm(kind):
+    each, x = learner(kind), torch.relu(torch.randn(30, 16))
+    for batch in torch.zeros(30, 16), x, torch.zeros(30, 16), 1e-20 * x, x:
+        loss = each.step(batch)
+        assert loss.isfinite() and each.is_finite()
+    assert loss < 3  # a silent batch has not thrown it far off
+    each.resample(torch.zeros(30, 16), 0, np.random.default_rng(0))
+    each.resample(each.sae.b_dec.detach().repeat(30, 1), 0, np.random.default_rng(0))
+    assert each.is_finite() and each.step(x).isfinite()
+
+
+def silenced(layer: int = 0, kind=cl.Gpt2) -> cl.LanguageModel:
+    """A model of which one layer's neurons are always 0."""
+    model = talkative(kind)
+    with torch.no_grad():
+        model.blocks[layer].mlp_in.weight.zero_()
+    return model
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_dead_layer_is_trained_through_and_what_is_undefined_is_none(tmp_path, kind):
+    arguments = silenced(), corpus(), corpus(200), config(kind), None, recipe(resample_at=(0.3,)), tmp_path
+    found = train_saes(*arguments)
+    assert found.stopped.startswith("all ") and all(
+        tensor.isfinite().all() for tensor in tensors(found.saes[0]).values()
+    )
+    dead, live = ([row for row in found.curve if row["layer"] == layer] for layer in (0, 1))
+    assert {(row["recovered"], row["explained_variance"]) for row in dead} == {(None, None)}
+    assert all(np.isfinite(row["recovered"]) and np.isfinite(row["loss"]) for row in live)
+    assert json.loads(json.dumps(found.curve, allow_nan=False)) == found.curve
+    assert train_saes(*arguments).curve == found.curve
+
+
+def test_undefined_scores_neither_end_nor_prolong_training():
+    rows = [
+        {"tokens": tokens, "layer": layer, "recovered": [None, gain * i][layer], "loss": [0.0, 1.0][layer]}
+        for gain in (0.02, 0.0)
+        for i, tokens in enumerate((600, 800))
+        for layer in (0, 1)
+    ]
+    assert not module._reason_to_stop(rows[:4], SaeRecipe(max_tokens=1000))
+    assert "nan" not in module._reason_to_stop(rows[4:], SaeRecipe(max_tokens=1000))
+    assert module._reason_to_stop(rows[4:], SaeRecipe(max_tokens=1000))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_named_by_layer(value):
+    model = talkative()
+    model.blocks[1].neurons.register_forward_hook(lambda m, i, x: x + value)
+    with pytest.raises(ValueError, match=r"layer 1.*(not finite|NaN or infinite)"):
+        train_saes(model, corpus(), corpus(200), config(), None, recipe())
+    with pytest.raises(ValueError, match=r"layer 1.*(not finite|NaN or infinite)"):
+        evaluate_sae(model, corpus(200), {0: Sae(config()), 1: Sae(config())})
+
+
+def test_constant_neurons_have_no_variance_to_explain():
+    model = talkative()
+    model.blocks[0].neurons.register_forward_hook(lambda m, i, x: torch.full_like(x, 0.1))
+    scores = evaluate_sae(model, corpus(200), {0: Sae(config())})[0]
+    assert np.isnan(scores.explained_variance) and np.isfinite(scores.ce_spliced)
+
+
+@pytest.mark.parametrize("how", ["weights", "spliced"])
+def test_a_diverged_state_never_replaces_a_good_one(tmp_path, monkeypatch, how):
+    """After the last step too, whose loss is of the weights before it."""
+    plan = recipe(max_tokens=600, evaluations=3)
+    arguments = talkative(), corpus(), corpus(200), config(), None, plan, tmp_path
+    evaluations = count(1)
+
+    def spoiling(model, corpus, saes, n_tokens):
+        found = evaluate_sae(model, corpus, saes, n_tokens)
+        if next(evaluations) == 2 and how == "spliced":
+            found[1].ce_spliced = float("inf")
+        return found
+
+    step = Learner.step
+
+    def last(self, x):
+        loss = step(self, x)
+        if how == "weights" and (tmp_path / "checkpoint.safetensors").exists():
+            with torch.no_grad():
+                self.sae.b_enc[0] = torch.inf
+        return loss
+
+    with monkeypatch.context() as patch, pytest.raises(Diverged, match=r"checkpoint\.safetensors is from before"):
+        patch.setattr(module, "evaluate_sae", spoiling)
+        patch.setattr(Learner, "step", last)
+        train_saes(*arguments)
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as opened:
+        assert len(json.loads(opened.metadata()["state"])["curve"]) == 2  # of the first evaluation
+    assert train_saes(*arguments).curve == train_saes(*arguments[:-1]).curve
+
+
+def test_one_step_alone_is_judged_too(tmp_path):
+    with pytest.raises(Diverged, match=r"(?!.*from before)"):
+        train_saes(
+            talkative(), corpus(), corpus(200), config(), None, recipe(learning_rate=1e38, max_tokens=1), tmp_path
+        )
+    assert not (tmp_path / "checkpoint.safetensors").exists() and not (tmp_path / "layer-0").exists()
+
+
+def test_one_token_a_step_is_possible():
+    found = train_saes(talkative(), corpus(), corpus(200), config(), [0], recipe(max_tokens=60, buffer=50, batch=1))
+    assert all(np.isfinite(row["loss"]) for row in found.curve)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize("model", [cl.Crate, cl.Gpt2])
+def test_models_of_every_precision_are_trained_on(model, dtype, tolerance, tmp_path):
+    arguments = corpus(), corpus(200), config(), [0], recipe(max_tokens=600, evaluations=2)
+    expected = train_saes(talkative(model), *arguments)
+    found = train_saes(talkative(model).to(dtype), *arguments, tmp_path)
+    assert found.saes[0].W_enc.dtype == torch.float32 and found.stopped == expected.stopped
+    assert found.curve[-1]["loss"] == pytest.approx(expected.curve[-1]["loss"], rel=tolerance)
+    train_saes(talkative(model).to(dtype), *arguments, tmp_path)
+    with pytest.raises(ValueError, match=r"another model .*sha256"):
+        train_saes(talkative(model), *arguments, tmp_path)
 
 
 def test_a_lost_loss_ends_training_with_a_clear_error(tmp_path):
@@ -451,6 +617,15 @@ def test_a_lost_loss_ends_training_with_a_clear_error(tmp_path):
         (dict(layers=[2]), r"layers must be some of 0 to 1, each once; got \[2\]"),
         (dict(layers=[0, 0]), "each once"),
         (dict(layers=[]), "each once"),
+        (dict(layers=[-1]), "layers must be some of 0 to 1"),
+        (dict(layers=[0.0]), "layers must be some of 0 to 1"),
+        (dict(layers=[True]), "layers must be some of 0 to 1"),
+        (
+            dict(validation=TokenizedCorpus.from_arrays(np.arange(1), np.zeros(1, int), ["a"], 19)),
+            "the first 1 tokens of the corpus hold none that follows another",
+        ),
+        (dict(recipe=recipe(validation_tokens=1)), "the first 1 tokens of the corpus hold none"),
+        (dict(training=TokenizedCorpus.from_arrays(np.arange(0), np.zeros(0, int), [], 19)), "holds no token"),
         (
             dict(training=TokenizedCorpus.from_arrays(np.arange(30), np.zeros(30, int), ["a"], 30)),
             "the training corpus has 30 tokens, the model knows 19",
@@ -466,8 +641,12 @@ def test_what_does_not_fit_is_refused_before_work_starts(tmp_path, changes, comp
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(max_tokens=0), dict(batch=0), dict(learning_rate=0), dict(evaluations=0), dict(least_gain=0 * 1e999)],
+    [
+        *(dict(max_tokens=0), dict(batch=0), dict(learning_rate=0), dict(evaluations=0), dict(least_gain=0 * 1e999)),
+        *(dict(max_tokens=float("nan")), dict(batch=2.0), dict(buffer=True), dict(learning_rate=float("nan"))),
+        *(dict(seed=-1), dict(seed=2**32), dict(seed=0.5), dict(resample_at=[float("nan")]), dict(resample_at=[-0.1])),
+    ],
 )
 def test_impossible_recipes_are_refused(changes):
-    with pytest.raises(ValueError, match=r"must be at least 1; got 0|must be positive.*(got 0|nan)"):
+    with pytest.raises(ValueError, match=r"must be (an integer|positive|shares)|less than 2\*\*32"):
         SaeRecipe(**changes)

@@ -93,7 +93,8 @@ def test_what_leaves_the_model_as_it_is_costs_nothing_and_a_reconstruction_costs
     given = contexts, 1, torch.tensor([1, 2]), torch.ones(2), targets, controls, (1.0,)
     own = frontier(model, *given)
     assert own.loss_penalty == own.kl_penalty == 0
-    assert not own.lift[0].any() and not own.control_lift[0].any() and not own.off_target[0].any()
+    for measured in own.lift, own.control_lift, own.off_target:
+        assert measured[0].abs().max() < 1e-6
     with_error = frontier(model, *given, lambda: splice(model, {1: sae}, error_term=True))
     assert abs(with_error.loss_penalty) < 1e-5 and abs(with_error.kl_penalty) < 1e-5
     spliced = frontier(model, *given, lambda: splice(model, {1: sae}))
@@ -298,3 +299,95 @@ def test_neurons_lift_what_their_atoms_raise_more_than_controls(model):
     contexts = torch.as_tensor(text.validation_windows(8, 6))
     found = frontier(model, contexts, 1, neurons, maxima[neurons], targets, controls)
     assert (found.lift[-1] > found.control_lift[-1]).double().mean() > 0.9 and found.lift[-1].mean() > 0.5
+
+
+@pytest.mark.parametrize("arm", ["own", "spliced"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-4), (torch.bfloat16, 0.3), (torch.float16, 0.04)])
+def test_frontiers_of_models_of_every_precision_agree(model, dtype, tolerance, arm):
+    contexts, sae, (targets, controls) = some_tokens(4, 6), a_sae(model), token_sets(3)
+    exact, rounded = shaken(type(model)), model.to(dtype)
+    found, expected = (
+        frontier(
+            each, contexts, 1, torch.tensor([4, 33, 60]), torch.tensor([1.0, 2.0, 0.5]).to(dtype), targets, controls,
+            (0.5, 2.0), lambda each=each: splice(each, {1: sae} if arm == "spliced" else {}),
+        )
+        for each in (rounded, exact)
+    )  # fmt: skip
+    for name in "lift", "control_lift", "off_target", "loss_penalty", "kl_penalty":
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=tolerance, rel=tolerance)
+    texts = generate_when_set(rounded, contexts, 0, torch.tensor([4, 33]), torch.tensor([1.0, 2.0]), 3, temperature=0)
+    assert texts.shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(strengths=[]), "strengths must be positive numbers that rise"),
+        (dict(strengths=[1.0, float("nan")]), "strengths must be positive numbers that rise"),
+        (dict(strengths=[-1.0, 1.0]), "strengths must be positive"),
+        (dict(strengths=[0.0, 1.0]), "strengths must be positive"),
+        (dict(strengths=[2.0, 1.0]), "numbers that rise"),
+        (dict(strengths=[1.0, 1.0]), "numbers that rise"),
+        (dict(strengths=[1.0, float("inf")]), "numbers that rise"),
+        (dict(strengths=[1e30]), r"at most 1e\+15"),
+        (dict(maxima=torch.tensor([1.0, torch.nan])), "finite and at least 0"),
+        (dict(maxima=torch.tensor([1.0, -1.0])), "finite and at least 0"),
+        (dict(maxima=torch.ones(3)), "and their maxima"),
+        (dict(neurons=torch.tensor([0, 64])), "has neurons 0 to 63"),
+        (dict(layer=2), "layers 0 to 1"),
+        (dict(contexts=torch.full((2, 3), VOCAB)), f"integers from 0 to {VOCAB - 1}"),
+        (dict(contexts=torch.zeros(3, 1, dtype=torch.long)), "n at least 2"),
+        (dict(contexts=torch.zeros(0, 3, dtype=torch.long)), "c at least 1"),
+    ],
+)
+def test_frontiers_that_mean_nothing_are_refused_before_anything_runs(change, message):
+    targets, controls = token_sets(2)
+    model, runs = shaken(cl.Gpt2), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    usual = dict(contexts=some_tokens(), layer=0, neurons=torch.arange(2), maxima=torch.ones(2))
+    with pytest.raises(ValueError, match=message):
+        frontier(model, **usual | dict(targets=targets, controls=controls) | change)
+    assert not runs
+
+
+def test_without_neurons_there_is_no_frontier():
+    none, no_set = torch.zeros(0, dtype=torch.long), torch.zeros(0, VOCAB, dtype=torch.bool)
+    with pytest.raises(ValueError, match="needs one neuron or more"):
+        frontier(shaken(cl.Gpt2), some_tokens(), 0, none, torch.zeros(0), no_set, no_set)
+    with pytest.raises(ValueError, match="m at least 1"):
+        generate_when_set(shaken(cl.Gpt2), some_tokens(), 0, none, torch.zeros(0), 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: a_frontier([[0.0]], [[0.0]]).cost_at(float("nan")), "lift must be a number"),
+        (lambda: a_frontier([[0.0]], [[0.0]]).mean_cost(0.0), "positive finite lift"),
+        (lambda: a_frontier([[0.0]], [[0.0]]).mean_cost(float("nan")), "positive finite lift"),
+        (lambda: a_frontier([[0.0]], [[0.0]]).mean_cost(1.0, n=0), "n of at least 1"),
+        (lambda: draw_live(torch.ones(4), 0), "n of at least 1"),
+        (lambda: draw_live(torch.tensor([1.0, torch.nan]), 1), "finite maxima"),
+        (lambda: draw_live(torch.ones(4), 2, seed=-1), "non-negative"),
+        (lambda: most_raised(torch.ones(2, 5), 6, 5), "1 <= n <= n_vocab <= 5"),
+        (lambda: most_raised(torch.ones(2, 5), 2, 6), "1 <= n <= n_vocab <= 5"),
+        (lambda: most_raised(torch.ones(2, 5), 0, 5), "1 <= n <= n_vocab <= 5"),
+        (lambda: most_raised(torch.full((2, 5), torch.nan), 1, 5), "effects that are numbers"),
+        (lambda: token_counts(corpus(), VOCAB - 1), f"the corpus has {VOCAB} tokens, more than v={VOCAB - 1}"),
+        (lambda: control_tokens(torch.zeros(2, 5), torch.ones(5)), "targets .* of bool"),
+        (lambda: control_tokens(torch.zeros(2, 5, dtype=torch.bool), torch.ones(4)), r"counts \(v,\)"),
+        (lambda: control_tokens(torch.zeros(2, 5, dtype=torch.bool), torch.ones(5), 0), "n_bins of at least 1"),
+        (lambda: bootstrap(np.mean, [torch.tensor([1.0, torch.nan])]), "values that are numbers"),
+        (lambda: bootstrap(np.mean, [torch.ones(2)], n_resamples=0), "a resample or more|one resample or more"),
+        (lambda: repetition(torch.zeros(1, 5, dtype=torch.long), 0), "runs of 0 tokens"),
+    ],
+)
+def test_requests_without_an_answer_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_explanations_of_what_is_not_there_are_refused():
+    explanations = TokenExplainer().explain(collect_records(shaken(cl.Gpt2), corpus(), 6, n_top=4, n_random=3).top)
+    for layer, neuron, n in ((2, 0, 3), (-1, 0, 3), (0, 64, 3), (0, 0, VOCAB + 1), (0, 0, 0)):
+        with pytest.raises(ValueError, match="named_tokens needs a layer from 0 to 1, neurons from 0 to 63"):
+            named_tokens(explanations, layer, torch.tensor([neuron]), n, VOCAB)

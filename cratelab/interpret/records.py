@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.devices import exact
 from cratelab.interpret.kept import Kept, peaks
 from cratelab.interpret.reading import NO_TOKEN, Text, Windows, watch_neurons
 from cratelab.language_model import LanguageModel
@@ -223,8 +224,8 @@ class _Layer:
     def __init__(self, h: int, window: int, n_top: int, n_random: int, n_active: int, device: torch.device):
         self.top, self.active = Kept(h, n_top, window, device), Kept(h, n_active, window, device)
         self.random = torch.zeros(h, n_random, window, dtype=torch.float32, device=device)
-        self.sum, self.squares, self.positive = torch.zeros(3, h, dtype=torch.float64, device=device)
-        self.maximum = torch.full((h,), -torch.inf, dtype=torch.float64, device=device)
+        self.sum, self.squares, self.positive = exact(torch.zeros(3, h, device=device))
+        self.maximum = exact(torch.full((h,), -torch.inf, device=device))
 
     def update(
         self, text: Text, activations: Tensor, keys: Tensor | None, strict: bool, random: tuple[Tensor, Tensor, Windows]
@@ -237,10 +238,10 @@ class _Layer:
             activations = activations.masked_fill(padding, -torch.inf)
             strongest = activations.amax(1)
             activations.masked_fill_(padding, 0)
-        self.maximum = self.maximum.maximum(strongest.amax(0))
-        self.sum += activations.sum(1).double().sum(0)  # in single precision no further than a piece
-        self.squares += activations.square().sum(1).double().sum(0)
-        self.positive += activations.clamp(min=0).sign_().sum(1).double().sum(0)
+        self.maximum = self.maximum.maximum(exact(strongest.amax(0)))
+        self.sum += exact(activations.sum(1)).sum(0)  # in single precision no further than a piece
+        self.squares += exact(activations.square().sum(1)).sum(0)
+        self.positive += exact(activations.clamp(min=0).sign_().sum(1)).sum(0)
         if self.top.priority.shape[1]:
             self._update_top(text, activations, strongest, strict)
         if keys is not None:

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.devices import check_floating, exact, exact_sum
 from cratelab.interpret.reading import Text, pieces_of
 from cratelab.language_model import LanguageModel
 from cratelab.sae.autoencoder import Sae
-from cratelab.sae.splicing import splice
+from cratelab.sae.splicing import on_device, splice
 
 
 @dataclass
@@ -21,11 +22,12 @@ class SaeScores:
 
     Attributes:
         l0: active features a token.
-        explained_variance: 1 − Σ‖x − x̂‖²/Σ‖x − x̄‖² (eq-10-4); 0 for one that always returns the mean x̄.
+        explained_variance: 1 − Σ‖x − x̂‖²/Σ‖x − x̄‖² (eq-10-4); 0 for one that always returns the mean x̄; NaN where
+            the neurons never change, as in a dead layer.
         ce_clean: nats a token of the model as it is.
         ce_spliced: with the reconstruction in the place of this layer's neurons, the others as they are.
         ce_zero: with zeros in their place.
-        density: (m,) float64, the share of tokens on which each feature is active.
+        density: (m,) float64 on the CPU, the share of tokens on which each feature is active.
         n_tokens: tokens read.
     """
 
@@ -61,7 +63,7 @@ def evaluate_sae(
     """Score the auto-encoder of each layer, spliced in alone; for several at once see `cross_entropy`.
 
     Args:
-        model: on the device of the auto-encoders.
+        model: any, on any device.
         corpus: text that neither has seen; read as `cratelab.interpret.reading.watch_neurons` reads it.
         saes: by layer, counted from 0.
         n_tokens: read this many tokens at most.
@@ -69,11 +71,12 @@ def evaluate_sae(
 
     Raises:
         ValueError: the corpus has tokens that the model does not know, or none to predict; an auto-encoder does not
-            fit its layer.
+            fit its layer; activations or the model's own cross-entropy are not finite.
     """
     with splice(model, saes):
         pass  # raises before any work
-    clean, count, tallies = 0.0, 0, {layer: _Tally(sae) for layer, sae in saes.items()}
+    device = model.token_embedding.weight.device
+    clean, count, tallies = 0.0, 0, {layer: _Tally(layer, on_device(sae, device)) for layer, sae in saes.items()}
     for text in _texts(model, corpus, n_tokens, batch):
         clean += _nats(model, text)
         count += int(text.present[:, 1:].sum())
@@ -83,6 +86,8 @@ def evaluate_sae(
             tally.update(text.present)
             with splice(model, {layer: _Zero(tally.config)}):
                 tally.zero += _nats(model, text)
+    if not np.isfinite(clean):
+        raise ValueError(f"the model's own cross-entropy is {clean}: is it damaged, or did it diverge?")
     return {layer: tally.scores(clean, count) for layer, tally in tallies.items()}
 
 
@@ -104,11 +109,19 @@ def cross_entropy(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int |
     return sum(nats) / sum(counts)
 
 
+def check_text(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None = None) -> None:
+    """Raises ValueError if `evaluate_sae` could not read the corpus."""
+    next(_texts(model, corpus, n_tokens, 1))
+
+
 def _texts(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None, batch: int) -> Iterator[Text]:
     """All pieces, the longest first, which leaves less padding."""
+    check_floating(model)
     if corpus.n_vocab > model.config.vocab_size:
         raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
-    total = min(n_tokens or len(corpus), len(corpus))
+    total = len(corpus) if n_tokens is None else min(n_tokens, len(corpus))
+    if total < 1 or batch < 1:
+        raise ValueError(f"there must be a token or more to read, and a piece or more at a time; got {total}, {batch}")
     pieces = sorted(pieces_of(corpus, model.config.context, True, total), key=lambda piece: piece[0] - piece[1])
     if not pieces or pieces[0][1] - pieces[0][0] < 2:
         raise ValueError(f"the first {total} tokens of the corpus hold none that follows another: read more of them")
@@ -120,16 +133,16 @@ def _nats(model: LanguageModel, text: Text) -> float:
     """Of all tokens of the text but the first of each piece, together."""
     logits = model(text.tokens.clamp(min=0))[:, :-1]
     nats = F.cross_entropy(logits.mT.float(), text.tokens[:, 1:], ignore_index=-1, reduction="none")
-    return float(nats.sum(dtype=torch.float64))
+    return float(exact_sum(nats))
 
 
 class _Tally:
     """Stands for an auto-encoder, and sums up what it does in double precision."""
 
-    def __init__(self, sae: Sae):
-        self.sae, self.config, self.decode = sae, sae.config, sae.decode
+    def __init__(self, layer: int, sae: Sae):
+        self.layer, self.sae, self.config, self.decode = layer, sae, sae.config, sae.decode
         self.spliced = self.zero = 0.0
-        self.n, zeros = 0, sae.b_dec.new_zeros(sae.config.d_in, dtype=torch.float64)
+        self.n, zeros = 0, exact(torch.zeros_like(sae.b_dec))
         self.sum, self.squares, self.errors = zeros, zeros.clone(), zeros.clone()
         self.active = zeros.new_zeros(sae.config.n_features)
 
@@ -140,21 +153,25 @@ class _Tally:
     def update(self, present: Tensor) -> None:
         """Take in what was encoded last, where there is text."""
         x, code = self.x[present], self.code[present]
+        if not x.isfinite().all():
+            raise ValueError(f"activations of layer {self.layer} are not finite: is the model damaged?")
+        errors, x = exact(x - self.decode(code)), exact(x)
         self.n += len(x)
-        self.sum += x.double().sum(0)
-        self.squares += x.double().square().sum(0)
-        self.errors += (x - self.decode(code)).double().square().sum(0)
-        self.active += (code > 0).sum(0)
+        self.sum += x.sum(0)
+        self.squares += x.square().sum(0)
+        self.errors += errors.square().sum(0)
+        self.active += exact((code > 0).sum(0))
 
     def scores(self, clean: float, count: int) -> SaeScores:
         variance = float((self.squares - self.sum.square() / self.n).sum())
+        changes = variance > 1e-12 * float(self.squares.sum())  # else it is rounding
         return SaeScores(
             l0=float(self.active.sum()) / self.n,
-            explained_variance=1 - float(self.errors.sum()) / variance if variance else float("nan"),
+            explained_variance=1 - float(self.errors.sum()) / variance if changes else float("nan"),
             ce_clean=clean / count,
             ce_spliced=self.spliced / count,
             ce_zero=self.zero / count,
-            density=self.active / self.n,
+            density=(self.active / self.n).cpu(),
             n_tokens=self.n,
         )
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cratelab.devices import exact
 from cratelab.sae.autoencoder import Sae
 
 
@@ -37,7 +38,8 @@ class Learner:
             code = self.keep_largest(code)
         size = x.square().sum(1)
         errors = (self.sae.decode(code) - x).square().sum(1)
-        loss = (errors / size.clamp(min=float(size.mean()) / 100)).mean()
+        least = float(size.mean()) / 100
+        loss = (errors / size.clamp(min=least if least > 1e-12 else 1.0)).mean()  # a silent batch has no scale
         if self.sae.config.kind == "relu":
             loss = loss + self.sae.config.l1 * code.sum() / len(x)
         return loss, code
@@ -54,9 +56,9 @@ class Learner:
     def resample(self, x: Tensor, patience: int, draw: np.random.Generator) -> None:
         """Let features silent for `patience` tokens point at inputs that are badly reconstructed."""
         dead = (self.idle >= patience).nonzero()[:, 0]
-        errors = (self.sae(x) - x).square().sum(1).double()
+        errors = exact((self.sae(x) - x).square().sum(1))
         share = errors.square() / errors.square().sum()
-        if not len(dead) or not share.isfinite().all():
+        if not len(dead) or not share.isfinite().all():  # nothing to mend, or no error
             return
         chosen = torch.from_numpy(draw.choice(len(x), len(dead), p=share.cpu().numpy())).to(x.device)
         rows = F.normalize(x[chosen] - self.sae.b_dec, dim=1)
@@ -69,6 +71,10 @@ class Learner:
             for moment in state["exp_avg"], state["exp_avg_sq"]:
                 if parameter is not self.sae.b_dec:
                     moment[(slice(None), dead) if parameter is self.sae.W_enc else dead] = 0
+
+    def is_finite(self) -> bool:
+        """Whether all of the state is."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the state: the auto-encoder, Adam's moments, and the silence."""

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
 
+from cratelab.devices import check_floating
 from cratelab.language_model import LanguageModel
 from cratelab.sae.autoencoder import Sae
 
@@ -18,19 +21,25 @@ def splice(model: LanguageModel, saes: dict[int, Sae], error_term: bool = False)
 
     Args:
         model: any model whose blocks have a `neurons` site; `generate` works inside as outside.
-        saes: of each layer, counted from 0, to be spliced, its auto-encoder, on the device of `model`.
+        saes: of each layer, counted from 0, to be spliced, its auto-encoder, of any dtype; on another device than the
+            model a copy of it is used.
         error_term: add what the reconstruction lacks: x' = Dec(f') + (x − Dec(f)), f' the code after any edit, so that
             to edit nothing changes nothing, to rounding.
 
     Raises:
-        ValueError: there is no such layer, or its neurons are not as many as the auto-encoder reads.
+        ValueError: there is no such layer, or its neurons are not as many as the auto-encoder reads; or weights were
+            cast to integers.
     """
+    check_floating(model)
     width = model.config.expansion * model.config.width
     for layer, sae in saes.items():
-        if not 0 <= layer < len(model.blocks):
+        if layer not in range(len(model.blocks)):
             raise ValueError(f"the model has the layers 0 to {len(model.blocks) - 1}; got {layer}")
         if sae.config.d_in != width:
             raise ValueError(f"layer {layer} has {width} neurons, its auto-encoder reads {sae.config.d_in}")
+        if isinstance(sae, Sae):
+            check_floating(sae)
+    saes = {layer: on_device(sae, model.token_embedding.weight.device) for layer, sae in saes.items()}
     sites = {layer: model.blocks[layer].neurons for layer in saes}
     try:
         for layer, sae in saes.items():
@@ -39,6 +48,11 @@ def splice(model: LanguageModel, saes: dict[int, Sae], error_term: bool = False)
     finally:
         for layer, site in sites.items():
             model.blocks[layer].neurons = site
+
+
+def on_device(sae: Sae, device: torch.device) -> Sae:
+    """The auto-encoder, or a copy of it on `device` if it is on another one."""
+    return deepcopy(sae).to(device) if isinstance(sae, Sae) and sae.b_dec.device != device else sae
 
 
 class _Spliced(nn.Identity):
@@ -53,4 +67,4 @@ class _Spliced(nn.Identity):
         x = self.site(x)
         code = self.encode(x)
         error = x - self.decode(code) if self.error_term else 0
-        return self.decode(super().__call__(code)) + error
+        return (self.decode(super().__call__(code)) + error).to(x.dtype)

@@ -7,15 +7,15 @@ Nothing random has a state: which text is read, and in which order its tokens ar
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,9 +25,9 @@ from cratelab.language_model import LanguageModel
 from cratelab.record import provenance
 from cratelab.run_directory import check_same_run
 from cratelab.sae.autoencoder import Sae, SaeConfig
-from cratelab.sae.evaluation import SaeScores, evaluate_sae
+from cratelab.sae.evaluation import SaeScores, check_text, evaluate_sae
 from cratelab.sae.learner import Learner
-from cratelab.storage import read_tensors, write_json
+from cratelab.storage import digest_of, finite, locked, read_tensors, write_json, write_tensors
 from cratelab.training import Diverged
 
 
@@ -49,7 +49,10 @@ class SaeRecipe:
         least_gain: training ends when over its last quarter no layer's recovered loss has gained this much, nor has its
             training loss fallen by this share. The first alone would end it too early: recovered loss of small models
             nears 1 long before the code is sparse.
-        seed: of the weights, the text and its order.
+        seed: 0 to 2³² − 1, of the weights, the text and its order.
+
+    Raises:
+        ValueError: a value is of another type or out of range.
     """
 
     max_tokens: int = 500_000
@@ -64,9 +67,15 @@ class SaeRecipe:
 
     def __post_init__(self):
         self.resample_at = tuple(self.resample_at)
-        for name in "max_tokens", "batch", "buffer", "evaluations", "validation_tokens":
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        least = dict(max_tokens=1, batch=1, buffer=1, evaluations=1, validation_tokens=1, seed=0)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name} must be an integer and at least {low}; got {value!r}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be less than 2**32, since torch tells no others apart; got {self.seed}")
+        if not all(0 <= share < math.inf for share in self.resample_at):
+            raise ValueError(f"resample_at must be shares of max_tokens, finite and at least 0; got {self.resample_at}")
         if not (0 < self.learning_rate < math.inf and math.isfinite(self.least_gain)):
             raise ValueError(
                 f"the learning rate must be positive and the least gain finite; got {self.learning_rate} and "
@@ -81,7 +90,8 @@ class SaeTraining:
     Attributes:
         saes: by layer.
         curve: one dict for each evaluation and layer: tokens, layer, loss (mean since the last), l0,
-            explained_variance, recovered, dead and threshold, on the validation text.
+            explained_variance, recovered, dead and threshold, on the validation text; None for what is undefined, as
+            the explained variance and the recovered loss of a layer whose neurons are silent.
         stopped: why training ended.
     """
 
@@ -107,7 +117,7 @@ def train_saes(
     along them is removed.
 
     Args:
-        model: any, on any device; its weights stay as they are.
+        model: any, on any device and of any dtype; its weights stay as they are. The auto-encoders are of float32.
         training: pieces of its documents are drawn at random, with replacement.
         validation: text for the curve and the decision to stop.
         config: of every layer's auto-encoder.
@@ -117,15 +127,23 @@ def train_saes(
             `Sae.load` or SAELens. Without one, nothing is written.
 
     Raises:
-        ValueError: model, corpora and configuration do not fit one another, or `run_dir` holds another run.
-        Diverged: the loss is no finite number; the latest checkpoint is from before.
+        ValueError: model, corpora and configuration do not fit one another, activations are not finite, `run_dir` holds
+            another run, or its checkpoint is damaged.
+        BlockingIOError: another process trains in `run_dir`.
+        OSError: a file cannot be written, such as on a full disk; the latest checkpoint is whole.
+        Diverged: a loss or a weight is no finite number; the latest checkpoint is from before.
     """
     recipe = recipe or SaeRecipe()
     layers = list(range(len(model.blocks)) if layers is None else layers)
-    _check(model, training, validation, config, layers)
+    _check(model, training, validation, config, layers, recipe)
+    run = _Run(Path(run_dir), model, training, validation, config, layers, recipe) if run_dir else None
+    with run.held() if run else nullcontext():
+        return _train(model, training, validation, config, layers, recipe, run)
+
+
+def _train(model, training, validation, config: SaeConfig, layers: list[int], recipe: SaeRecipe, run) -> SaeTraining:
     pieces = np.array(list(pieces_of(training, model.config.context, True, len(training))))
     learners = _new_learners(model, config, layers, recipe)
-    run = _Run(Path(run_dir), model, training, validation, config, layers, recipe) if run_dir else None
     state = run.resume(learners) if run else None
     state = state or {"block": 0, "tokens": 0, "curve": [], "stopped": ""}
 
@@ -142,7 +160,8 @@ def train_saes(
         while not state["stopped"]:
             new, before = read(state["block"] + 1), state["tokens"]
             late, early = old[:, old.shape[1] // 2 :], new[:, : new.shape[1] // 2]
-            n_batches = max(1, (late.shape[1] + early.shape[1]) // recipe.batch)
+            most = max(late.shape[1], early.shape[1])  # else some are empty
+            n_batches = min(most, max(1, (late.shape[1] + early.shape[1]) // recipe.batch))
             for halves in zip(late.tensor_split(n_batches, 1), early.tensor_split(n_batches, 1), strict=True):
                 batch = torch.cat(halves, 1)
                 total += torch.stack([learner.step(x) for learner, x in zip(learners, batch, strict=True)])
@@ -150,12 +169,10 @@ def train_saes(
                 bar.update(batch.shape[1])
             state["block"], steps = state["block"] + 1, steps + n_batches
             mean_loss = total / steps
-            if not mean_loss.isfinite().all():
-                raise Diverged(
-                    f"after {state['tokens']} tokens the losses of layers {layers} are {mean_loss.tolist()}: "
-                    "a lower learning rate often helps"
-                    + (f"; {run.file} is from before" if run and run.file.is_file() else "")
-                )
+            lost = [layer for layer, each in zip(layers, learners, strict=True) if not each.is_finite()]
+            if lost or not mean_loss.isfinite().all():
+                losses = f"the losses of layers {layers} are {mean_loss.tolist()}"
+                raise _diverged(state, losses + f", the weights of layers {lost} are not finite" * bool(lost), run)
             old = new
 
             evaluations = [(i + 1) / recipe.evaluations for i in range(recipe.evaluations)]
@@ -166,6 +183,8 @@ def train_saes(
             if due:
                 saes = {layer: learner.sae for layer, learner in zip(layers, learners, strict=True)}
                 scores = evaluate_sae(model, validation, saes, recipe.validation_tokens)
+                if lost := [layer for layer in layers if not math.isfinite(scores[layer].ce_spliced)]:
+                    raise _diverged(state, f"spliced in, layers {lost} leave the model no finite loss", run)
                 for layer, loss in zip(layers, mean_loss.tolist(), strict=True):
                     state["curve"].append(_row(state["tokens"], layer, loss, scores[layer], saes[layer]))
                 total, steps = 0.0, 0
@@ -180,6 +199,11 @@ def train_saes(
     if run:
         run.finish(saes, model)
     return SaeTraining(saes, state["curve"], state["stopped"])
+
+
+def _diverged(state: dict, what: str, run: "_Run | None") -> Diverged:
+    kept = f"; {run.file} is from before" if run and run.file.is_file() else ""
+    return Diverged(f"after {state['tokens']} tokens {what}: a lower learning rate often helps{kept}")
 
 
 def _new_learners(model: LanguageModel, config: SaeConfig, layers: Iterable[int], recipe: SaeRecipe) -> list[Learner]:
@@ -207,13 +231,17 @@ def _read_block(
         for each, layer in zip(held, layers, strict=True):
             each[places] = neurons[layer][text.present].float()
         at += len(places)
+    for each, layer in zip(held, layers, strict=True):
+        if not each.isfinite().all():
+            raise ValueError(f"activations of layer {layer} are not finite: is the model damaged, or did it diverge?")
     return held
 
 
 def _row(tokens: int, layer: int, loss: float, scores: SaeScores, sae: Sae) -> dict:
     names = "l0", "explained_variance", "recovered", "dead"
     measured = {name: getattr(scores, name) for name in names}
-    return {"tokens": tokens, "layer": layer, "loss": loss} | measured | {"threshold": float(sae.threshold[0])}
+    row = {"tokens": tokens, "layer": layer, "loss": loss} | measured | {"threshold": float(sae.threshold[0])}
+    return finite(row)
 
 
 def _reason_to_stop(curve: list[dict], recipe: SaeRecipe) -> str:
@@ -225,73 +253,101 @@ def _reason_to_stop(curve: list[dict], recipe: SaeRecipe) -> str:
     if tokens < recipe.max_tokens / 4 or not then:
         return ""
     now = {row["layer"]: row for row in curve}
-    gains = [now[i]["recovered"] - then[i]["recovered"] for i in now]
-    falls = [1 - now[i]["loss"] / max(then[i]["loss"], 1e-12) for i in now]
-    if max(gains + falls) >= recipe.least_gain:
+    pairs = [(now[i]["recovered"], then[i]["recovered"]) for i in now]
+    gain = max((after - before for after, before in pairs if None not in (after, before)), default=0.0)
+    losses = [(now[i]["loss"], then[i]["loss"]) for i in now]
+    fall = max(1 - after / before if before > 1e-12 else 0.0 for after, before in losses)  # silent layers have no loss
+    if max(gain, fall) >= recipe.least_gain:
         return ""
     return (
-        f"in the last quarter of {tokens} tokens recovered loss gained {max(gains):.2%} at most, "
-        f"and the training loss fell by {max(falls):.2%} at most"
+        f"in the last quarter of {tokens} tokens recovered loss gained {gain:.2%} at most, "
+        f"and the training loss fell by {fall:.2%} at most"
     )
 
 
-def _check(model: LanguageModel, training, validation, config: SaeConfig, layers: list[int]) -> None:
+def _check(model: LanguageModel, training, validation, config: SaeConfig, layers: list, recipe: SaeRecipe) -> None:
     width = model.config.expansion * model.config.width
     if config.kind == "jumprelu":
         raise ValueError('"jumprelu" is read from files, not trained: choose "relu" or "batchtopk"')
     if config.d_in != width:
         raise ValueError(f"the model has {width} neurons a layer, the auto-encoder reads {config.d_in}")
-    if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < len(model.blocks) for layer in layers):
+    known = range(len(model.blocks))
+    if not layers or len(set(layers)) < len(layers) or not all(type(i) is int and i in known for i in layers):
         raise ValueError(f"layers must be some of 0 to {len(model.blocks) - 1}, each once; got {layers}")
     for name, corpus in ("training", training), ("validation", validation):
         if corpus.n_vocab > model.config.vocab_size:
             raise ValueError(
                 f"the {name} corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}"
             )
+    if not len(training):
+        raise ValueError("the training corpus holds no token")
+    check_text(model, validation, recipe.validation_tokens)
+
+
+def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Run:
-    """The folder of one training."""
+    """The folder of one training, for one process at a time."""
 
     def __init__(self, path: Path, model: LanguageModel, training, validation, config, layers, recipe):
         self.path, self.file = path, path / "checkpoint.safetensors"
-        weights = hashlib.sha256()
-        for name, tensor in sorted(model.state_dict().items()):
-            weights.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        facts = {
-            "model": {"model": model.kind, **asdict(model.config), "sha256": weights.hexdigest()},
+        self.facts = {
+            "model": {"model": model.kind, **asdict(model.config), "sha256": _digest_of_tensors(model.state_dict())},
             "training": training.facts(),
             "validation": validation.facts(),
             "sae": asdict(config) | {"layers": layers},
             "recipe": asdict(recipe) | {"resample_at": list(recipe.resample_at)},
         }
-        check_same_run(path, facts)
-        if not (path / "run.json").is_file():
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / "run.json", facts | {"provenance": provenance()})
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Begin the run, or go on with it; nobody else can meanwhile.
+
+        Raises:
+            ValueError: the folder holds another run, or other files.
+            BlockingIOError: another process trains there.
+        """
+        check_same_run(self.path, self.facts)
+        busy = f"another process trains in {self.path}: wait for it, or choose another folder"
+        with locked(self.path / "lock", busy):
+            check_same_run(self.path, self.facts)  # it may have begun one
+            if not (self.path / "run.json").is_file():
+                write_json(self.path / "run.json", self.facts | {"provenance": provenance()})
+            yield
 
     def resume(self, learners: list[Learner]) -> dict | None:
         """Load the latest checkpoint, if any; where in the stream it is."""
-        if not self.file.is_file():
+        if not self.file.exists():
             return None
-        tensors = read_tensors(self.file)
         try:
+            tensors = read_tensors(self.file)
             with safe_open(self.file, "pt") as opened:
-                state = json.loads(opened.metadata()["state"])
+                metadata = opened.metadata()
+            if metadata["sha256"] != self._digest(tensors, metadata["state"]):
+                raise ValueError("its content is not what was written for this run")
+            state = json.loads(metadata["state"])
             for i, learner in enumerate(learners):
                 mine = {name.removeprefix(f"{i}/"): held for name, held in tensors.items() if name.startswith(f"{i}/")}
                 learner.load(mine)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{self.file} is no checkpoint of this run: {error}; remove it to begin anew") from error
+            raise ValueError(
+                f"{self.file} is damaged, or no checkpoint of this run: {error}. Remove it, and the run begins anew"
+            ) from error
         return state
 
     def checkpoint(self, learners: list[Learner], state: dict) -> None:
-        part = self.path / "checkpoint.safetensors.part"
-        tensors = {
-            f"{i}/{name}": held.contiguous() for i, each in enumerate(learners) for name, held in each.tensors().items()
-        }
-        save_file(tensors, part, {"state": json.dumps(state)})
-        os.replace(part, self.file)
+        tensors = {f"{i}/{name}": held for i, each in enumerate(learners) for name, held in each.tensors().items()}
+        as_text = json.dumps(state)
+        write_tensors(self.file, tensors, {"state": as_text, "sha256": self._digest(tensors, as_text)})
+
+    def _digest(self, tensors: Mapping[str, Tensor], state: str) -> str:
+        """Of this run's checkpoint."""
+        return digest_of([self.facts, state, _digest_of_tensors(tensors)])
 
     def finish(self, saes: dict[int, Sae], model: LanguageModel) -> None:
         for layer, sae in saes.items():
