@@ -21,7 +21,7 @@ from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.answers import Asker, Cost
 from cratelab.interpret.endpoints import Request
 from cratelab.interpret.explainers import discretise
-from cratelab.interpret.prompts import as_question, explanation_prompt, simulation_prompt, token_writer
+from cratelab.interpret.prompts import as_question, explanation_prompt, printable, simulation_prompt, token_writer
 from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts
 from cratelab.storage import read_json, write_json
@@ -265,8 +265,8 @@ def number_masses(pairs: Iterable[tuple[str, float]], most: int) -> Tensor:
 
 
 def first_line(text: str) -> str:
-    """The first line of an answer that is not blank, without quotation marks around it."""
-    return " ".join(text.strip().partition("\n")[0].split()).strip('"“”')
+    """The first line of an answer that is not blank, without quotation marks around it and what does not print."""
+    return printable(text.strip().partition("\n")[0]).strip('"“”')
 
 
 def select_neurons(excerpts: Excerpts, neurons: Sequence[Neuron]) -> Excerpts:

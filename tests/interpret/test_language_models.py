@@ -1,10 +1,16 @@
+import base64
+import contextlib
+import gzip
 import json
 import math
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -100,7 +106,7 @@ def serve():
 @pytest.fixture
 def connect(monkeypatch):
     # without the system's certificates, which no server here needs and every client takes 0.1 s to read
-    monkeypatch.setattr(httpx2, "Client", partial(httpx2.Client, verify=False))
+    monkeypatch.setattr(httpx2, "AsyncClient", partial(httpx2.AsyncClient, verify=False))
     opened = []
 
     def connect(server, model="tiny", **options):
@@ -424,6 +430,134 @@ def test_refusals_say_what_to_do(serve, connect):
     silent = serve(lambda *request: (404, {}, b"nothing"))
     with pytest.raises(ValueError, match=r"it lists none; does the address end in its version \(/v1\)"):
         connect(silent).answer(Request(("x",)))
+
+
+def bomb():
+    """100 MB of JSON in 100 kB."""
+    packer = zlib.compressobj(1, wbits=31)
+    parts = [packer.compress(b'{"choices": [')] + [packer.compress(b" " * 2**20) for _ in range(100)]
+    return b"".join([*parts, packer.compress(b"]}"), packer.flush()])
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "problem"),
+    [
+        (bomb, "gzip", "is longer than"),
+        (lambda: b" " * (endpoints.LARGEST_ANSWER + 1), "identity", "is longer than"),
+        (lambda: json.dumps(next_token(LOW)).encode(), "gzip", "is not compressed as it says"),
+        (lambda: json.dumps(next_token(LOW)).encode(), "br", "compressed in a way that was not asked for"),
+        (lambda: gzip.compress(gzip.compress(b"{}")), "gzip, gzip", "compressed in a way that was not asked for"),
+        (lambda: gzip.compress(json.dumps(next_token(LOW)).encode())[:-30], "gzip", "is not JSON"),
+    ],
+)
+def test_an_answer_that_is_too_large_or_wrongly_compressed_is_a_problem_and_no_end(
+    serve, connect, content, encoding, problem
+):
+    content = content()
+    server = serve(lambda *request: (200, {"Content-Encoding": encoding}, content))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer = connect(server, chat=False).answer(Request(("cat\t",), top=5))
+    assert problem in answer["problem"] and len(server.requests) == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 90_000  # kB
+
+
+def test_a_compressed_answer_is_read(serve, connect):
+    content = gzip.compress(json.dumps(next_token(LOW)).encode())
+    server = serve(lambda *request: (200, {"Content-Encoding": "gzip"}, content))
+    assert connect(server, chat=False).answer(Request(("cat\t",), top=5))["next"][0][0][0] == "0"
+    assert server.requests[0][2]["Accept-Encoding"] == "gzip"
+
+
+def endless(*parts, pause=0.0):
+    """A server that sends the first part once and the others over and over, to whoever connects."""
+    listening, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def send(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(parts[0])
+            while not over.wait(pause):
+                for part in parts[1:]:
+                    connection.sendall(part)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=send, args=(listening.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listening, over
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("parts", "pause", "failure"),
+    [
+        ((HEAD, b"X-More: yes\r\n"), 0.0, "failed 2 times"),
+        ((HEAD, b"X"), 0.02, "failed 2 times.*no whole answer in 0.3 s"),
+        ((b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"), 0.0, "failed 2 times.*no whole answer in 0.3 s"),
+        ((b"", b""), 0.02, "failed 2 times.*no whole answer in 0.3 s"),
+        ((HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"), 0.02, "failed 2 times.*no whole answer"),
+        ((HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1"), 0.02, "failed 2 times"),
+        ((HEAD + b"Content-Length: 99999999999\r\n\r\n", b" "), 0.02, "failed 2 times.*no whole answer"),
+        ((HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"100000\r\n" + b" " * 2**20 + b"\r\n"), 0.0, None),
+    ],
+)
+def test_what_never_ends_is_ended(connect, parts, pause, failure):
+    listening, over = endless(*parts, pause=pause)
+    endpoint = connect(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=0.3 if failure else 30, retries=1)
+    start = time.monotonic()
+    try:
+        if failure:
+            with pytest.raises(ConnectionError, match=failure):
+                endpoint.answer(Request(("x",)))
+        else:
+            assert "is longer than" in endpoint.answer(Request(("x",)))["problem"]
+        assert time.monotonic() - start < 20
+    finally:
+        over.set()
+        listening.close()
+
+
+def test_what_a_server_writes_shows_neither_secrets_nor_escape_codes(serve, connect):
+    evil = "\x1b[31mred\x1b]0;title\x07\u202e\ud800 "
+
+    def reply(path, body, n):
+        told = "; ".join((headers := server.requests[-1][2]).get("Authorization", "").split())
+        if path == "/v1/models":
+            return 200, {}, {"data": [{"id": evil + told}]}
+        status = {"unknown": 404, "forbidden": 401, "busy": 500, "moved": 307}.get(body["model"], 400)
+        return status, {"Location": "http://elsewhere/" + told}, {"error": {"message": f"{evil}{headers} {told}"}}
+
+    server = serve(reply)
+    with_user = server.url.replace("//", "//user:pass-word@")
+    for options in ({"api_key": "sk-secret"}, {}):
+        url = server.url if options else with_user
+        for model in "unknown", "forbidden", "busy", "moved", "other":
+            endpoint = connect(url, model, retries=0, **options)
+            with pytest.raises((ValueError, OSError)) as raised:
+                endpoint.answer(Request(("x",)))
+            said = str(raised.value)
+            assert said.isprintable() and "[secret]" in said, said
+            basic = base64.b64encode(b"user:pass-word").decode()
+            assert not any(secret in said for secret in ("sk-secret", "pass-word", basic))
+            assert "pass-word" not in endpoint.name and server.url in endpoint.name
+    assert server.requests[-1][2]["Authorization"] == f"Basic {basic}"
+    assert {path for path, *_ in server.requests} == {
+        "/v1/chat/completions",
+        "/v1/models",
+    }  # no redirection is followed
+    for wrong in "two\nlines", "sk-\u2026":
+        with pytest.raises(ValueError, match="api_key must be one line of ASCII") as raised:
+            connect(server, api_key=wrong)
+        assert wrong not in str(raised.value)
+
+
+def test_an_explanation_holds_only_what_prints(serve, connect):
+    server = serve(lambda *request: (200, {}, written("\x1b[2J cats\u202e\ud800 and\tdogs\x07")))
+    explainer = LanguageModelExplainer(connect(server), announce=quiet)
+    assert explainer.explain(STRONG, Words(), [(0, 0)]).texts == ["[2J cats and dogs"]
 
 
 def test_nobody_there(connect):
