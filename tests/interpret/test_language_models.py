@@ -3,14 +3,18 @@ import contextlib
 import gzip
 import json
 import math
+import os
 import resource
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cratelab import storage
 from cratelab.interpret import endpoints
 from cratelab.interpret.answers import AnswerCache, Cost, ask
 from cratelab.interpret.endpoints import OpenAIEndpoint, Request
@@ -676,6 +681,124 @@ def test_the_cache_survives_damage_by_saying_so(tmp_path):
         AnswerCache(path)
 
 
+def make_read_only(path):
+    with AnswerCache(path):
+        pass
+    with path.open("r+b") as file:
+        file.seek(18)
+        file.write(b"\x09")  # a file format that this SQLite can only read: as in a folder that one may not write
+
+
+def hold(path):
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    return other
+
+
+def put(path):
+    with AnswerCache(path) as cache:
+        cache.put("key", {"text": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.mkdir(), "unable to open"),
+        (make_read_only, "readonly"),
+        (hold, "locked"),
+    ],
+)
+def test_answers_that_cannot_be_kept_are_an_os_error_that_names_the_file(spoil, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("cratelab.interpret.answers.PATIENCE", 0.01)
+    path = tmp_path / "answers"
+    held = spoil(path)
+    with pytest.raises(OSError, match=f"{path} cannot be read or written: .*{message}"):
+        put(path)
+    if held:
+        held.close()
+
+
+def test_a_full_disk_is_an_os_error_and_what_was_kept_stays(tmp_path):
+    path = tmp_path / "answers"
+    with AnswerCache(path) as cache:
+        cache.put("key", {"text": "yes"})
+        cache._file.execute("PRAGMA max_page_count = 4")
+        with pytest.raises(OSError, match=f"{path} cannot be read or written: .*full"):
+            cache.put("other", {"text": "no" * 100_000})
+        assert cache.get("key") == {"text": "yes"}
+    put(path)
+
+
+def other_columns(path):
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE answers (question, reply)")
+
+
+def second_half_lost(path):
+    put(path)
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
+        rows = [(str(n), json.dumps({"text": "yes" * 100})) for n in range(200)]
+        other.executemany("INSERT INTO answers VALUES (?, ?)", rows)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 8 * 4] + bytes(len(whole) // 8 * 4))
+
+
+def holds(written):
+    def spoil(path):
+        put(path)
+        with contextlib.closing(sqlite3.connect(path)) as other, other:
+            other.execute("UPDATE answers SET answer = ?", (written,))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        other_columns,
+        second_half_lost,
+        *map(holds, ["{", "[]", "null", "3", "[" * 100_000, b"\xff\xfe\x00", '{"text": 3}', '{"next": 5}']),
+        *map(holds, ['{"next": [[["a"]]]}', '{"next": [[["a", null]]]}', '{"next": [[[3, -1.0]]]}', '{"next": null}']),
+    ],
+)
+def test_damaged_answers_are_a_value_error_that_names_the_file(spoil, tmp_path):
+    path = tmp_path / "answers"
+    spoil(path)
+    refused = pytest.raises(ValueError, match=f"{path} (is no file of answers|holds an answer that is damaged)")
+    with refused, AnswerCache(path) as cache:
+        [cache.get(key) for key in ("key", *map(str, range(200)))]
+
+
+def test_two_servers_with_models_of_one_name_have_answers_of_their_own(serve, connect, tmp_path):
+    cache, asked = tmp_path / "answers", [Request(("cat\t",), top=5)]
+    first = serve(understanding)
+    second = serve(lambda path, body, n: (200, {}, next_token({"5": 1.0})))
+    found = [list(ask(connect(server, chat=False), asked, cache)) for server in (first, second, first, second)]
+    assert found[0] == found[2] != found[1] == found[3]
+    assert len(first.requests) == len(second.requests) == 1
+
+
+def test_answers_of_an_older_file_are_no_error(serve, connect, tmp_path):
+    server, request = serve(understanding), Request(("cat\t",), top=5)
+    with AnswerCache(tmp_path / "answers") as cache:
+        cache.put(request.key('["tiny", false, {}]'), {"next": [[["0", -1.0]]]})
+    (answer,) = ask(connect(server, chat=False), [request], tmp_path / "answers")
+    assert answer["next"][0][0][0] == " 7"
+
+
+def test_two_writers_share_a_file_of_answers(tmp_path):
+    def write(writer):
+        with AnswerCache(tmp_path / "answers") as cache:  # a connection of its own, locked out as another process is
+            for n in range(8):
+                cache.put(f"{n}", {"text": str(writer)})
+                cache.put(f"{n}-{writer}", {"text": "mine"})
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    with contextlib.closing(sqlite3.connect(tmp_path / "answers")) as file:
+        assert file.execute("SELECT COUNT(*) FROM answers").fetchone() == (8 + 24,)
+
+
 def test_the_cost_is_known_and_announced_before_anything_is_sent(serve, connect, tmp_path, capsys):
     server, cache = serve(understanding), tmp_path / "answers"
     simulator = LanguageModelSimulator(connect(server), cache, prices=(2.0, 10.0))
@@ -1017,9 +1140,78 @@ def test_a_local_model_writes(local, folder):
         local.answer(Request(("x" * 1600,), top=5))
 
 
-def test_the_name_of_a_local_model_changes_with_its_weights(local, folder):
-    assert str(folder) in local.name and "sampled" not in local.name
-    assert Request(("x",)).key(local.name) != Request(("x",)).key("another")
+def copied(folder, path):
+    return Path(shutil.copytree(folder, path))
+
+
+def change_weights(path):
+    file = path / "model.safetensors"
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def change_template(path):
+    file = path / "chat_template.jinja"
+    file.write_text(file.read_text().replace("[[", "(("))
+
+
+def test_the_name_of_a_local_model_is_that_of_all_that_decides_its_answers(local, folder, tmp_path):
+    assert str(folder) in local.name
+    path = copied(folder, tmp_path / "copy")
+    names = [HuggingFaceEndpoint(path, device="cpu").name]
+    (path / "README.md").write_text("a note")
+    os.utime(path / "model.safetensors")
+    assert HuggingFaceEndpoint(path, device="cpu").name == names[0]
+    for change in change_weights, change_template:
+        change(path)
+        names.append(HuggingFaceEndpoint(path, device="cpu").name)
+    assert len(set(names)) == 3
+
+
+def edit_config(**changed):
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changed))
+
+    return edit
+
+
+def with_code(path):
+    (path / "evil.py").write_text("raise SystemExit('it ran')")
+    edit_config(auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, model_type="evil")(path)
+
+
+def without_a_weight(path):
+    tensors = storage.read_tensors(path / "model.safetensors")
+    storage.write_tensors(path / "model.safetensors", dict(list(tensors.items())[1:]), {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (edit_config(num_hidden_layers=10**8), "more layers than its weights"),
+        (edit_config(num_hidden_layers=3), "lack"),
+        (edit_config(hidden_size=None), "no causal language model"),
+        (edit_config(num_hidden_layers="two"), "no causal language model"),
+        (without_a_weight, "lack"),
+        (with_code, "no causal language model"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 99), "is no safetensors file"),
+        (lambda path: (path / "config.json").write_text("[]"), "config.json must hold a JSON object"),
+    ],
+)
+def test_a_local_model_that_is_not_whole_is_refused_by_name(folder, tmp_path, spoil, message):
+    path = copied(folder, tmp_path / "copy")
+    spoil(path)
+    with pytest.raises(ValueError, match=message) as raised:
+        HuggingFaceEndpoint(path, device="cpu")
+    assert str(path) in str(raised.value)
+
+
+def test_an_empty_prompt_is_refused(local):
+    with pytest.raises(ValueError, match="no token"):
+        local.answer(Request(("",), top=5))
 
 
 def test_only_safe_folders_are_loaded(folder, tmp_path):
