@@ -60,7 +60,15 @@ class TextExplanations:
         """
         held = read_json(path)
         try:
-            return cls([(layer, index) for layer, index in held["neurons"]], held["texts"], held["reasons"])
+            found = cls([(layer, index) for layer, index in held["neurons"]], held["texts"], held["reasons"])
+            if not all(type(index) is int for neuron in found.neurons for index in neuron):
+                raise TypeError("neurons must be pairs of integers")
+            for lines in found.texts, found.reasons:
+                if not isinstance(lines, list) or len(lines) != len(found.neurons):
+                    raise ValueError(f"{len(found.neurons)} neurons need as many texts and reasons")
+                if not all(line is None or isinstance(line, str) for line in lines):
+                    raise TypeError("texts and reasons must be strings or null")
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no explanations: {error!r}") from error
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 
 from cratelab.corpora.tokens import Tokenizer
+from cratelab.interpret.reading import token_text
 
 Row = tuple[str, int]
 
@@ -47,7 +48,7 @@ def printable(text: str) -> str:
 
 def token_writer(tokenizer: Tokenizer) -> Callable[[int], str]:
     """A function that gives each token's text, escaped."""
-    return cache(lambda token: escape(tokenizer.decode([token])))
+    return cache(lambda token: escape(token_text(tokenizer, token)))
 
 
 def explanation_prompt(texts: list[list[Row]]) -> str:
