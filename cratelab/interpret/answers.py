@@ -86,7 +86,7 @@ class AnswerCache:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             if getattr(error, "sqlite_errorname", "SQLITE_ERROR").startswith(DAMAGE):
                 raise ValueError(
                     f"{self._path} is no file of answers: {error}. Move it away, or take another"
