@@ -40,6 +40,8 @@ def discretise(activations: Tensor) -> Tensor:
     Source: Bills et al. (2023).
     """
     activations = activations.double().clamp(min=0)
+    if not activations.numel():
+        return activations
     tenths = (10 * activations / activations.amax((2, 3), keepdim=True)).floor().clamp(max=10)
     return tenths.nan_to_num(0)  # a neuron that is never positive: 0 / 0
 
@@ -175,7 +177,7 @@ class ConceptExplainer:
 
     def _choose(self, excerpts: Excerpts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         truth = rearrange(self.concepts.of(excerpts), "1 h k w c -> h c (k w)").float()
-        a = rearrange(excerpts.activations, "1 h k w -> h (k w)")
+        a = rearrange(excerpts.activations, "1 h k w -> h (k w)").float()
         present = rearrange(excerpts.tokens != NO_TOKEN, "1 h k w -> h (k w)").float()
         single = _correlations(a, truth, present)
         best, order = single.topk(min(self.n_first, truth.shape[1]), 1)
