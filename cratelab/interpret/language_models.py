@@ -22,7 +22,7 @@ from cratelab.interpret.answers import Asker, Cost
 from cratelab.interpret.endpoints import Request
 from cratelab.interpret.explainers import discretise
 from cratelab.interpret.prompts import as_question, explanation_prompt, printable, simulation_prompt, token_writer
-from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.reading import NO_TOKEN, check_seed
 from cratelab.interpret.records import Excerpts
 from cratelab.storage import read_json, write_json
 
@@ -81,11 +81,21 @@ class LanguageModelExplainer(Asker):
         max_tokens: length of an answer.
         temperature: of the sampled answer; the paper takes 1, by default the likeliest is taken.
         seed: of the sampling, where the endpoint has one.
+
+    Raises:
+        ValueError: `max_tokens`, `temperature` or `seed` is out of range.
     """
 
     max_tokens: int = 60
     temperature: float = 0.0
     seed: int = 0
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        if self.max_tokens < 1 or not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"max_tokens must be at least 1, temperature at least 0; got {self.max_tokens}, {self.temperature}"
+            )
 
     def explain(self, excerpts: Excerpts, tokenizer: Tokenizer, neurons: Sequence[Neuron]) -> TextExplanations:
         """Put neurons into words.
