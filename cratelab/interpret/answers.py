@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -178,7 +179,7 @@ def ask(
     with (
         AnswerCache(cache) as known,
         ThreadPoolExecutor(endpoint.concurrency) as pool,
-        tqdm(total=total, unit="request", disable=None) as bar,
+        tqdm(total=total, unit="request", disable=None if sys.stderr else True) as bar,
     ):
 
         def send(key: str, request: Request) -> Answer:

@@ -82,7 +82,7 @@ class SuffixExplanations:
         self.shape = excerpts.tokens.shape[:2]
         largest = int(excerpts.tokens.max()) if excerpts.tokens.numel() else NO_TOKEN
         self.base = largest + 3  # the last two stand for the excerpt's start and for unseen tokens
-        if self.base**order * excerpts.tokens.shape[0] * excerpts.tokens.shape[1] >= 2**63:
+        if order > 62 or self.base**order * excerpts.tokens.shape[0] * excerpts.tokens.shape[1] >= 2**63:
             raise ValueError(f"{self.shape} neurons and {self.base} tokens have too many suffixes of {order} to number")
         present = (excerpts.tokens != NO_TOKEN).flatten()
         activations = discretise(excerpts.activations).flatten()[present]

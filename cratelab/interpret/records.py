@@ -212,6 +212,12 @@ def collect_records(
         )
     check_seed(seed)
     total = tokens_to_read(corpus, n_tokens)
+    longest, most = max(4096, model.config.context), max(1000, total)
+    if window > longest or max(n_top, n_random, n_active) > most:
+        raise ValueError(
+            f"a window is at most {longest} tokens here, and excerpts of a neuron at most {most}; "
+            f"got {window}, {n_top}, {n_random}, {n_active}"
+        )
     random_places = np.sort(np.random.default_rng([seed, 0]).integers(total, size=n_random))
     found = _RandomPlaces(random_places, window, model.token_embedding.weight.device)
     layers: list[_Layer] = []

@@ -205,6 +205,8 @@ def test_what_is_read_past_is_not_looked_at():
         (lambda model, text: collect_for_protocols(model, text, seed=-1), "seed must be from 0 to"),
         (lambda model, text: collect_for_protocols(model, text, seed=2**32), "seed must be from 0 to"),
         (lambda model, text: collect_records(model, text, batch=0), "batch of at least 1"),
+        (lambda model, text: collect_records(model, text, window=10**11), "a window is at most 4096 tokens"),
+        (lambda model, text: collect_records(model, text, n_top=10**9), "excerpts of a neuron at most 1000"),
         (lambda model, text: untrained(model, 2**32), "seed must be from 0 to"),
         (lambda model, text: evaluate({}, {"token": TokenExplainer()}), "evaluate needs records and explainers"),
         (lambda model, text: evaluate({"anthropic": None}, {}), "evaluate needs records and explainers"),

@@ -236,6 +236,7 @@ ONE = Concepts(["a"], torch.zeros(2000, 1).bool())
         (lambda: SuffixExplainer(shrinkage=float("nan")), "shrinkage >= 0"),
         (lambda: SuffixExplainer(shrinkage=float("inf")), "shrinkage >= 0"),
         (lambda: SuffixExplainer(20).explain(excerpts()), "too many suffixes of 20"),
+        (lambda: SuffixExplainer(10**9).explain(excerpts()), "too many suffixes"),
         (lambda: ConceptExplainer(Concepts([], torch.zeros(2000, 0).bool())), "needs a concept"),
         (lambda: ConceptExplainer(ONE, n_first=0), "n_first >= 1"),
         (lambda: ConceptExplainer(ONE, gain=float("nan")), "gain >= 0"),

@@ -374,6 +374,38 @@ def test_neurons_are_chosen_in_the_order_asked_and_wrong_ones_named():
 # the server's bad days
 
 
+def test_where_there_is_no_stderr_questions_are_asked_all_the_same(serve, connect, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert len(list(ask(connect(serve(understanding), chat=False), [Request(("cat\t",), top=5)]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"temperature": math.nan}, "temperature at least 0"),
+        ({"temperature": -1.0}, "temperature at least 0"),
+        ({"seed": -1}, "seed must be from 0 to"),
+        ({"seed": 2**32}, "seed must be from 0 to"),
+    ],
+)
+def test_wrong_arguments_of_an_explainer_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageModelExplainer(None, **options)
+
+
+def test_a_token_that_only_pads_the_vocabulary_is_named(serve, connect):
+    server = serve(understanding)
+    padded = excerpts_of([[[0, 1, len(WORDS)]]], [[[0.0, 1.0, 0.0]]])
+    for ask_it in (
+        lambda: LanguageModelExplainer(connect(server), announce=quiet).explain(padded, Words(), [(0, 0)]),
+        lambda: LanguageModelSimulator(connect(server), announce=quiet).simulate(said("one"), padded, Words()),
+    ):
+        with pytest.raises(ValueError, match=f"there is no token {len(WORDS)} in the tokenizer"):
+            ask_it()
+    assert server.requests == []
+
+
 def test_overload_and_broken_connections_are_asked_again(serve, connect):
     bad_days = [
         (429, {"Retry-After": 0.3}, {"error": {"message": "slow down"}}),
