@@ -63,9 +63,9 @@ def match_concepts(
         ValueError: the concepts are none or of another text, an argument is out of range, or as `watch_neurons`.
     """
     _check(corpus, concepts)
-    if not concepts.names or not 0 <= coverage <= 1 or max_concepts < 0:
+    if not concepts.names or not 0 <= coverage <= 1 or not 0 <= max_concepts <= 1000:
         raise ValueError(
-            "match_concepts needs a concept, coverage from 0 to 1 and max_concepts >= 0; "
+            "match_concepts needs a concept, coverage from 0 to 1 and max_concepts from 0 to 1000; "
             f"got {len(concepts.names)} concepts, {coverage} and {max_concepts}"
         )
     truth = concepts.truth.to(model.token_embedding.weight.device).float()

@@ -54,7 +54,8 @@ class HuggingFaceEndpoint:
         if lacking := sorted(loaded["missing_keys"]):
             raise ValueError(f"the weights in {self.path} lack {len(lacking)} tensors, such as {lacking[0]}")
         self.model = model.to(self.device).eval()
-        digest = digest_of({file.name: digest_of_file(file) for file in self.path.iterdir() if file.suffix in DECIDES})
+        deciding = [file for file in self.path.iterdir() if file.suffix in DECIDES and file.is_file()]
+        digest = digest_of({file.name: digest_of_file(file) for file in deciding})
         self.name = json.dumps([str(self.path.resolve()), digest, chat, str(self.model.dtype)])
 
     @torch.no_grad()
@@ -75,7 +76,10 @@ class HuggingFaceEndpoint:
             raise ValueError("the prompt has no token that something could follow")
         tokens = torch.tensor([ids], device=self.device)
         if not request.top:
-            return text_or_problem(self._write(tokens, request))
+            try:
+                return text_or_problem(self._write(tokens, request))
+            except RuntimeError as error:  # as of probabilities that are NaN
+                return {"problem": f"the model cannot write: {error}"}
         logits = self.model(tokens).logits[0, ends].float()
         best = logits.log_softmax(-1).topk(min(request.top, logits.shape[-1]))
         return {

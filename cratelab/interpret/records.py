@@ -21,7 +21,7 @@ from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.kept import Kept, peaks
 from cratelab.interpret.reading import NO_TOKEN, Text, Windows, check_seed, tokens_to_read, watch_neurons
 from cratelab.language_model import LanguageModel
-from cratelab.storage import digest_of_file, read_json, read_tensors, write_json, write_tensors
+from cratelab.storage import digest_of_file, read_json, read_tensors, replacing, write_json, write_tensors
 
 AHEAD = 16  # batches sorted by length: of TinyWorld at context 256 padding is then 5 % of a batch, else 39 %
 CHUNK = 2**20  # activations searched at a time where many may be candidates: what a cache holds
@@ -115,9 +115,10 @@ class Records:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "records.safetensors", self._tensors())
-        facts = {"n_tokens": self.n_tokens, "window": self.window}
-        write_json(folder / "records.json", facts | {"sha256": digest_of_file(folder / "records.safetensors")})
+        with replacing(folder / "records.safetensors") as part:
+            write_tensors(part, self._tensors())
+            digest = digest_of_file(part)  # of what was written here, whoever else writes
+        write_json(folder / "records.json", {"n_tokens": self.n_tokens, "window": self.window, "sha256": digest})
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

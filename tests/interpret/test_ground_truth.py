@@ -117,7 +117,11 @@ def test_senses_told_apart_by_the_token_before():
         (lambda model, text, held: separate_senses(model, text, Concepts([], held.truth[:99])), "are of 99 tokens"),
         (lambda model, text, held: match_concepts(model, text, Concepts([], held.truth[:, :0])), "needs a concept"),
         (lambda model, text, held: match_concepts(model, text, held, coverage=float("nan")), "coverage from 0 to 1"),
-        (lambda model, text, held: match_concepts(model, text, held, max_concepts=-1), "max_concepts >= 0"),
+        (
+            lambda model, text, held: match_concepts(model, text, held, max_concepts=10**9),
+            "max_concepts from 0 to 1000",
+        ),
+        (lambda model, text, held: match_concepts(model, text, held, max_concepts=-1), "max_concepts from 0 to 1000"),
         (
             lambda model, text, held: match_concepts(model, text, held, batch=0),
             "batch, window and ahead must be at least 1",

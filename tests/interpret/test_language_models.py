@@ -498,6 +498,12 @@ def test_an_answer_that_is_too_large_or_wrongly_compressed_is_a_problem_and_no_e
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 90_000  # kB
 
 
+def test_closing_twice_is_closing(serve):
+    with OpenAIEndpoint(serve(understanding).url, "tiny", chat=False) as endpoint:
+        endpoint.answer(Request(("cat\t",), top=5))
+        endpoint.close()
+
+
 def test_a_compressed_answer_is_read(serve, connect):
     content = gzip.compress(json.dumps(next_token(LOW)).encode())
     server = serve(lambda *request: (200, {"Content-Encoding": "gzip"}, content))
@@ -1239,6 +1245,18 @@ def test_a_local_model_that_is_not_whole_is_refused_by_name(folder, tmp_path, sp
     with pytest.raises(ValueError, match=message) as raised:
         HuggingFaceEndpoint(path, device="cpu")
     assert str(path) in str(raised.value)
+
+
+def test_a_local_model_whose_weights_are_not_finite_has_problems_and_no_end(folder, tmp_path):
+    path = copied(folder, tmp_path / "copy")
+    tensors = storage.read_tensors(path / "model.safetensors")
+    spoilt = {name: tensor * torch.nan for name, tensor in tensors.items()}
+    storage.write_tensors(path / "model.safetensors", spoilt, {"format": "pt"})
+    endpoint = HuggingFaceEndpoint(path, device="cpu")
+    assert "the model cannot write" in endpoint.answer(Request(("cat",), 5))["problem"]
+    simulator = LanguageModelSimulator(endpoint, announce=quiet)
+    assert not simulator.simulate(said("one"), TEXT, Words()).any()
+    assert simulator.problems == [{"a log-probability that is none": 5}]
 
 
 def test_an_empty_prompt_is_refused(local):
