@@ -8,6 +8,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from cratelab.storage import replacing
+
 CRATE = "#0072B2"
 GPT2 = "#D55E00"
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -45,8 +47,12 @@ def save_loss_curve(metrics: list[dict], path: str | Path, floor: float | None =
 
     Args:
         metrics: as `cratelab.training.train` returns them.
-        path: image to write.
+        path: image to write, whole or not at all; its suffix says what kind, and is .png if there is none.
         floor: nats a token that no model can go below, where it is known.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: there is no such kind of image.
     """
     validated = [row for row in metrics if "validation_loss" in row]
 
@@ -64,8 +70,12 @@ def save_comparison(runs: list[dict], path: str | Path, floor: float | None = No
 
     Args:
         runs: as `cratelab.comparison.compare` returns them.
-        path: image to write.
+        path: image to write, whole or not at all; its suffix says what kind, and is .png if there is none.
         floor: nats a token that no model can go below, where it is known.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: there is no such kind of image.
     """
     presets = list(dict.fromkeys(run["preset"] for run in runs))
     colours, names = {"crate": CRATE, "gpt2": GPT2}, {"crate": "CRATE", "gpt2": "GPT-2"}
@@ -75,7 +85,8 @@ def save_comparison(runs: list[dict], path: str | Path, floor: float | None = No
         for run in runs:
             style = ["-", "--", ":", "-."][presets.index(run["preset"]) % 4]
             label = f"{names[run['model']]} {run['preset']}"
-            axes.plot(*zip(*run["curve"], strict=True), style, color=colours[run["model"]], lw=1.2)
+            tokens, losses = zip(*run["curve"], strict=True) if run["curve"] else ((), ())
+            axes.plot(tokens, losses, style, color=colours[run["model"]], lw=1.2)
             if label not in labelled:
                 axes.plot([], [], style, color=colours[run["model"]], label=label)
             labelled.add(label)
@@ -92,4 +103,6 @@ def _save_losses(draw, path: str | Path, floor: float | None) -> None:
         if floor is not None:
             axes.axhline(floor, color="black", ls="--", lw=1, label="entropy rate: no model is below")
         axes.legend()
-        figure.savefig(path, dpi=150)
+        path = Path(path) if Path(path).suffix else Path(f"{path}.png")
+        with replacing(path) as part:
+            figure.savefig(part, dpi=150, format=path.suffix[1:])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.viewer import Viewer, _token_text
-from cratelab.interpret.viewer_html import escape, number
+from cratelab.interpret.viewer_html import escape, number, script_data, visible
 from cratelab.language_model import LanguageModel
 from cratelab.plots import CRATE
 from cratelab.steering import steered_logits
@@ -45,7 +45,8 @@ def steering_viewer(
 
     Args:
         model: CRATE or GPT-2; inside `splice` its neurons are the auto-encoder's features.
-        tokenizer: of its tokens.
+        tokenizer: of its tokens; those beyond it, with which the vocabulary is padded, are never among the most
+            probable.
         prompts: (p, n) tokens.
         layer: of the neurons.
         neurons: (m,) integers.
@@ -60,8 +61,8 @@ def steering_viewer(
         n_new: length of the continuation.
 
     Raises:
-        ValueError: there is no neuron or prompt, the arguments are of different numbers of neurons or strengths, or
-            `colour` is no colour.
+        ValueError: there is no neuron, prompt or strength, the arguments are of different numbers of neurons or
+            strengths, a maximum, a strength or what the model gives is not finite, or `colour` is no colour.
     """
     m, given = len(neurons), (len(maxima), len(targets), len(names), found.lift.shape[1])
     if not m or not len(prompts) or any(n != m for n in given):
@@ -70,17 +71,30 @@ def steering_viewer(
         raise ValueError(f"{len(strengths)} strengths were given, and {len(found.lift) - 1} measured")
     if not re.fullmatch("#[0-9a-fA-F]{6}", colour):
         raise ValueError(f"colour must be #rrggbb, such as {CRATE}; got {colour!r}")
-    values = torch.outer(torch.tensor(strengths, device=maxima.device), maxima)
-    chances = torch.empty(1 + len(values), m, len(prompts), model.config.vocab_size)
-    chances[0] = model(prompts)[:, -1].softmax(-1)
+    if n_tokens < 1 or n_new < 0 or not strengths:
+        raise ValueError(f"n_tokens >= 1, n_new >= 0 and a strength are needed; got {n_tokens}, {n_new}, {strengths}")
+    weight = model.token_embedding.weight
+    prompts, maxima, targets = prompts.to(weight.device), maxima.to(weight.device, torch.float32), targets.cpu()
+    strong = torch.tensor(strengths, dtype=torch.float32, device=weight.device)
+    values = torch.outer(strong, maxima).to(weight.dtype)
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"maxima and strengths must be finite; got {maxima.tolist()} and {list(strengths)}")
+    shown_vocabulary = min(model.config.vocab_size, tokenizer.n_vocab)
+    if targets.shape[1] < shown_vocabulary:
+        raise ValueError(f"targets must mark all {shown_vocabulary} tokens; got {targets.shape[1]}")
+    targets = targets[:, :shown_vocabulary]
+    chances = torch.empty(1 + len(values), m, len(prompts), shown_vocabulary, device="cpu")
+    chances[0] = model(prompts)[:, -1].float().softmax(-1)[..., :shown_vocabulary]
     for some, logits in steered_logits(model, prompts, layer, neurons, values):
-        chances[1:, some] = logits[..., -1, :].softmax(-1).cpu()
+        chances[1:, some] = logits[..., -1, :].float().softmax(-1)[..., :shown_vocabulary].cpu()
+    if not chances.isfinite().all():
+        raise ValueError("the model's logits are NaN or infinite, as it is or with a neuron set")
     plain = model.generate(prompts, n_new, temperature=0)[:, prompts.shape[1] :]
     texts = torch.stack(
         [plain.expand(m, -1, -1)]
         + [generate_when_set(model, prompts, layer, neurons, value, n_new, temperature=0) for value in values]
     )
-    top = chances.topk(n_tokens, -1)
+    top = chances.topk(min(n_tokens, shown_vocabulary), -1)
 
     table: dict[int, int] = {}  # token -> its place among those shown
 
@@ -89,16 +103,16 @@ def steering_viewer(
 
     shown = [
         {
-            "name": f"layer {layer}, neuron {int(neuron)}: {names[j]}",
+            "name": visible(f"layer {layer}, neuron {int(neuron)}: {names[j]}"),
             "steps": [
                 {
                     "lift": f"{float(found.lift[i, j]) + 0.0:+.2f}",
-                    "off": number(max(0.0, float(found.off_target[i, j]))),
+                    "off": number(float(found.off_target[i, j].clamp(min=0))),
                     "next": [
                         [places(top.indices[i, j, p]), _percent(top.values[i, j, p]), _marks(targets[j], top, i, j, p)]
                         for p in range(len(prompts))
                     ],
-                    "mass": [number(100 * chances[i, j, p][targets[j].cpu()].sum()) for p in range(len(prompts))],
+                    "mass": [number(100 * chances[i, j, p][targets[j]].sum()) for p in range(len(prompts))],
                     "text": [places(texts[i, j, p]) for p in range(len(prompts))],
                 }
                 for i in range(1 + len(strengths))
@@ -111,7 +125,10 @@ def steering_viewer(
         "strengths": ["as it is", *(f"set to {number(s)} × its maximum" for s in strengths)],
         "neurons": shown,
     }
-    data["tokens"] = [_token_text(tokenizer, token) for token in table]
+    data["tokens"] = [
+        _token_text(tokenizer, token) if token < tokenizer.n_vocab else f"[{token}]"  # a continuation may hold any
+        for token in table
+    ]
     data["gap"] = " " if tokenizer.decode([0, 0]) != 2 * tokenizer.decode([0]) else ""
     indices = tuple((layer, int(neuron)) for neuron in neurons)
     return Viewer(title, indices, _fragment(title, colour, data))
@@ -122,7 +139,7 @@ def _percent(chances: Tensor) -> list[int]:
 
 
 def _marks(targets: Tensor, top, i: int, j: int, p: int) -> list[int]:
-    return targets[top.indices[i, j, p].to(targets.device)].int().tolist()
+    return targets[top.indices[i, j, p]].int().tolist()
 
 
 def _fragment(title: str, colour: str, data: dict) -> str:
@@ -151,7 +168,7 @@ def _fragment(title: str, colour: str, data: dict) -> str:
         last=len(data["strengths"]) - 1,
         prompt=join(data["prompts"][0]),
         tables=tables,
-        data=json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        data=script_data(data),
     )
     name = "steering-" + hashlib.sha256(json.dumps([colour, content]).encode()).hexdigest()[:10]
     style = STYLE.replace("ROOT", f".{name}").replace("COLOUR", colour)

@@ -1,5 +1,7 @@
+import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,7 +95,70 @@ def test_what_does_not_fit_is_refused(pushed):
     words = WordEncoding([f"w{i}" for i in range(VOCAB)])
     with pytest.raises(ValueError, match="2 neurons need as many"):
         steering_viewer(model, words, *given[:-1], ["one"], STRENGTHS)
+    with pytest.raises(ValueError, match="targets must mark all 19 tokens; got 18"):
+        steering_viewer(model, words, *given[:4], given[4][:, 1:], *given[5:], STRENGTHS)
     with pytest.raises(ValueError, match="3 strengths were given, and 2 measured"):
         steering_viewer(model, words, *given, (1.0, 2.0, 3.0))
     with pytest.raises(ValueError, match="colour must be #rrggbb"):
         draw(pushed, colour="red")
+
+
+def test_a_name_that_is_no_text_is_saved(pushed, tmp_path):
+    model, given = pushed
+    words, evil = WordEncoding([f"w{i}" for i in range(VOCAB)]), "\ud800 </script> \u2028 \x1b[31m"
+    view = steering_viewer(model, words, *given[:-1], [evil, evil], STRENGTHS, title=evil, n_new=1)
+    view.save(tmp_path / "page.html")
+    saved = (tmp_path / "page.html").read_text(encoding="utf8")
+    assert all(character.isprintable() or character == "\n" for character in saved)
+    shown = "layer 1, neuron 3: \\ud800 </script> \\u2028 \\u001b[31m"
+    assert Page(saved).data["neurons"][0]["name"] == shown and shown in Page(saved).text("caption")
+
+
+def test_measurements_that_are_no_number_are_shown_as_such(pushed):
+    model, given = pushed
+    *most, found, names = given
+    nothing = replace(found, lift=found.lift * torch.nan, off_target=found.off_target * torch.nan)
+    words = WordEncoding([f"w{i}" for i in range(VOCAB)])
+    page = Page(steering_viewer(model, words, *most, nothing, names, STRENGTHS, n_new=1).html)
+    steps = page.data["neurons"][0]["steps"]
+    assert {step["lift"] for step in steps} == {"+nan"} and {step["off"] for step in steps} == {"nan"}
+
+
+def test_tokens_that_only_pad_the_vocabulary_are_never_among_the_most_probable(pushed):
+    model, given = pushed
+    words = WordEncoding([f"w{i}" for i in range(4)])  # 5 with the end of text, of 19
+    page = Page(steering_viewer(model, words, *given, STRENGTHS, n_tokens=VOCAB, n_new=3).html)
+    for neuron in page.data["neurons"]:
+        for step in neuron["steps"]:
+            for tokens, _, _ in step["next"]:
+                assert len(tokens) == 5 and not any(page.data["tokens"][place].startswith("[") for place in tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_in_other_precisions_are_shown_alike(pushed, dtype):
+    model, (prompts, layer, neurons, maxima, targets, found, names) = pushed
+    words = WordEncoding([f"w{i}" for i in range(VOCAB)])
+    other, shown = copy.deepcopy(model).to(dtype), []
+    for each, strongest in (model, maxima), (other, maxima.to(dtype)):
+        arguments = prompts, layer, neurons, strongest, targets, found, names, STRENGTHS
+        shown.append(Page(steering_viewer(each, words, *arguments, n_tokens=VOCAB, n_new=1).html).data["neurons"])
+    for one, two in zip(*shown, strict=True):
+        for step, same in zip(one["steps"], two["steps"], strict=True):
+            assert float(step["mass"][0]) == pytest.approx(float(same["mass"][0]), abs=8)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_refused(pushed, value):
+    model, (prompts, layer, neurons, maxima, *rest) = pushed
+    words = WordEncoding([f"w{i}" for i in range(VOCAB)])
+    with pytest.raises(ValueError, match="maxima and strengths must be finite"):
+        steering_viewer(model, words, prompts, layer, neurons, maxima * value, *rest, STRENGTHS)
+    with pytest.raises(ValueError, match="maxima and strengths must be finite"):
+        steering_viewer(model, words, prompts, layer, neurons, maxima, *rest, (1.0, value))
+    hook = model.norm.register_forward_hook(lambda module, inputs, output: output * value)
+    with pytest.raises(ValueError, match="the model's logits are NaN or infinite"):
+        steering_viewer(model, words, prompts, layer, neurons, maxima, *rest, STRENGTHS)
+    hook.remove()
+    for options in {"n_tokens": 0}, {"n_new": -1}:
+        with pytest.raises(ValueError, match="n_tokens >= 1, n_new >= 0"):
+            draw(pushed, **options)

@@ -2,9 +2,11 @@
 
 import json
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +18,7 @@ from cratelab.interpret.endpoints import Answer, Endpoint, Request
 
 GROUP = 512  # requests in memory at a time
 TRUST = 20  # if so many first answers are all useless, the rest is not asked for
+PATIENCE = 60.0  # seconds to wait for another process that writes
 
 
 class AnswerCache:
@@ -27,30 +30,34 @@ class AnswerCache:
         path: the file, made if need be; None keeps the answers in memory.
 
     Raises:
-        ValueError: the file is something else, or damaged.
+        OSError: the file cannot be read or written, such as on a full disk, or another process keeps it locked; so do
+            all methods.
+        ValueError: the file is something else, or damaged; so do all methods.
     """
 
     def __init__(self, path: str | Path | None = None):
-        self._lock = threading.Lock()
+        self._lock, self._path = threading.Lock(), path
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file = sqlite3.connect(path or ":memory:", timeout=60, check_same_thread=False)
+        with self._named_errors():
+            self._file = sqlite3.connect(":memory:" if path is None else path, PATIENCE, check_same_thread=False)
         try:
-            with self._file:
+            with self._named_errors(), self._file:
                 self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
-        except sqlite3.DatabaseError as error:
+                self._file.execute("SELECT key, answer FROM answers LIMIT 1")
+        except BaseException:
             self._file.close()
-            raise ValueError(f"{path} is no file of answers: {error}. Move it away, or take another") from error
+            raise
 
     def get(self, key: str) -> Answer | None:
         """The answer kept under `key`."""
-        with self._lock:
+        with self._lock, self._named_errors():
             row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return row and json.loads(row[0])
+        return row and self._read(row[0])
 
     def put(self, key: str, answer: Answer) -> None:
         """Keep an answer."""
-        with self._lock, self._file:
+        with self._lock, self._named_errors(), self._file:
             self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
 
     def close(self) -> None:
@@ -62,6 +69,35 @@ class AnswerCache:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+    def _read(self, written: object) -> Answer:
+        """An answer of text, or of next tokens [[[token, log-probability], …], …]."""
+        try:
+            answer = json.loads(written)
+            if not isinstance(answer.get("text", ""), str):
+                raise TypeError("a text that is none")
+            for pairs in answer.get("next", []):
+                for token, value in pairs:
+                    token.strip(), float(value)
+            return answer
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{self._path} holds an answer that is damaged: {error}. Move it away") from error
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            if getattr(error, "sqlite_errorname", "SQLITE_ERROR").startswith(DAMAGE):
+                raise ValueError(
+                    f"{self._path} is no file of answers: {error}. Move it away, or take another"
+                ) from error
+            raise OSError(
+                f"the answers in {self._path} cannot be read or written: {error}. What is in the file stays"
+            ) from error
+
+
+DAMAGE = "SQLITE_ERROR", "SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_MISMATCH", "SQLITE_FORMAT", "SQLITE_CONSTRAINT"
 
 
 @dataclass
@@ -103,7 +139,12 @@ def estimate(
     cache: str | Path | None = None,
     prices: tuple[float, float] | None = None,
 ) -> Cost:
-    """What requests will cost, without sending any. A cache that does not exist is not made."""
+    """What requests will cost, without sending any. A cache that does not exist is not made.
+
+    Raises:
+        OSError: the cache cannot be read.
+        ValueError: the cache is damaged.
+    """
     cost = Cost(0, 0, 0, 0, prices)
     with AnswerCache(cache if cache and Path(cache).exists() else None) as known:
         for request in requests:
@@ -131,13 +172,14 @@ def ask(
         total: how many requests there are, for the progress bar.
 
     Raises:
-        ValueError: the first 20 answers are all problems.
+        OSError: the cache cannot be written.
+        ValueError: the first 20 answers are all problems, or the cache is damaged.
     """
     n = useless = 0
     with (
         AnswerCache(cache) as known,
         ThreadPoolExecutor(endpoint.concurrency) as pool,
-        tqdm(total=total, unit="request", disable=None) as bar,
+        tqdm(total=total, unit="request", disable=None if sys.stderr else True) as bar,
     ):
 
         def send(key: str, request: Request) -> Answer:

@@ -16,7 +16,7 @@ from torch import Tensor
 from cratelab.corpora.tinyworld import World
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.corpora.tokens import Tokenizer
-from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.reading import NO_TOKEN, token_text, tokens_to_read
 from cratelab.interpret.records import Excerpts
 
 
@@ -37,8 +37,14 @@ class Concepts:
         return self.truth[self.places(excerpts)] & (excerpts.tokens != NO_TOKEN)[..., None]
 
     def places(self, excerpts: Excerpts) -> Tensor:
-        """(…, w) rows of `truth` for the tokens of excerpts; any row where there is no text."""
+        """(…, w) rows of `truth` for the tokens of excerpts; any row where there is no text.
+
+        Raises:
+            ValueError: the excerpts reach past the text that the concepts are of.
+        """
         places = excerpts.starts[..., None] + torch.arange(excerpts.tokens.shape[-1])
+        if ((places >= len(self.truth)) & (excerpts.tokens != NO_TOKEN)).any():
+            raise ValueError(f"the concepts are of {len(self.truth)} tokens, and the excerpts are from beyond them")
         return places.clamp(0, len(self.truth) - 1)
 
 
@@ -56,10 +62,16 @@ def text_concepts(corpus: TokenizedCorpus, tokenizer: Tokenizer, n_frequent: int
         corpus: the text, in memory as a whole: a few hundred thousand tokens.
         tokenizer: what it was made with.
         n_frequent: as many of the most frequent tokens are concepts, and as many tokens before.
+
+    Raises:
+        ValueError: the corpus holds no token, or one that the tokenizer lacks; or `n_frequent` is negative.
     """
+    if n_frequent < 0:
+        raise ValueError(f"n_frequent must be at least 0; got {n_frequent}")
+    tokens_to_read(corpus, None)
     stream = corpus[:].astype(np.int64)
     counts = np.bincount(stream, minlength=corpus.n_vocab)
-    spelled = [tokenizer.decode([token]) if count else "" for token, count in enumerate(counts)]
+    spelled = [token_text(tokenizer, token) if count else "" for token, count in enumerate(counts)]
     names = [f"the token {rule}" for rule in SPELLING]
     by_token = np.array([[bool(test(text)) for test in SPELLING.values()] for text in spelled])
     columns = [by_token[stream]]

@@ -1,10 +1,15 @@
 """Language models that answer requests, and those that do so over HTTP with OpenAI's API.
 
 Hosted models speak it, and so do vLLM, llama.cpp, Ollama and others. HTTP is left to httpx2, the maintained
-continuation of httpx: threads may share its client, it knows proxies and the system's certificates, and it comes with
-huggingface_hub anyway. The `openai` package is built on it too, and would take only the retries off our hands.
+continuation of httpx: it knows proxies and the system's certificates, and comes with huggingface_hub anyway. The
+`openai` package is built on it too, and would take only the retries off our hands.
+
+A server may send anything for as long as it likes, so that a request has a deadline as a whole, its answer a size that
+it may not pass, and what is shown of it neither secrets nor characters that do not print.
 """
 
+import asyncio
+import base64
 import hashlib
 import json
 import math
@@ -14,21 +19,20 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from cratelab.corpora.documents import require
-from cratelab.interpret.prompts import simulation_prompt
-
-if TYPE_CHECKING:
-    import httpx2
+from cratelab.interpret.prompts import printable, simulation_prompt
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is given up, since a run can be taken up again later
+LARGEST_ANSWER = 2**24  # bytes, decompressed; the log-probabilities of a prompt of 8,000 tokens are about as many
 
 Answer = dict  # "text", or "next": for each piece of the prompt [[token, log-probability], …]; or "problem": why not
 
@@ -87,15 +91,16 @@ class OpenAIEndpoint:
     """A server that speaks OpenAI's API.
 
     Overload, time-outs and broken connections are tried again with exponential back-off, or when `Retry-After` says.
-    Use as a context manager, or `close` it.
+    Redirections are not followed. Use as a context manager, or `close` it.
 
     Args:
-        base_url: up to the version, such as `https://api.openai.com/v1` or `http://localhost:8000/v1`.
+        base_url: up to the version, such as `https://api.openai.com/v1` or `http://localhost:8000/v1`. A user's name
+            and password in it are sent, and never shown or kept.
         model: the name that the server gives it.
         api_key: sent as bearer token. Unless given, the variable OPENAI_API_KEY, to api.openai.com alone.
         chat: ask /chat/completions, for models that reply; False asks /completions, for models that continue a text.
         concurrency: requests at a time.
-        timeout: seconds to wait for a connection or for the next bytes of an answer.
+        timeout: seconds that a request may take, from the connection to the end of the answer.
         retries: how often a request is repeated at most.
         backoff: seconds before the first repetition, doubled with each.
         echo: ask /completions to repeat a prompt with its log-probabilities, if a trial shows that the server does so
@@ -104,7 +109,7 @@ class OpenAIEndpoint:
 
     Raises:
         ImportError: httpx2 is not installed.
-        ValueError: `base_url` is no HTTP address, or a number is out of range.
+        ValueError: `base_url` is no HTTP address, `api_key` no line of ASCII, or a number is out of range.
     """
 
     def __init__(
@@ -121,22 +126,34 @@ class OpenAIEndpoint:
         extra: dict | None = None,
     ):
         if not re.match("https?://[^/]", base_url):
-            raise ValueError(f"base_url must look like http://localhost:8000/v1; got {base_url!r}")
+            raise ValueError(f"base_url must look like http://localhost:8000/v1; got {_without_user(base_url)!r}")
         if concurrency < 1 or retries < 0 or not timeout > 0 or not backoff >= 0:
             raise ValueError(
                 "OpenAIEndpoint needs concurrency >= 1, timeout > 0, retries >= 0 and backoff >= 0; "
                 f"got {concurrency}, {timeout}, {retries}, {backoff}"
             )
         self._http = require("httpx2", "interpret")
-        self.url, self.model, self.chat, self.concurrency = base_url.rstrip("/"), model, chat, concurrency
-        self.retries, self.backoff, self.extra, self.continues = retries, backoff, extra or {}, not chat
-        self.echo = echo and not chat
-        self.name = json.dumps([model, chat, self.extra], sort_keys=True)
+        try:
+            url = self._http.URL(base_url)
+        except self._http.InvalidURL as error:
+            raise ValueError(f"base_url {_without_user(base_url)!r} is no address: {error}") from None
+        if url.query or url.fragment:
+            raise ValueError(f"base_url must end in the version, without ? or #; got {_without_user(base_url)!r}")
+        self.url = str(url.copy_with(userinfo=b"")).rstrip("/")
+        self.model, self.chat, self.concurrency = model, chat, concurrency
+        self.retries, self.backoff, self.timeout = retries, backoff, timeout
+        self.extra, self.continues, self.echo = extra or {}, not chat, echo and not chat
+        self.name = json.dumps([self.url, model, chat, self.extra], sort_keys=True)
         is_openai = base_url.startswith("https://api.openai.com/")  # nobody else is sent what the variable holds
         key = (api_key or (os.environ.get("OPENAI_API_KEY", "") if is_openai else "")).strip()
-        self._client = self._http.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=timeout,
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("api_key must be one line of ASCII characters")
+        basic = base64.b64encode(f"{url.username}:{url.password}".encode()).decode() if url.userinfo else ""
+        self._secrets = [secret for secret in (key, url.password, basic) if secret]
+        sent = f"Basic {basic}" if basic else f"Bearer {key}" if key else None
+        self._client = self._http.AsyncClient(
+            headers={"Accept-Encoding": "gzip"} | ({"Authorization": sent} if sent else {}),
+            timeout=self._http.Timeout(None, connect=timeout / 2),
             limits=self._http.Limits(max_connections=concurrency),
         )
         self._reached = threading.Event()
@@ -188,7 +205,7 @@ class OpenAIEndpoint:
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        asyncio.run_coroutine_threadsafe(self._client.aclose(), _loop()).result()
 
     def __enter__(self) -> Self:
         return self
@@ -207,9 +224,11 @@ class OpenAIEndpoint:
         body = {
             name: value for name, value in ({"seed": request.seed} | body | self.extra).items() if value is not None
         }
-        response = self._post("/chat/completions" if self.chat else "/completions", body, retries)
+        reply = self._post("/chat/completions" if self.chat else "/completions", body, retries)
         try:
-            held = response.json()
+            held = json.loads(reply.read())
+        except _UselessError as error:
+            return {"problem": str(error)}
         except (ValueError, RecursionError):
             return {"problem": "the answer is not JSON"}
         try:
@@ -220,27 +239,29 @@ class OpenAIEndpoint:
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
             return {"problem": "the answer has another shape"}
 
-    def _post(self, path: str, body: dict, retries: int) -> "httpx2.Response":
+    def _post(self, path: str, body: dict, retries: int) -> "_Reply":
         for attempt in range(retries + 1):
-            wait = self.backoff * 2**attempt * random.uniform(0.75, 1)  # so that threads do not return together
+            wait = self.backoff * 2.0 ** min(attempt, 99) * random.uniform(0.75, 1)  # threads do not return together
             try:
-                response = self._client.post(self.url + path, json=body)
+                reply = self._exchange("POST", path, body)
             except (self._http.ConnectError, self._http.ConnectTimeout) as error:
+                failure = self._printable(repr(error))
                 if not self._reached.is_set():
                     raise ConnectionError(
-                        f"no server answers at {self.url}: {error}. Is it running, and is this its address?"
+                        f"no server answers at {self.url}: {failure}. Is it running, and is this its address?"
                     ) from error
-                failure = repr(error)
-            except self._http.TransportError as error:
-                failure = repr(error)
+            except TimeoutError:
+                failure = f"no whole answer in {self.timeout:g} s"
+            except self._http.HTTPError as error:
+                failure = self._printable(repr(error))
             else:
                 self._reached.set()
-                if response.status_code == 200:
-                    return response
-                failure = f"HTTP {response.status_code}: {_message(response)}"
-                if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
-                    raise self._refusal(response.status_code, failure)
-                wait = max(wait, _retry_after(response.headers.get("Retry-After")))
+                if reply.status == 200:
+                    return reply
+                failure = f"HTTP {reply.status}: {self._message(reply)}"
+                if reply.status not in (408, 409, 425, 429) and reply.status < 500:
+                    raise self._refusal(reply.status, failure)
+                wait = max(wait, _retry_after(reply.headers.get("Retry-After")))
             if attempt == retries or wait > LONGEST_WAIT:
                 break
             time.sleep(wait)
@@ -250,19 +271,97 @@ class OpenAIEndpoint:
             "later, or with a lower concurrency"
         )
 
+    def _exchange(self, method: str, path: str, body: dict | None = None) -> "_Reply":
+        """One request and what comes, in `timeout` seconds and `LARGEST_ANSWER` bytes."""
+
+        async def exchange() -> _Reply:
+            content = None if body is None else json.dumps(body, allow_nan=False).encode()
+            headers = {} if body is None else {"Content-Type": "application/json"}
+            async with (
+                asyncio.timeout(self.timeout),
+                self._client.stream(method, self.url + path, content=content, headers=headers) as response,
+            ):
+                reply = _Reply(response.status_code, response.headers, bytearray())
+                async for part in response.aiter_raw():
+                    reply.content.extend(part)
+                    if len(reply.content) > LARGEST_ANSWER:
+                        break
+                return reply
+
+        return asyncio.run_coroutine_threadsafe(exchange(), _loop()).result()
+
     def _refusal(self, status: int, failure: str) -> Exception:
         if status in (401, 403):
             return PermissionError(f"{self.url} refuses: {failure}. Pass a valid api_key")
         if status != 404:
             return ValueError(f"{self.url} refuses the request: {failure}")
         try:
-            known = [entry["id"] for entry in self._client.get(f"{self.url}/models").json()["data"]]
-        except (self._http.HTTPError, ValueError, LookupError, TypeError):
+            listed = json.loads(self._exchange("GET", "/models").read())["data"]
+            known = [self._printable(str(entry["id"])) for entry in listed[:100]]
+        except (self._http.HTTPError, TimeoutError, ValueError, LookupError, TypeError, RecursionError):
             known = []
         return ValueError(
             f"{self.url} has no {'chat ' * self.chat}completions of {self.model!r}: {failure}. "
-            f"Its models: {', '.join(map(str, known)) or 'it lists none; does the address end in its version (/v1)?'}"
+            f"Its models: {', '.join(known) or 'it lists none; does the address end in its version (/v1)?'}"
         )
+
+    def _message(self, reply: "_Reply") -> str:
+        """What the server says went wrong, in OpenAI's shape or any other."""
+        if 300 <= reply.status < 400:
+            where = self._printable(reply.headers.get("Location", ""))
+            return f"it sends to {where!r}, which is not followed: if that is right, make it the base_url"
+        try:
+            content = reply.read()
+        except _UselessError as error:
+            return str(error)
+        try:
+            return self._printable(str(json.loads(content)["error"]["message"]))
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return self._printable(content.decode("utf8", "replace"))
+
+    def _printable(self, text: str) -> str:
+        """What a server wrote, to be shown: without secrets, and nothing but characters that print."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[secret]")
+        return printable(text)[:500]
+
+
+class _UselessError(ValueError):
+    """An answer that cannot be read, though the server may answer other requests."""
+
+
+class _Reply(NamedTuple):
+    """What came of one request: its content as it was sent, cut off where it is too long."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytearray
+
+    def read(self) -> bytes:
+        """The content, decompressed."""
+        content, encoding = bytes(self.content), self.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding in ("gzip", "x-gzip"):
+            try:
+                content = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(content, LARGEST_ANSWER + 1)
+            except zlib.error:
+                raise _UselessError("the answer is not compressed as it says") from None
+        elif encoding not in ("identity", ""):
+            raise _UselessError("the answer is compressed in a way that was not asked for")
+        if len(content) > LARGEST_ANSWER:
+            raise _UselessError(f"the answer is longer than {LARGEST_ANSWER:,} bytes")
+        return content
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """A thread's event loop: only in one can a request be ended wherever it is, in the midst of headers too."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="requests", daemon=True).start()
+    return loop
+
+
+def _without_user(url: str) -> str:
+    return re.sub("//.*@", "//", url)
 
 
 def _read_text(choice: dict) -> Answer:
@@ -308,14 +407,6 @@ def _read_echoed(choice: dict, pieces: Sequence[str]) -> Answer:
     return {"next": [[[str(token), float(value)] for token, value in pairs.items()] for pairs in found]}
 
 
-def _message(response: "httpx2.Response") -> str:
-    """What the server says went wrong, in OpenAI's shape or any other."""
-    try:
-        return str(response.json()["error"]["message"])[:500]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return response.text[:500]
-
-
 def _retry_after(header: str | None) -> float:
     """Seconds to wait by a Retry-After header, which holds seconds or a date; 0 if it holds neither."""
     try:
@@ -324,5 +415,5 @@ def _retry_after(header: str | None) -> float:
         pass
     try:
         return (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, LookupError):
         return 0.0

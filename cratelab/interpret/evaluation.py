@@ -7,6 +7,7 @@ import torch
 
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.explainers import Explainer, Explanations, shuffle
+from cratelab.interpret.reading import check_seed
 from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import PROTOCOLS, Protocol, Scores, needs, score, split, summarise
 from cratelab.language_model import LanguageModel
@@ -33,8 +34,12 @@ class Evaluation:
     def row(self, layers: Iterable[int] | None = None) -> dict:
         """The numbers to report, scores × 100; over all layers, or some.
 
-        mean and interval count neurons without a score as 0; mean_defined leaves them out, as the paper does, and
-        undefined is their share, dead the share that is so because the neuron is constant.
+        mean and interval count neurons without a score as 0; mean_defined leaves them out, as the paper does, and is
+        NaN if a layer has none with a score; undefined is their share, dead the share that is so because the neuron is
+        constant.
+
+        Raises:
+            ValueError: there is no such layer, or none is asked for.
         """
         layers = list(range(len(self.scores.correlation)) if layers is None else layers)
         strict = summarise(self.scores, layers)
@@ -71,11 +76,17 @@ def collect_for_protocols(
         strict: as for `collect_records` and `split`.
         n_tokens: to read at most.
         seed: of the random excerpts.
+
+    Raises:
+        ValueError: there is no such protocol, or none is given; or as `collect_records`.
     """
+    protocols = list(protocols)
+    if not protocols:
+        raise ValueError(f"no protocol is given; there are {', '.join(PROTOCOLS)}")
+    asks = {protocol: needs(protocol, strict) for protocol in protocols}
     found: dict[Protocol, Records] = {}
     by_window: dict[int, Records] = {}
-    for protocol in protocols:
-        asked = needs(protocol, strict)
+    for protocol, asked in asks.items():
         window = asked["window"]
         if window not in by_window:
             by_window[window] = collect_records(model, corpus, **asked, seed=seed, strict=strict, n_tokens=n_tokens)
@@ -95,10 +106,15 @@ def evaluate(
 
     Returns:
         One evaluation for each protocol and explainer, protocols first.
+
+    Raises:
+        ValueError: there are no records or no explainers, or the records hold too few excerpts for a protocol.
     """
+    if not records or not explainers:
+        raise ValueError(f"evaluate needs records and explainers; got {list(records)} and {list(explainers)}")
+    parts = {protocol: split(held, protocol, strict) for protocol, held in records.items()}
     found = []
-    for protocol, held in records.items():
-        explaining, validation = split(held, protocol, strict)
+    for protocol, (explaining, validation) in parts.items():
         for name, explainer in explainers.items():
             explanations = explainer.explain(explaining)
             simulated, coverage = explanations.simulate(validation)
@@ -116,7 +132,12 @@ def evaluate(
 
 
 def untrained(model: LanguageModel, seed: int = 0) -> LanguageModel:
-    """A model of the same configuration with fresh weights: the row that every table needs beside its own."""
+    """A model of the same configuration with fresh weights: the row that every table needs beside its own.
+
+    Raises:
+        ValueError: `seed` is out of range.
+    """
+    check_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return type(model)(model.config).to(model.token_embedding.weight.device).eval()
+        return type(model)(model.config).to(model.token_embedding.weight).eval()

@@ -3,6 +3,7 @@
 An explainer sees the explaining excerpts alone; its explanations simulate activations on others. All neurons at once.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.concepts import Concepts
-from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.reading import NO_TOKEN, check_seed, token_text
 from cratelab.interpret.records import Excerpts
 
 
@@ -39,6 +40,8 @@ def discretise(activations: Tensor) -> Tensor:
     Source: Bills et al. (2023).
     """
     activations = activations.double().clamp(min=0)
+    if not activations.numel():
+        return activations
     tenths = (10 * activations / activations.amax((2, 3), keepdim=True)).floor().clamp(max=10)
     return tenths.nan_to_num(0)  # a neuron that is never positive: 0 / 0
 
@@ -64,7 +67,7 @@ class SuffixExplainer:
     """
 
     def __init__(self, order: int = 3, shrinkage: float = 1.0):
-        if order < 1 or shrinkage < 0:
+        if order < 1 or not 0 <= shrinkage < math.inf:
             raise ValueError(f"SuffixExplainer needs order >= 1 and shrinkage >= 0; got {order} and {shrinkage}")
         self.order, self.shrinkage = order, shrinkage
 
@@ -77,8 +80,9 @@ class SuffixExplanations:
 
     def __init__(self, excerpts: Excerpts, order: int, shrinkage: float):
         self.shape = excerpts.tokens.shape[:2]
-        self.base = int(excerpts.tokens.max()) + 3  # the last two stand for the excerpt's start and for unseen tokens
-        if self.base**order * excerpts.tokens.shape[0] * excerpts.tokens.shape[1] >= 2**63:
+        largest = int(excerpts.tokens.max()) if excerpts.tokens.numel() else NO_TOKEN
+        self.base = largest + 3  # the last two stand for the excerpt's start and for unseen tokens
+        if order > 62 or self.base**order * excerpts.tokens.shape[0] * excerpts.tokens.shape[1] >= 2**63:
             raise ValueError(f"{self.shape} neurons and {self.base} tokens have too many suffixes of {order} to number")
         present = (excerpts.tokens != NO_TOKEN).flatten()
         activations = discretise(excerpts.activations).flatten()[present]
@@ -110,7 +114,7 @@ class SuffixExplanations:
         mine = self.keys[0] // self.base == number
         tokens, means = self.keys[0][mine] % self.base, self.means[0][mine]
         best = means.argsort(descending=True)[:n].tolist()
-        said = [f"{tokenizer.decode([int(tokens[i])])!r} ({float(means[i]):.1f})" for i in best if means[i] > 0]
+        said = [f"{token_text(tokenizer, int(tokens[i]))!r} ({float(means[i]):.1f})" for i in best if means[i] > 0]
         return "active on " + ", ".join(said) if said else "never active in the excerpts"
 
     def _keys(self, tokens: Tensor, length: int) -> Tensor:
@@ -144,9 +148,17 @@ class ConceptExplainer:
         concepts: what may be said, for every token of the corpus that the excerpts come from.
         n_first: of how many best single concepts a conjunction may start.
         gain: by how much correlation a conjunction has to be better than its first concept.
+
+    Raises:
+        ValueError: there is no concept, `n_first` is below 1, or `gain` is negative.
     """
 
     def __init__(self, concepts: Concepts, n_first: int = 3, gain: float = 0.02):
+        if not concepts.names or n_first < 1 or not gain >= 0:
+            raise ValueError(
+                "ConceptExplainer needs a concept, n_first >= 1 and gain >= 0; "
+                f"got {len(concepts.names)} concepts, {n_first} and {gain}"
+            )
         self.concepts, self.n_first, self.gain = concepts, n_first, gain
 
     def explain(self, excerpts: Excerpts) -> "ConceptExplanations":
@@ -165,7 +177,7 @@ class ConceptExplainer:
 
     def _choose(self, excerpts: Excerpts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         truth = rearrange(self.concepts.of(excerpts), "1 h k w c -> h c (k w)").float()
-        a = rearrange(excerpts.activations, "1 h k w -> h (k w)")
+        a = rearrange(excerpts.activations, "1 h k w -> h (k w)").float()
         present = rearrange(excerpts.tokens != NO_TOKEN, "1 h k w -> h (k w)").float()
         single = _correlations(a, truth, present)
         best, order = single.topk(min(self.n_first, truth.shape[1]), 1)
@@ -232,6 +244,7 @@ class ConceptExplanations:
 
 def shuffle(explanations: Explanations, excerpts: Excerpts, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The control: each neuron is simulated by the explanation of another one of its layer."""
+    check_seed(seed)
     n_layers, h = excerpts.tokens.shape[:2]
     draw = np.random.default_rng(seed)
     order = torch.from_numpy(np.stack([_derangement(draw, h) for _ in range(n_layers)]))

@@ -58,7 +58,16 @@ def match_concepts(
         batch: pieces at a time.
 
     The text is read three times: for the maxima, for the counts, and for the greedy cover.
+
+    Raises:
+        ValueError: the concepts are none or of another text, an argument is out of range, or as `watch_neurons`.
     """
+    _check(corpus, concepts)
+    if not concepts.names or not 0 <= coverage <= 1 or not 0 <= max_concepts <= 1000:
+        raise ValueError(
+            "match_concepts needs a concept, coverage from 0 to 1 and max_concepts from 0 to 1000; "
+            f"got {len(concepts.names)} concepts, {coverage} and {max_concepts}"
+        )
     truth = concepts.truth.to(model.token_embedding.weight.device).float()
     share = truth.mean(0)
     maximum: list[Tensor] = []
@@ -130,7 +139,11 @@ def separate_senses(
 
     Returns:
         Of each word the area, layer and neuron. Words with fewer than 20 occurrences in either sense are left out.
+
+    Raises:
+        ValueError: the concepts are of another text, or as `watch_neurons`.
     """
+    _check(corpus, concepts)
     from scipy.stats import rankdata
 
     senses: dict[str, list[int]] = {}
@@ -167,6 +180,11 @@ def separate_senses(
         judged = areas(activations[layer : layer + 1, halves[1], neuron : neuron + 1], first[halves[1]])[0, 0]
         found[word] = float(judged if area[layer, neuron] > 0.5 else 1 - judged), int(layer), int(neuron)
     return found
+
+
+def _check(corpus: TokenizedCorpus, concepts: Concepts) -> None:
+    if len(concepts.truth) != len(corpus):
+        raise ValueError(f"the concepts are of {len(concepts.truth)} tokens, the corpus holds {len(corpus)}")
 
 
 def _passes(model: LanguageModel, corpus: TokenizedCorpus, batch: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -21,8 +21,8 @@ from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.answers import Asker, Cost
 from cratelab.interpret.endpoints import Request
 from cratelab.interpret.explainers import discretise
-from cratelab.interpret.prompts import as_question, explanation_prompt, simulation_prompt, token_writer
-from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.prompts import as_question, explanation_prompt, printable, simulation_prompt, token_writer
+from cratelab.interpret.reading import NO_TOKEN, check_seed
 from cratelab.interpret.records import Excerpts
 from cratelab.storage import read_json, write_json
 
@@ -60,7 +60,15 @@ class TextExplanations:
         """
         held = read_json(path)
         try:
-            return cls([(layer, index) for layer, index in held["neurons"]], held["texts"], held["reasons"])
+            found = cls([(layer, index) for layer, index in held["neurons"]], held["texts"], held["reasons"])
+            if not all(type(index) is int for neuron in found.neurons for index in neuron):
+                raise TypeError("neurons must be pairs of integers")
+            for lines in found.texts, found.reasons:
+                if not isinstance(lines, list) or len(lines) != len(found.neurons):
+                    raise ValueError(f"{len(found.neurons)} neurons need as many texts and reasons")
+                if not all(line is None or isinstance(line, str) for line in lines):
+                    raise TypeError("texts and reasons must be strings or null")
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no explanations: {error!r}") from error
 
@@ -73,11 +81,21 @@ class LanguageModelExplainer(Asker):
         max_tokens: length of an answer.
         temperature: of the sampled answer; the paper takes 1, by default the likeliest is taken.
         seed: of the sampling, where the endpoint has one.
+
+    Raises:
+        ValueError: `max_tokens`, `temperature` or `seed` is out of range.
     """
 
     max_tokens: int = 60
     temperature: float = 0.0
     seed: int = 0
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        if self.max_tokens < 1 or not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"max_tokens must be at least 1, temperature at least 0; got {self.max_tokens}, {self.temperature}"
+            )
 
     def explain(self, excerpts: Excerpts, tokenizer: Tokenizer, neurons: Sequence[Neuron]) -> TextExplanations:
         """Put neurons into words.
@@ -265,8 +283,8 @@ def number_masses(pairs: Iterable[tuple[str, float]], most: int) -> Tensor:
 
 
 def first_line(text: str) -> str:
-    """The first line of an answer that is not blank, without quotation marks around it."""
-    return " ".join(text.strip().partition("\n")[0].split()).strip('"“”')
+    """The first line of an answer that is not blank, without quotation marks around it and what does not print."""
+    return printable(text.strip().partition("\n")[0]).strip('"“”')
 
 
 def select_neurons(excerpts: Excerpts, neurons: Sequence[Neuron]) -> Excerpts:

@@ -1,6 +1,5 @@
 """Language models that answer requests on this machine, from a Hugging Face folder."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +8,9 @@ import torch
 from cratelab.corpora.documents import require
 from cratelab.devices import best_device
 from cratelab.interpret.endpoints import Answer, Request, text_or_problem
+from cratelab.storage import digest_of, digest_of_file, read_json, tensor_shapes
+
+DECIDES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # kinds of files that what a model says depends on
 
 
 class HuggingFaceEndpoint:
@@ -25,7 +27,7 @@ class HuggingFaceEndpoint:
     Raises:
         ImportError: transformers is not installed.
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no model that can be loaded so.
+        ValueError: it holds no model that can be loaded so, or its weights lack some of what config.json promises.
     """
 
     concurrency, all_at_once, continues = 1, True, True
@@ -42,15 +44,18 @@ class HuggingFaceEndpoint:
         transformers = require("transformers", "interpret")
         only_local = dict(local_files_only=True, trust_remote_code=False)
         try:
+            _check_size(self.path, files)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, **only_local)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                self.path, use_safetensors=True, dtype="auto", **only_local
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                self.path, use_safetensors=True, dtype="auto", output_loading_info=True, **only_local
             )
         except Exception as error:  # of many kinds, and all about the folder
             raise ValueError(f"{self.path} is no causal language model that transformers loads: {error}") from error
+        if lacking := sorted(loaded["missing_keys"]):
+            raise ValueError(f"the weights in {self.path} lack {len(lacking)} tensors, such as {lacking[0]}")
         self.model = model.to(self.device).eval()
-        facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        deciding = [file for file in self.path.iterdir() if file.suffix in DECIDES and file.is_file()]
+        digest = digest_of({file.name: digest_of_file(file) for file in deciding})
         self.name = json.dumps([str(self.path.resolve()), digest, chat, str(self.model.dtype)])
 
     @torch.no_grad()
@@ -58,7 +63,7 @@ class HuggingFaceEndpoint:
         """Read or write.
 
         Raises:
-            ValueError: prompt and answer are longer than the model's context.
+            ValueError: the prompt is empty, or with its answer longer than the model's context.
         """
         ids, ends = self._encode(request)
         context = getattr(self.model.config, "max_position_embeddings", None)
@@ -67,9 +72,14 @@ class HuggingFaceEndpoint:
                 f"the prompt is {len(ids)} tokens, the context of {self.path.name} {context}: "
                 "take fewer or shorter excerpts"
             )
+        if -1 in ends:
+            raise ValueError("the prompt has no token that something could follow")
         tokens = torch.tensor([ids], device=self.device)
         if not request.top:
-            return text_or_problem(self._write(tokens, request))
+            try:
+                return text_or_problem(self._write(tokens, request))
+            except RuntimeError as error:  # as of probabilities that are NaN
+                return {"problem": f"the model cannot write: {error}"}
         logits = self.model(tokens).logits[0, ends].float()
         best = logits.log_softmax(-1).topk(min(request.top, logits.shape[-1]))
         return {
@@ -110,3 +120,13 @@ class HuggingFaceEndpoint:
                 **(sampling if request.temperature > 0 else dict(do_sample=False)),
             )
         return self.tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)
+
+
+def _check_size(path: Path, files: list[Path]) -> None:
+    """No more layers than there are tensors: transformers builds them all before it reads a weight."""
+    n_tensors = sum(len(tensor_shapes(file)) for file in files)
+    config = read_json(path / "config.json")
+    names = "num_hidden_layers", "n_layer", "n_layers", "num_layers"
+    wrong = [name for name in names if isinstance(config.get(name), int) and config[name] > n_tensors]
+    if wrong:
+        raise ValueError(f"{path} promises more layers than its weights hold: {wrong[0]}={config[wrong[0]]}")

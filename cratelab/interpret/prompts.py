@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 
 from cratelab.corpora.tokens import Tokenizer
+from cratelab.interpret.reading import token_text
 
 Row = tuple[str, int]
 
@@ -40,9 +41,14 @@ def escape(text: str) -> str:
     return re.sub(r"(<[^>]*)>", r"\1\\>", printed)
 
 
+def printable(text: str) -> str:
+    """Foreign text in one line, without what does not print: a terminal's escape codes, surrogates, directions."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
 def token_writer(tokenizer: Tokenizer) -> Callable[[int], str]:
     """A function that gives each token's text, escaped."""
-    return cache(lambda token: escape(tokenizer.decode([token])))
+    return cache(lambda token: escape(token_text(tokenizer, token)))
 
 
 def explanation_prompt(texts: list[list[Row]]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.tokens import Tokenizer
 from cratelab.language_model import LanguageModel
 
 NO_TOKEN = -1  # stands behind the end of a piece of text
@@ -38,11 +39,15 @@ def watch_neurons(
         list is emptied before the next batch is read, so that two batches are never held.
 
     Raises:
-        ValueError: the corpus has tokens that the model does not know.
+        ValueError: the corpus has no token, or some that the model does not know; `batch`, `window` or `n_tokens` is
+            below 1; or activations are NaN or infinite.
     """
+    if min(batch, window, ahead) < 1:
+        raise ValueError(f"batch, window and ahead must be at least 1; got {batch}, {window} and {ahead}")
+    total = tokens_to_read(corpus, n_tokens)
     if corpus.n_vocab > model.config.vocab_size:
         raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
-    pieces = pieces_of(corpus, model.config.context, strict, n_tokens or len(corpus))
+    pieces = pieces_of(corpus, model.config.context, strict, total)
     activations: list[Tensor] = []
 
     def note(module, inputs, output: Tensor) -> None:
@@ -57,9 +62,13 @@ def watch_neurons(
                 some.sort(key=lambda piece: piece[0] - piece[1])  # the longest first
             for first in range(0, len(some), batch):
                 text = Text(corpus, some[first : first + batch], window, model.token_embedding.weight.device)
+                if int(text.tokens.max()) >= model.config.vocab_size:
+                    unknown = int(text.tokens.max())
+                    raise ValueError(f"the corpus holds token {unknown}, the model knows {model.config.vocab_size}")
                 activations.clear()
                 with suppress(_AllSeen):
                     model(text.tokens.clamp(min=0))
+                _check_finite(activations, text)
                 yield text, activations
     finally:
         for hook in hooks:
@@ -68,6 +77,49 @@ def watch_neurons(
 
 class _AllSeen(Exception):
     """Ends a pass through the model behind its last neurons."""
+
+
+def _check_finite(layers: list[Tensor], text: "Text") -> None:
+    for layer, activations in enumerate(layers):
+        sums = activations.sum(2, dtype=torch.promote_types(activations.dtype, torch.float32))
+        if not bool(sums.isfinite()[text.present].all()):
+            raise ValueError(
+                f"layer {layer} of the model has activations that are NaN or infinite, and nothing can be said of "
+                "them: are its weights finite, and did its training diverge?"
+            )
+
+
+def tokens_to_read(corpus: TokenizedCorpus, n_tokens: int | None) -> int:
+    """`n_tokens`, or as many as there are.
+
+    Raises:
+        ValueError: it is below 1, or there are none.
+    """
+    if n_tokens is not None and n_tokens < 1:
+        raise ValueError(f"n_tokens must be at least 1, or None for all; got {n_tokens}")
+    if not len(corpus):
+        raise ValueError("the corpus holds no token")
+    return len(corpus) if n_tokens is None else min(n_tokens, len(corpus))
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless `seed` is one of 2³², which all generators tell apart."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be from 0 to {2**32 - 1}; got {seed}")
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """The text of one token.
+
+    Raises:
+        ValueError: the tokenizer has none of this number, such as those with which a model's vocabulary is padded.
+    """
+    try:
+        if token >= 0:
+            return tokenizer.decode([token])
+    except (LookupError, OverflowError):
+        pass
+    raise ValueError(f"there is no token {token} in the tokenizer {getattr(tokenizer, 'name', '')}")
 
 
 def pieces_of(corpus: TokenizedCorpus, context: int, strict: bool, total: int) -> Iterator[tuple[int, int]]:

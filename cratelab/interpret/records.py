@@ -15,15 +15,14 @@ from typing import Self
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.devices import exact
 from cratelab.interpret.kept import Kept, peaks
-from cratelab.interpret.reading import NO_TOKEN, Text, Windows, watch_neurons
+from cratelab.interpret.reading import NO_TOKEN, Text, Windows, check_seed, tokens_to_read, watch_neurons
 from cratelab.language_model import LanguageModel
-from cratelab.storage import read_json, read_tensors, write_json
+from cratelab.storage import digest_of_file, read_json, read_tensors, replacing, write_json, write_tensors
 
 AHEAD = 16  # batches sorted by length: of TinyWorld at context 256 padding is then 5 % of a batch, else 39 %
 CHUNK = 2**20  # activations searched at a time where many may be candidates: what a cache holds
@@ -73,6 +72,14 @@ class Excerpts:
         return self.activations.gather(3, self.offsets[..., None])[..., 0]
 
 
+KINDS = {  # of an excerpt's fields: type, least value, and what is above every value
+    "tokens": (torch.int32, NO_TOKEN, torch.inf),
+    "activations": (torch.float32, -torch.inf, torch.inf),
+    "starts": (torch.int64, -1, torch.inf),
+    "offsets": (torch.int64, 0, None),  # the window
+}
+
+
 @dataclass
 class Records:
     """What `collect_records` gathers of every neuron.
@@ -102,13 +109,17 @@ class Records:
         return self.random.tokens.shape[-1]
 
     def save(self, folder: str | Path) -> None:
-        """Write records.safetensors and records.json into `folder`, each whole or not at all."""
+        """Write records.safetensors and records.json into `folder`, each whole or not at all.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / "records.safetensors.part"
-        save_file({name: tensor.contiguous() for name, tensor in self._tensors().items()}, part)
-        part.replace(folder / "records.safetensors")
-        write_json(folder / "records.json", {"n_tokens": self.n_tokens, "window": self.window})
+        with replacing(folder / "records.safetensors") as part:
+            write_tensors(part, self._tensors())
+            digest = digest_of_file(part)  # of what was written here, whoever else writes
+        write_json(folder / "records.json", {"n_tokens": self.n_tokens, "window": self.window, "sha256": digest})
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -116,19 +127,41 @@ class Records:
 
         Raises:
             FileNotFoundError: `folder` holds no records.
-            ValueError: a file is damaged.
+            ValueError: a file is damaged, or the two are not of the same records.
         """
-        facts = read_json(Path(folder) / "records.json")
-        held = read_tensors(Path(folder) / "records.safetensors")
+        file = Path(folder) / "records.safetensors"
+        facts, held = read_json(Path(folder) / "records.json"), read_tensors(file)
         try:
             excerpts = {
                 name: Excerpts(*(held[f"{name}.{field.name}"] for field in fields(Excerpts)))
                 for name in ("top", "random", "active")
             }
             statistics = {name: held[name] for name in ("mean", "variance", "density", "maximum")}
-            return cls(**excerpts, **statistics, n_tokens=facts["n_tokens"])
-        except KeyError as error:
-            raise ValueError(f"{folder} holds no complete records: {error} is missing") from error
+            found = cls(**excerpts, **statistics, n_tokens=facts["n_tokens"])
+            found._check(facts)
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} holds no complete records: {error}") from error
+        if facts.get("sha256", known := digest_of_file(file)) != known:
+            raise ValueError(f"{file} is not the file that records.json was written for: collect and save again")
+        return found
+
+    def _check(self, facts: dict) -> None:
+        """Shapes, types and ranges, as far as they do not depend on model and corpus."""
+        if type(self.n_tokens) is not int or self.n_tokens < 1:
+            raise ValueError(f"n_tokens must be an integer above 0; got {self.n_tokens!r}")
+        n_layers, h, window = *self.random.tokens.shape[:2], facts["window"]
+        for name, tensor in self._tensors().items():
+            kind, _, field = name.rpartition(".")
+            dtype, least, below = KINDS[field] if kind else (torch.float64, -torch.inf, torch.inf)
+            below = window if field == "offsets" else below
+            shape = (n_layers, h, getattr(self, kind).starts.shape[2]) if kind else (n_layers, h)
+            shape += (window,) if field in ("tokens", "activations") else ()
+            if tensor.shape != shape or tensor.dtype != dtype:
+                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"{name} must be {dtype} of shape {shape}; got {found}")
+            wrong = ~tensor.isfinite() | (tensor < least) | (tensor >= below)
+            if wrong.any():
+                raise ValueError(f"{name} holds {tensor[wrong][0].item()}")
 
     def _tensors(self) -> dict[str, Tensor]:
         held = {name: getattr(self, name) for name in ("mean", "variance", "density", "maximum")}
@@ -171,16 +204,22 @@ def collect_records(
         The records, on the CPU.
 
     Raises:
-        ValueError: the corpus has tokens that the model does not know, or an argument is out of range.
+        ValueError: the corpus has tokens that the model does not know, an argument is out of range, or the model's
+            activations are not finite.
     """
     if min(window, batch) < 1 or min(n_top, n_random, n_active) < 0:
         raise ValueError(
             "collect_records needs window and batch of at least 1, n_top, n_random and n_active of at least 0; "
             f"got {window}, {batch}, {n_top}, {n_random}, {n_active}"
         )
-    total = min(n_tokens or len(corpus), len(corpus))
-    if not total:
-        raise ValueError("the corpus holds no token")
+    check_seed(seed)
+    total = tokens_to_read(corpus, n_tokens)
+    longest, most = max(4096, model.config.context), max(1000, total)
+    if window > longest or max(n_top, n_random, n_active) > most:
+        raise ValueError(
+            f"a window is at most {longest} tokens here, and excerpts of a neuron at most {most}; "
+            f"got {window}, {n_top}, {n_random}, {n_active}"
+        )
     random_places = np.sort(np.random.default_rng([seed, 0]).integers(total, size=n_random))
     found = _RandomPlaces(random_places, window, model.token_embedding.weight.device)
     layers: list[_Layer] = []
@@ -190,6 +229,8 @@ def collect_records(
         windows = found.update(text)
         for layer, activations in zip(layers, neurons, strict=True):
             layer.update(text, activations.float(), keys, strict, windows)
+    if not all(bool(layer.squares.isfinite().all()) for layer in layers):
+        raise ValueError("the model's activations are too large for single precision to hold their squares")
     return _join(layers, found, total)
 
 
@@ -306,7 +347,7 @@ def _join(layers: list[_Layer], random: _RandomPlaces, total: int) -> Records:
         mean=mean,
         variance=stack([layer.squares for layer in layers]) / total - mean.square(),
         density=stack([layer.positive for layer in layers]) / total,
-        maximum=stack([layer.maximum for layer in layers]),
+        maximum=stack([layer.maximum for layer in layers]).double(),
         n_tokens=total,
     )
 

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.reading import NO_TOKEN, check_seed
 from cratelab.interpret.records import Excerpts, Records
 
 Protocol = Literal["top-and-random", "random-only", "anthropic"]
@@ -31,7 +31,12 @@ def needs(protocol: Protocol, strict: bool = True) -> dict[str, int]:
     """What `collect_records` has to gather for a protocol: its arguments.
 
     Not strictly, the intervals of "anthropic" are cut from random excerpts, of which there must then be many.
+
+    Raises:
+        ValueError: there is no such protocol.
     """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
     return NEEDS[protocol] | (dict(n_random=250, n_active=0) if protocol == "anthropic" and not strict else {})
 
 
@@ -60,8 +65,6 @@ def split(records: Records, protocol: Protocol, strict: bool = True) -> tuple[Ex
 
     Source: Bills et al. (2023); Bricken et al. (2023); Bai & Ma (2024) for the numbers.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
     for name, least in needs(protocol, strict).items():
         held = records.window if name == "window" else getattr(records, name.removeprefix("n_")).starts.shape[2]
         if held < least:
@@ -155,7 +158,14 @@ class Scores:
 
 
 def score(simulated: Tensor, validation: Excerpts, coverage: Tensor | None = None) -> Scores:
-    """Compare simulated activations (l, h, k, w) with those of the validation excerpts."""
+    """Compare simulated activations (l, h, k, w) with those of the validation excerpts.
+
+    Raises:
+        ValueError: they are not of the same shape.
+    """
+    if simulated.shape != validation.activations.shape:
+        shapes = f"{tuple(simulated.shape)} and {tuple(validation.activations.shape)}"
+        raise ValueError(f"simulated and actual activations must be of one shape; got {shapes}")
     actual, simulated, present = (
         rearrange(values, "l h k w -> l h (k w)")
         for values in (validation.activations, simulated, validation.tokens != NO_TOKEN)
@@ -201,9 +211,27 @@ def summarise(
         undefined_as_zero: count neurons without a score as 0; the paper drops them.
         n_resamples: of the bootstrap.
         seed: of the bootstrap.
+
+    Returns:
+        NaN where a layer has no neuron to count.
+
+    Raises:
+        ValueError: there is no such layer, none is chosen, or `n_resamples` is below 1.
     """
-    chosen = scores.correlation if layers is None else scores.correlation[list(layers)]
+    layers = list(range(len(scores.correlation)) if layers is None else layers)
+    if (
+        not layers
+        or n_resamples < 1
+        or not all(-len(scores.correlation) <= i < len(scores.correlation) for i in layers)
+    ):
+        raise ValueError(
+            f"summarise needs layers below {len(scores.correlation)} and n_resamples >= 1; got {layers}, {n_resamples}"
+        )
+    check_seed(seed)
+    chosen = scores.correlation[layers]
     values = [layer.nan_to_num(0) if undefined_as_zero else layer[~layer.isnan()] for layer in chosen]
+    if not all(len(layer) for layer in values):
+        return LayerMeans(np.nan, np.nan, (np.nan, np.nan))
     means = np.array([100 * float(layer.mean()) for layer in values])
     draw = np.random.default_rng(seed)
     resampled = np.zeros(n_resamples)

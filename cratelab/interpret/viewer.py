@@ -10,7 +10,7 @@ and assert beside it what the reader should see.
 
 import hashlib
 import json
-import os
+import math
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +21,23 @@ from torch import Tensor
 
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.explainers import Explanations
-from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.reading import NO_TOKEN, token_text
 from cratelab.interpret.records import Records
 from cratelab.interpret.scores import Scores
-from cratelab.interpret.viewer_html import FRAGMENT, PAGE, SCRIPT, STYLE, Drawing, escape, histogram, number, visible
+from cratelab.interpret.viewer_html import (
+    FRAGMENT,
+    PAGE,
+    SCRIPT,
+    STYLE,
+    Drawing,
+    escape,
+    histogram,
+    number,
+    script_data,
+    visible,
+)
 from cratelab.plots import CRATE
+from cratelab.storage import write_text
 
 _KINDS = {"top": "strongest", "random": "random", "active": "active"}
 
@@ -48,11 +60,12 @@ class Viewer:
         return self.html
 
     def save(self, path: str | Path) -> None:
-        """Write a page of its own, whole or not at all; it forbids the browser to fetch anything."""
-        path = Path(path)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(PAGE.format(title=escape(self.title), viewer=self.html), encoding="utf8")
-        os.replace(part, path)
+        """Write a page of its own, whole or not at all; it forbids the browser to fetch anything.
+
+        Raises:
+            OSError: `path` cannot be written.
+        """
+        write_text(path, PAGE.format(title=escape(self.title), viewer=self.html))
 
 
 def viewer(
@@ -94,7 +107,7 @@ def viewer(
     shown = [
         _Neuron(
             head=_head(records, layer, index, _opinions(layer, index, tokenizer, explanations, scores)),
-            maximum=float(number(records.maximum[layer, index])),
+            maximum=_finite(number(records.maximum[layer, index])),
             parts=[_excerpts(records, kind, layer, index, n_excerpts, table) for kind in kinds],
         )
         for layer, index in chosen
@@ -106,10 +119,13 @@ def viewer(
 
 @dataclass
 class _Neuron:
-    """What is shown of one: for each kind its excerpts, as places in the table of tokens and levels 0 to 100."""
+    """What is shown of one: for each kind its excerpts, as places in the table of tokens and levels 0 to 100.
+
+    Without a finite maximum levels are of nothing, and no activation is shown.
+    """
 
     head: str
-    maximum: float
+    maximum: float | None
     parts: list[list[tuple[list[int], list[int]]]]
 
 
@@ -148,22 +164,26 @@ def _excerpts(
     return found if kind == "random" else sorted(found, key=lambda excerpt: -max(excerpt[1]))
 
 
+def _finite(text: str) -> float | None:
+    return float(text) if math.isfinite(float(text)) else None
+
+
 def _levels(activations: Tensor, maximum: Tensor) -> list[int]:
-    """Hundredths of the maximum, 0 to 100."""
+    """Hundredths of the maximum, 0 to 100; 0 where one of the two is no number, or the maximum infinite."""
     if not maximum > 0:
         return [0] * len(activations)
-    return (100 * activations.double() / maximum.double()).round().clamp(0, 100).int().tolist()
+    shares = (100 * activations.double() / maximum.double()).nan_to_num(0)
+    return shares.round().clamp(0, 100).int().tolist()
 
 
 def _token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token as it is shown: bytes that are no character as \\xe2, white space and control characters as signs."""
     try:
-        if hasattr(tokenizer, "decode_single_token_bytes"):  # `decode` loses parts of a character
-            text = tokenizer.decode_single_token_bytes(token).decode("utf8", "backslashreplace")
-        else:
-            text = tokenizer.decode([token])
-    except (LookupError, OverflowError) as error:
+        text = token_text(tokenizer, token)
+    except ValueError as error:
         raise ValueError(f"the records hold token {token}, which the tokenizer {tokenizer.name} lacks") from error
+    if hasattr(tokenizer, "decode_single_token_bytes"):  # `decode` loses parts of a character
+        text = tokenizer.decode_single_token_bytes(token).decode("utf8", "backslashreplace")
     if text.isspace() or not text:
         return visible(text).replace(" ", "␣") or "∅"
     mark = unicodedata.category(text[0]).startswith("M")  # an accent, which needs something to stand on
@@ -242,7 +262,7 @@ def _fragment(
         head=first.head,
         sections=sections,
         rest=f'<details class="rest"><summary>{len(others)} more, in brief</summary>{rest}</details>' if others else "",
-        data=json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        data=script_data(data),
     )
     name = "neurons-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
     style = STYLE.replace("ROOT", f".{name}").replace("COLOUR", drawing.shades[-1][0])

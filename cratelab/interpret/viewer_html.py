@@ -1,7 +1,10 @@
 """How the neuron viewer looks: text made visible and harmless, shades, excerpts, and the viewer's style and script."""
 
 import html
+import json
 from collections.abc import Sequence
+
+from cratelab.storage import finite
 
 
 def visible(text: str) -> str:
@@ -16,6 +19,12 @@ def visible(text: str) -> str:
 def escape(text: str) -> str:
     """Any text, visible, as HTML."""
     return html.escape(visible(text))
+
+
+def script_data(content: object) -> str:
+    """JSON to stand in a `<script>`, which nothing in it ends; NaN and infinity, which no browser reads, are null."""
+    written = json.dumps(finite(content), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return written.replace("<", "\\u003c")
 
 
 def number(value: float) -> str:
@@ -65,18 +74,20 @@ class Drawing:
     def __init__(self, texts: Sequence[str], gap: str, colour: str):
         self.texts, self.gap, self.shades = texts, gap, shades(colour)
 
-    def excerpt(self, places: Sequence[int], levels: Sequence[int], maximum: float) -> str:
+    def excerpt(self, places: Sequence[int], levels: Sequence[int], maximum: float | None) -> str:
         """Tokens, by their place in `texts`, shaded by level, the highest activation before them."""
+
+        def value(level: int) -> str:
+            return "?" if maximum is None else number(level * maximum / 100)
+
         tokens = []
         for place, level in zip(places, levels, strict=True):
             ground, ink = self.shades[level]
-            value = number(level * maximum / 100)
-            style = f' style="background:{ground};color:{ink}" title="{value}"' if level else ""
+            style = f' style="background:{ground};color:{ink}" title="{value(level)}"' if level else ""
             tokens.append(f"<bdi{style}>{html.escape(self.texts[place])}</bdi>")
-        highest = number(max(levels) * maximum / 100)
-        return f'<p><b title="highest">{highest}</b><span>{self.gap.join(tokens)}</span></p>'
+        return f'<p><b title="highest">{value(max(levels))}</b><span>{self.gap.join(tokens)}</span></p>'
 
-    def peak(self, places: Sequence[int], levels: Sequence[int], maximum: float, around: int = 8) -> str:
+    def peak(self, places: Sequence[int], levels: Sequence[int], maximum: float | None, around: int = 8) -> str:
         """The part of an excerpt around its highest level."""
         at = levels.index(max(levels))
         cut = slice(max(0, at - around), at + around + 1)
@@ -163,7 +174,7 @@ for (const root of document.querySelectorAll('ROOT:not([data-live])')) {
   };
   const excerpt = ([places, digits], max) => {
     const levels = places.map((_, i) => parseInt(digits.slice(2 * i, 2 * i + 2), 16));
-    const value = level => String(Number((level * max / 100).toPrecision(2)));
+    const value = level => max === null ? '?' : String(Number((level * max / 100).toPrecision(2)));
     const tokens = places.flatMap((place, i) => {
       const level = levels[i], token = make('bdi', {tabIndex: -1, title: value(level)}, data.tokens[place]);
       token.dataset.share = level;

@@ -93,3 +93,40 @@ def test_tinyworlds_concepts_and_words_are_looked_up_by_place():
     assert found[0, 0, 0].equal(marked.truth[100:116]) and not found[0, 0, 2].any() and not found[0, 0, 1, 10:].any()
     word = marked.names.index(f"the word is {world.vocabulary[world.tokens[100]]!r}")
     assert bool(found[0, 0, 0, 0, word])
+
+
+def tiny(tokens, n_vocab=300):
+    tokens = np.array(tokens, np.int64)
+    return TokenizedCorpus.from_arrays(tokens, np.zeros_like(tokens), ["a"] * bool(len(tokens)), n_vocab)
+
+
+def test_one_token_has_concepts():
+    found = text_concepts(tiny([65]), byte_encoding(), n_frequent=3)
+    assert found.truth.shape == (1, len(found.names)) and found.truth[0, found.names.index("the token is 'A'")]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "n_frequent", "message"),
+    [
+        (tiny([65, 299]), 5, "there is no token 299 in the tokenizer bytes"),
+        (tiny([]), 5, "no token"),
+        (tiny([65]), -1, "n_frequent must be at least 0"),
+    ],
+)
+def test_what_has_no_concepts_is_named(corpus, n_frequent, message):
+    with pytest.raises(ValueError, match=message):
+        text_concepts(corpus, byte_encoding(), n_frequent)
+
+
+def test_concepts_of_another_text_are_refused(marked):
+    beyond = torch.full((1, 1, 1), len(marked.truth) - 2)
+    excerpts = Excerpts(torch.zeros(1, 1, 1, 4, dtype=torch.int32), torch.zeros(1, 1, 1, 4), beyond, beyond * 0)
+    with pytest.raises(ValueError, match=f"are of {len(marked.truth)} tokens, and the excerpts are from beyond"):
+        marked.of(excerpts)
+    assert marked.of(excerpts.without(torch.tensor([False, False, True, True]))).shape == (
+        1,
+        1,
+        1,
+        4,
+        len(marked.names),
+    )

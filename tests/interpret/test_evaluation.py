@@ -2,12 +2,21 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr
-from test_training import corpus, new_model, recipe, weights
+from test_training import VOCAB, corpus, new_model, recipe, weights
 
+import cratelab as cl
+from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.tokens import WordEncoding
+from cratelab.interpret.concepts import text_concepts
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
-from cratelab.interpret.explainers import SuffixExplainer, TokenExplainer
+from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
+from cratelab.interpret.ground_truth import match_concepts, separate_senses
+from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record
 from cratelab.interpret.reading import NO_TOKEN
+from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import split
+from cratelab.interpret.viewer import viewer
+from cratelab.storage import read_json, write_json
 from cratelab.training import train
 
 
@@ -74,3 +83,137 @@ def test_the_untrained_model_is_fresh_and_repeatable(trained):
     assert all(tensor.equal(weights(two)[name]) for name, tensor in weights(one).items())
     assert not one.token_embedding.weight.equal(trained.token_embedding.weight)
     assert not torch.equal(untrained(trained, seed=1).token_embedding.weight, one.token_embedding.weight)
+
+
+def with_dead_layer(model_class=cl.Crate, dtype=torch.float32, **sizes):
+    model = new_model(model_class, n_layers=2, **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        silenced = model.blocks[1].ista_norm if model_class is cl.Crate else model.blocks[1].mlp_in
+        for parameter in silenced.parameters():
+            parameter.zero_()
+    return model.to(dtype).eval()
+
+
+def all_explainers(text):
+    concepts = text_concepts(text, WordEncoding([f"w{i}" for i in range(18)]))
+    return {"token": TokenExplainer(), "suffix": SuffixExplainer(), "concept": ConceptExplainer(concepts)}
+
+
+@pytest.mark.parametrize(("n_tokens", "strict"), [(1, True), (20, True), (20, False), (2000, True)])
+def test_a_dead_layer_and_short_texts_give_rows_that_can_be_written(n_tokens, strict, tmp_path):
+    text = corpus(n=3000, n_documents=60)
+    held = collect_for_protocols(with_dead_layer(), text, strict=strict, n_tokens=n_tokens)
+    rows = [each.row() for each in evaluate(held, all_explainers(text), strict)]
+    assert len(rows) == 9
+    for row in rows:
+        assert row["dead"] >= 0.5 and row["mean_defined"] != row["mean_defined"]  # NaN: a layer has no score at all
+        assert np.isfinite([row["mean"], *row["interval"], row["control"], row["rank_mean"], row["coverage"]]).all()
+        assert len(row["layers"]) == 2 and row["layers"][1] == 0
+    write_json(tmp_path / "interpret.json", {"rows": rows})
+    assert all(row["mean_defined"] is None for row in read_json(tmp_path / "interpret.json")["rows"])
+    held["top-and-random"].save(tmp_path)
+    back = Records.load(tmp_path)
+    neurons = [(layer, neuron) for layer in (0, 1) for neuron in (0, 5)]
+    explained = {"token": TokenExplainer().explain(back.top)}
+    words = WordEncoding([f"w{i}" for i in range(18)])
+    viewer(back, words, neurons, explained).save(tmp_path / "page.html")
+    write_neuron_record(back, 1, 0, words, tmp_path / "0.json")
+    top, _ = read_neuron_record(tmp_path / "0.json", words)
+    assert not len(top.starts[0, 0])
+
+
+@pytest.mark.parametrize("model_class", [cl.Crate, cl.Gpt2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_in_other_precisions_go_all_the_way(model_class, dtype):
+    """In float64 the scores are those of float32, but for equal activations; in half precision they are near."""
+    text = corpus(n=1500, n_documents=30)
+    concepts = text_concepts(text, WordEncoding([f"w{i}" for i in range(18)]))
+    means = {}
+    for each in torch.float32, dtype:
+        model = with_dead_layer(model_class, each)
+        held = collect_for_protocols(model, text, ("top-and-random",))["top-and-random"]
+        assert held.top.activations.dtype == held.random.activations.dtype == torch.float32
+        assert held.mean.dtype == held.maximum.dtype == torch.float64
+        found = evaluate({"top-and-random": held}, all_explainers(text))
+        means[each] = [each.row()["mean"] for each in found]
+        known = match_concepts(model, text, concepts, max_concepts=1)
+        assert known.f1.dtype == torch.float32 and known.f1.isfinite().all() and known.f1.max() > 0.1
+        assert separate_senses(model, text, concepts) == {}
+        fresh = untrained(model)
+        assert fresh.token_embedding.weight.dtype == each
+        collect_records(fresh, text, 8)
+    assert np.isfinite(means[dtype]).all()
+    assert means[dtype] == pytest.approx(means[torch.float32], abs=3 if dtype == torch.float64 else 15)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_activations_that_are_not_finite_are_named_with_their_layer(layer, value):
+    text = corpus(n=300)
+    model, concepts = with_dead_layer(), text_concepts(text, WordEncoding([f"w{i}" for i in range(18)]))
+
+    def spoil(module, inputs, output):
+        output = output.clone()
+        output[0, 1, 3] = value
+        return output
+
+    model.blocks[layer].neurons.register_forward_hook(spoil)
+    for read in (
+        lambda: collect_records(model, text, 8),
+        lambda: match_concepts(model, text, concepts),
+        lambda: separate_senses(model, text, concepts),
+        lambda: collect_for_protocols(model, text),
+    ):
+        with pytest.raises(ValueError, match=f"layer {layer} of the model has activations that are NaN or infinite"):
+            read()
+
+
+def test_activations_whose_squares_are_not_finite_are_named():
+    model = new_model()
+    model.blocks[0].neurons.register_forward_hook(lambda module, inputs, output: output * 1e30)
+    with pytest.raises(ValueError, match="too large for single precision"):
+        collect_records(model, corpus(n=300), 8)
+
+
+def test_what_is_read_past_is_not_looked_at():
+    """Padding behind the end of a document may be anything."""
+    model, text = with_dead_layer(), corpus(n=300)
+
+    def spoil(module, inputs, output):
+        return output.masked_fill((model.read == 0)[..., None], torch.nan)
+
+    def note(module, inputs):
+        model.read = inputs[0].clone()
+
+    model.register_forward_pre_hook(note)
+    model.blocks[1].neurons.register_forward_hook(spoil)
+    tokens = 1 + text[:] % (VOCAB - 1)  # token 0 pads, and is nowhere in the text
+    document = np.repeat(np.arange(text.n_documents), [len(text.document(i)) for i in range(text.n_documents)])
+    without = TokenizedCorpus.from_arrays(tokens, document, ["a"] * text.n_documents, VOCAB)
+    assert collect_records(model, without, 8).top.activations.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model, text: collect_for_protocols(model, text, ()), "no protocol is given"),
+        (lambda model, text: collect_for_protocols(model, text, ["best"]), "no protocol 'best'"),
+        (lambda model, text: collect_for_protocols(model, text, n_tokens=0), "n_tokens must be at least 1"),
+        (lambda model, text: collect_for_protocols(model, text, n_tokens=-5), "n_tokens must be at least 1"),
+        (lambda model, text: collect_for_protocols(model, text, seed=-1), "seed must be from 0 to"),
+        (lambda model, text: collect_for_protocols(model, text, seed=2**32), "seed must be from 0 to"),
+        (lambda model, text: collect_records(model, text, batch=0), "batch of at least 1"),
+        (lambda model, text: collect_records(model, text, window=10**11), "a window is at most 4096 tokens"),
+        (lambda model, text: collect_records(model, text, n_top=10**9), "excerpts of a neuron at most 1000"),
+        (lambda model, text: untrained(model, 2**32), "seed must be from 0 to"),
+        (lambda model, text: evaluate({}, {"token": TokenExplainer()}), "evaluate needs records and explainers"),
+        (lambda model, text: evaluate({"anthropic": None}, {}), "evaluate needs records and explainers"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_read(call, message, monkeypatch):
+    model = with_dead_layer()
+    monkeypatch.setattr(model, "forward", lambda *arguments: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=message):
+        call(model, corpus())

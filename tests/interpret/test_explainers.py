@@ -203,3 +203,48 @@ def test_a_model_whose_neurons_are_all_silent_is_explained_as_silent():
     ):
         simulated, coverage = explainer.explain(silent).simulate(excerpts(seed=1))
         assert not simulated.any() and not coverage[coverage < 1].any()
+
+
+def test_no_excerpt_explains_nothing():
+    none = excerpts()[[]]
+    for explainer in TokenExplainer(), SuffixExplainer(), ConceptExplainer(Concepts(["a"], torch.ones(2000, 1).bool())):
+        explained = explainer.explain(none)
+        simulated, coverage = explained.simulate(excerpts(seed=1))
+        assert not simulated.any() and not coverage.any()
+        assert explained.describe(0, 0, WORDS) in ("never active in the excerpts", "active where no concept says")
+        assert explainer.explain(excerpts()).simulate(none)[0].shape == none.tokens.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_activations_of_any_precision_are_explained(dtype):
+    explain, validate = excerpts(), excerpts(seed=1)
+    explain.activations, validate.activations = explain.activations.to(dtype), validate.activations.to(dtype)
+    known = Concepts(["even", "odd"], torch.arange(4000).reshape(2000, 2) % 3 == 0)
+    for explainer in TokenExplainer(), SuffixExplainer(), ConceptExplainer(known):
+        simulated, coverage = explainer.explain(explain).simulate(validate)
+        found = score(simulated, validate, coverage)
+        assert simulated.isfinite().all() and found.correlation.dtype == torch.float64
+
+
+ONE = Concepts(["a"], torch.zeros(2000, 1).bool())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SuffixExplainer(0), "order >= 1"),
+        (lambda: SuffixExplainer(shrinkage=float("nan")), "shrinkage >= 0"),
+        (lambda: SuffixExplainer(shrinkage=float("inf")), "shrinkage >= 0"),
+        (lambda: SuffixExplainer(20).explain(excerpts()), "too many suffixes of 20"),
+        (lambda: SuffixExplainer(10**9).explain(excerpts()), "too many suffixes"),
+        (lambda: ConceptExplainer(Concepts([], torch.zeros(2000, 0).bool())), "needs a concept"),
+        (lambda: ConceptExplainer(ONE, n_first=0), "n_first >= 1"),
+        (lambda: ConceptExplainer(ONE, gain=float("nan")), "gain >= 0"),
+        (lambda: ConceptExplainer(Concepts(["a"], ONE.truth[:90])).explain(excerpts()), "from beyond them"),
+        (lambda: shuffle(TokenExplainer().explain(excerpts()), excerpts(), seed=-1), "seed must be from 0 to"),
+        (lambda: TokenExplainer().explain(excerpts()).describe(0, 0, WordEncoding(["w"])), "there is no token"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -105,3 +105,40 @@ def test_senses_told_apart_by_the_token_before():
     assert area == pytest.approx(expected, abs=0.05) and area > 0.9
     blind = Detector([lambda t: t % 3, lambda t: t])
     assert separate_senses(blind, corpus, concepts)["seven"][0] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda model, text, held: match_concepts(model, text, Concepts(held.names, held.truth[:99])),
+            "are of 99 tokens",
+        ),
+        (lambda model, text, held: separate_senses(model, text, Concepts([], held.truth[:99])), "are of 99 tokens"),
+        (lambda model, text, held: match_concepts(model, text, Concepts([], held.truth[:, :0])), "needs a concept"),
+        (lambda model, text, held: match_concepts(model, text, held, coverage=float("nan")), "coverage from 0 to 1"),
+        (
+            lambda model, text, held: match_concepts(model, text, held, max_concepts=10**9),
+            "max_concepts from 0 to 1000",
+        ),
+        (lambda model, text, held: match_concepts(model, text, held, max_concepts=-1), "max_concepts from 0 to 1000"),
+        (
+            lambda model, text, held: match_concepts(model, text, held, batch=0),
+            "batch, window and ahead must be at least 1",
+        ),
+        (lambda model, text, held: separate_senses(model, text, held, batch=-1), "batch, window and ahead must be"),
+    ],
+)
+def test_wrong_arguments_are_named(setting, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*setting)
+
+
+def test_a_corpus_with_tokens_above_its_own_vocabulary_is_named(setting):
+    model, text, concepts = setting
+    tokens = text[:].copy()
+    tokens[17] = 40
+    document = np.repeat(np.arange(text.n_documents), [len(text.document(i)) for i in range(text.n_documents)])
+    wrong = TokenizedCorpus.from_arrays(tokens, document, ["a"] * text.n_documents, 19)
+    with pytest.raises(ValueError, match="the corpus holds token 40, the model knows 19"):
+        match_concepts(model, wrong, concepts)

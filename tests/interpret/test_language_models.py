@@ -1,10 +1,20 @@
+import base64
+import contextlib
+import gzip
 import json
 import math
+import os
+import resource
+import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cratelab import storage
 from cratelab.interpret import endpoints
 from cratelab.interpret.answers import AnswerCache, Cost, ask
 from cratelab.interpret.endpoints import OpenAIEndpoint, Request
@@ -100,7 +111,7 @@ def serve():
 @pytest.fixture
 def connect(monkeypatch):
     # without the system's certificates, which no server here needs and every client takes 0.1 s to read
-    monkeypatch.setattr(httpx2, "Client", partial(httpx2.Client, verify=False))
+    monkeypatch.setattr(httpx2, "AsyncClient", partial(httpx2.AsyncClient, verify=False))
     opened = []
 
     def connect(server, model="tiny", **options):
@@ -363,6 +374,38 @@ def test_neurons_are_chosen_in_the_order_asked_and_wrong_ones_named():
 # the server's bad days
 
 
+def test_where_there_is_no_stderr_questions_are_asked_all_the_same(serve, connect, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert len(list(ask(connect(serve(understanding), chat=False), [Request(("cat\t",), top=5)]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"temperature": math.nan}, "temperature at least 0"),
+        ({"temperature": -1.0}, "temperature at least 0"),
+        ({"seed": -1}, "seed must be from 0 to"),
+        ({"seed": 2**32}, "seed must be from 0 to"),
+    ],
+)
+def test_wrong_arguments_of_an_explainer_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageModelExplainer(None, **options)
+
+
+def test_a_token_that_only_pads_the_vocabulary_is_named(serve, connect):
+    server = serve(understanding)
+    padded = excerpts_of([[[0, 1, len(WORDS)]]], [[[0.0, 1.0, 0.0]]])
+    for ask_it in (
+        lambda: LanguageModelExplainer(connect(server), announce=quiet).explain(padded, Words(), [(0, 0)]),
+        lambda: LanguageModelSimulator(connect(server), announce=quiet).simulate(said("one"), padded, Words()),
+    ):
+        with pytest.raises(ValueError, match=f"there is no token {len(WORDS)} in the tokenizer"):
+            ask_it()
+    assert server.requests == []
+
+
 def test_overload_and_broken_connections_are_asked_again(serve, connect):
     bad_days = [
         (429, {"Retry-After": 0.3}, {"error": {"message": "slow down"}}),
@@ -424,6 +467,140 @@ def test_refusals_say_what_to_do(serve, connect):
     silent = serve(lambda *request: (404, {}, b"nothing"))
     with pytest.raises(ValueError, match=r"it lists none; does the address end in its version \(/v1\)"):
         connect(silent).answer(Request(("x",)))
+
+
+def bomb():
+    """100 MB of JSON in 100 kB."""
+    packer = zlib.compressobj(1, wbits=31)
+    parts = [packer.compress(b'{"choices": [')] + [packer.compress(b" " * 2**20) for _ in range(100)]
+    return b"".join([*parts, packer.compress(b"]}"), packer.flush()])
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "problem"),
+    [
+        (bomb, "gzip", "is longer than"),
+        (lambda: b" " * (endpoints.LARGEST_ANSWER + 1), "identity", "is longer than"),
+        (lambda: json.dumps(next_token(LOW)).encode(), "gzip", "is not compressed as it says"),
+        (lambda: json.dumps(next_token(LOW)).encode(), "br", "compressed in a way that was not asked for"),
+        (lambda: gzip.compress(gzip.compress(b"{}")), "gzip, gzip", "compressed in a way that was not asked for"),
+        (lambda: gzip.compress(json.dumps(next_token(LOW)).encode())[:-30], "gzip", "is not JSON"),
+    ],
+)
+def test_an_answer_that_is_too_large_or_wrongly_compressed_is_a_problem_and_no_end(
+    serve, connect, content, encoding, problem
+):
+    content = content()
+    server = serve(lambda *request: (200, {"Content-Encoding": encoding}, content))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer = connect(server, chat=False).answer(Request(("cat\t",), top=5))
+    assert problem in answer["problem"] and len(server.requests) == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 90_000  # kB
+
+
+def test_closing_twice_is_closing(serve):
+    with OpenAIEndpoint(serve(understanding).url, "tiny", chat=False) as endpoint:
+        endpoint.answer(Request(("cat\t",), top=5))
+        endpoint.close()
+
+
+def test_a_compressed_answer_is_read(serve, connect):
+    content = gzip.compress(json.dumps(next_token(LOW)).encode())
+    server = serve(lambda *request: (200, {"Content-Encoding": "gzip"}, content))
+    assert connect(server, chat=False).answer(Request(("cat\t",), top=5))["next"][0][0][0] == "0"
+    assert server.requests[0][2]["Accept-Encoding"] == "gzip"
+
+
+def endless(*parts, pause=0.0):
+    """A server that sends the first part once and the others over and over, to whoever connects."""
+    listening, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def send(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(parts[0])
+            while not over.wait(pause):
+                for part in parts[1:]:
+                    connection.sendall(part)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=send, args=(listening.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listening, over
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("parts", "pause", "failure"),
+    [
+        ((HEAD, b"X-More: yes\r\n"), 0.0, "failed 2 times"),
+        ((HEAD, b"X"), 0.02, "failed 2 times.*no whole answer in 0.3 s"),
+        ((b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"), 0.0, "failed 2 times.*no whole answer in 0.3 s"),
+        ((b"", b""), 0.02, "failed 2 times.*no whole answer in 0.3 s"),
+        ((HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"), 0.02, "failed 2 times.*no whole answer"),
+        ((HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1"), 0.02, "failed 2 times"),
+        ((HEAD + b"Content-Length: 99999999999\r\n\r\n", b" "), 0.02, "failed 2 times.*no whole answer"),
+        ((HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"100000\r\n" + b" " * 2**20 + b"\r\n"), 0.0, None),
+    ],
+)
+def test_what_never_ends_is_ended(connect, parts, pause, failure):
+    listening, over = endless(*parts, pause=pause)
+    endpoint = connect(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=0.3 if failure else 30, retries=1)
+    start = time.monotonic()
+    try:
+        if failure:
+            with pytest.raises(ConnectionError, match=failure):
+                endpoint.answer(Request(("x",)))
+        else:
+            assert "is longer than" in endpoint.answer(Request(("x",)))["problem"]
+        assert time.monotonic() - start < 20
+    finally:
+        over.set()
+        listening.close()
+
+
+def test_what_a_server_writes_shows_neither_secrets_nor_escape_codes(serve, connect):
+    evil = "\x1b[31mred\x1b]0;title\x07\u202e\ud800 "
+
+    def reply(path, body, n):
+        told = "; ".join((headers := server.requests[-1][2]).get("Authorization", "").split())
+        if path == "/v1/models":
+            return 200, {}, {"data": [{"id": evil + told}]}
+        status = {"unknown": 404, "forbidden": 401, "busy": 500, "moved": 307}.get(body["model"], 400)
+        return status, {"Location": "http://elsewhere/" + told}, {"error": {"message": f"{evil}{headers} {told}"}}
+
+    server = serve(reply)
+    with_user = server.url.replace("//", "//user:pass-word@")
+    for options in ({"api_key": "sk-secret"}, {}):
+        url = server.url if options else with_user
+        for model in "unknown", "forbidden", "busy", "moved", "other":
+            endpoint = connect(url, model, retries=0, **options)
+            with pytest.raises((ValueError, OSError)) as raised:
+                endpoint.answer(Request(("x",)))
+            said = str(raised.value)
+            assert said.isprintable() and "[secret]" in said, said
+            basic = base64.b64encode(b"user:pass-word").decode()
+            assert not any(secret in said for secret in ("sk-secret", "pass-word", basic))
+            assert "pass-word" not in endpoint.name and server.url in endpoint.name
+    assert server.requests[-1][2]["Authorization"] == f"Basic {basic}"
+    assert {path for path, *_ in server.requests} == {
+        "/v1/chat/completions",
+        "/v1/models",
+    }  # no redirection is followed
+    for wrong in "two\nlines", "sk-\u2026":
+        with pytest.raises(ValueError, match="api_key must be one line of ASCII") as raised:
+            connect(server, api_key=wrong)
+        assert wrong not in str(raised.value)
+
+
+def test_an_explanation_holds_only_what_prints(serve, connect):
+    server = serve(lambda *request: (200, {}, written("\x1b[2J cats\u202e\ud800 and\tdogs\x07")))
+    explainer = LanguageModelExplainer(connect(server), announce=quiet)
+    assert explainer.explain(STRONG, Words(), [(0, 0)]).texts == ["[2J cats and dogs"]
 
 
 def test_nobody_there(connect):
@@ -540,6 +717,124 @@ def test_the_cache_survives_damage_by_saying_so(tmp_path):
     path.write_bytes(b"not a database, and long enough to tell" * 100)
     with pytest.raises(ValueError, match="is no file of answers"):
         AnswerCache(path)
+
+
+def make_read_only(path):
+    with AnswerCache(path):
+        pass
+    with path.open("r+b") as file:
+        file.seek(18)
+        file.write(b"\x09")  # a file format that this SQLite can only read: as in a folder that one may not write
+
+
+def hold(path):
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    return other
+
+
+def put(path):
+    with AnswerCache(path) as cache:
+        cache.put("key", {"text": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.mkdir(), "unable to open"),
+        (make_read_only, "readonly"),
+        (hold, "locked"),
+    ],
+)
+def test_answers_that_cannot_be_kept_are_an_os_error_that_names_the_file(spoil, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("cratelab.interpret.answers.PATIENCE", 0.01)
+    path = tmp_path / "answers"
+    held = spoil(path)
+    with pytest.raises(OSError, match=f"{path} cannot be read or written: .*{message}"):
+        put(path)
+    if held:
+        held.close()
+
+
+def test_a_full_disk_is_an_os_error_and_what_was_kept_stays(tmp_path):
+    path = tmp_path / "answers"
+    with AnswerCache(path) as cache:
+        cache.put("key", {"text": "yes"})
+        cache._file.execute("PRAGMA max_page_count = 4")
+        with pytest.raises(OSError, match=f"{path} cannot be read or written: .*full"):
+            cache.put("other", {"text": "no" * 100_000})
+        assert cache.get("key") == {"text": "yes"}
+    put(path)
+
+
+def other_columns(path):
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE answers (question, reply)")
+
+
+def second_half_lost(path):
+    put(path)
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
+        rows = [(str(n), json.dumps({"text": "yes" * 100})) for n in range(200)]
+        other.executemany("INSERT INTO answers VALUES (?, ?)", rows)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 8 * 4] + bytes(len(whole) // 8 * 4))
+
+
+def holds(written):
+    def spoil(path):
+        put(path)
+        with contextlib.closing(sqlite3.connect(path)) as other, other:
+            other.execute("UPDATE answers SET answer = ?", (written,))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        other_columns,
+        second_half_lost,
+        *map(holds, ["{", "[]", "null", "3", "[" * 100_000, b"\xff\xfe\x00", '{"text": 3}', '{"next": 5}']),
+        *map(holds, ['{"next": [[["a"]]]}', '{"next": [[["a", null]]]}', '{"next": [[[3, -1.0]]]}', '{"next": null}']),
+    ],
+)
+def test_damaged_answers_are_a_value_error_that_names_the_file(spoil, tmp_path):
+    path = tmp_path / "answers"
+    spoil(path)
+    refused = pytest.raises(ValueError, match=f"{path} (is no file of answers|holds an answer that is damaged)")
+    with refused, AnswerCache(path) as cache:
+        [cache.get(key) for key in ("key", *map(str, range(200)))]
+
+
+def test_two_servers_with_models_of_one_name_have_answers_of_their_own(serve, connect, tmp_path):
+    cache, asked = tmp_path / "answers", [Request(("cat\t",), top=5)]
+    first = serve(understanding)
+    second = serve(lambda path, body, n: (200, {}, next_token({"5": 1.0})))
+    found = [list(ask(connect(server, chat=False), asked, cache)) for server in (first, second, first, second)]
+    assert found[0] == found[2] != found[1] == found[3]
+    assert len(first.requests) == len(second.requests) == 1
+
+
+def test_answers_of_an_older_file_are_no_error(serve, connect, tmp_path):
+    server, request = serve(understanding), Request(("cat\t",), top=5)
+    with AnswerCache(tmp_path / "answers") as cache:
+        cache.put(request.key('["tiny", false, {}]'), {"next": [[["0", -1.0]]]})
+    (answer,) = ask(connect(server, chat=False), [request], tmp_path / "answers")
+    assert answer["next"][0][0][0] == " 7"
+
+
+def test_two_writers_share_a_file_of_answers(tmp_path):
+    def write(writer):
+        with AnswerCache(tmp_path / "answers") as cache:  # a connection of its own, locked out as another process is
+            for n in range(8):
+                cache.put(f"{n}", {"text": str(writer)})
+                cache.put(f"{n}-{writer}", {"text": "mine"})
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    with contextlib.closing(sqlite3.connect(tmp_path / "answers")) as file:
+        assert file.execute("SELECT COUNT(*) FROM answers").fetchone() == (8 + 24,)
 
 
 def test_the_cost_is_known_and_announced_before_anything_is_sent(serve, connect, tmp_path, capsys):
@@ -883,9 +1178,90 @@ def test_a_local_model_writes(local, folder):
         local.answer(Request(("x" * 1600,), top=5))
 
 
-def test_the_name_of_a_local_model_changes_with_its_weights(local, folder):
-    assert str(folder) in local.name and "sampled" not in local.name
-    assert Request(("x",)).key(local.name) != Request(("x",)).key("another")
+def copied(folder, path):
+    return Path(shutil.copytree(folder, path))
+
+
+def change_weights(path):
+    file = path / "model.safetensors"
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def change_template(path):
+    file = path / "chat_template.jinja"
+    file.write_text(file.read_text().replace("[[", "(("))
+
+
+def test_the_name_of_a_local_model_is_that_of_all_that_decides_its_answers(local, folder, tmp_path):
+    assert str(folder) in local.name
+    path = copied(folder, tmp_path / "copy")
+    names = [HuggingFaceEndpoint(path, device="cpu").name]
+    (path / "README.md").write_text("a note")
+    os.utime(path / "model.safetensors")
+    assert HuggingFaceEndpoint(path, device="cpu").name == names[0]
+    for change in change_weights, change_template:
+        change(path)
+        names.append(HuggingFaceEndpoint(path, device="cpu").name)
+    assert len(set(names)) == 3
+
+
+def edit_config(**changed):
+    def edit(path):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | changed))
+
+    return edit
+
+
+def with_code(path):
+    (path / "evil.py").write_text("raise SystemExit('it ran')")
+    edit_config(auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, model_type="evil")(path)
+
+
+def without_a_weight(path):
+    tensors = storage.read_tensors(path / "model.safetensors")
+    storage.write_tensors(path / "model.safetensors", dict(list(tensors.items())[1:]), {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (edit_config(num_hidden_layers=10**8), "more layers than its weights"),
+        (edit_config(num_hidden_layers=3), "lack"),
+        (edit_config(hidden_size=None), "no causal language model"),
+        (edit_config(num_hidden_layers="two"), "no causal language model"),
+        (without_a_weight, "lack"),
+        (with_code, "no causal language model"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 99), "is no safetensors file"),
+        (lambda path: (path / "config.json").write_text("[]"), "config.json must hold a JSON object"),
+    ],
+)
+def test_a_local_model_that_is_not_whole_is_refused_by_name(folder, tmp_path, spoil, message):
+    path = copied(folder, tmp_path / "copy")
+    spoil(path)
+    with pytest.raises(ValueError, match=message) as raised:
+        HuggingFaceEndpoint(path, device="cpu")
+    assert str(path) in str(raised.value)
+
+
+def test_a_local_model_whose_weights_are_not_finite_has_problems_and_no_end(folder, tmp_path):
+    path = copied(folder, tmp_path / "copy")
+    tensors = storage.read_tensors(path / "model.safetensors")
+    spoilt = {name: tensor * torch.nan for name, tensor in tensors.items()}
+    storage.write_tensors(path / "model.safetensors", spoilt, {"format": "pt"})
+    endpoint = HuggingFaceEndpoint(path, device="cpu")
+    assert "the model cannot write" in endpoint.answer(Request(("cat",), 5))["problem"]
+    simulator = LanguageModelSimulator(endpoint, announce=quiet)
+    assert not simulator.simulate(said("one"), TEXT, Words()).any()
+    assert simulator.problems == [{"a log-probability that is none": 5}]
+
+
+def test_an_empty_prompt_is_refused(local):
+    with pytest.raises(ValueError, match="no token"):
+        local.answer(Request(("",), top=5))
 
 
 def test_only_safe_folders_are_loaded(folder, tmp_path):

@@ -5,11 +5,12 @@ import pytest
 import torch
 from test_training import corpus, new_model
 
-from cratelab.corpora.tokens import WordEncoding
+from cratelab.corpora.documents import Document
+from cratelab.corpora.tokens import WordEncoding, byte_encoding, train_bpe
 from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record
 from cratelab.interpret.reading import NO_TOKEN
-from cratelab.interpret.records import Excerpts, collect_records
+from cratelab.interpret.records import Excerpts, Records, collect_records
 from cratelab.interpret.scores import correlation, explained_deviation, explained_power
 
 WORDS = WordEncoding([f"w{i}" for i in range(19)])
@@ -112,6 +113,93 @@ def test_openais_package_reads_and_scores_them(records, tmp_path, monkeypatch):
     ):
         ours = measure(*(values.flatten(2) for values in (validation.activations, simulated, present)))
         assert float(ours) == pytest.approx(their_score, rel=1e-6)
+
+
+def without_text(n_tokens):
+    """Records whose excerpts hold every token once, of one neuron in one layer."""
+    shown = torch.arange(n_tokens, dtype=torch.int32).reshape(1, 1, 1, -1)
+    places, numbers = torch.zeros(1, 1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.float64)
+    every = Excerpts(shown, torch.rand(shown.shape), places, places)
+    return Records(every, every, every, numbers, numbers, numbers, numbers, n_tokens)
+
+
+def bpe():
+    text = "“naïve” 漢字 \n\n   the cat's 😀 house" * 20
+    return train_bpe([Document(text, {})], 285)
+
+
+@pytest.mark.parametrize("make", [byte_encoding, bpe])
+def test_tokens_that_are_no_text_by_themselves_come_back(make, tmp_path):
+    """Bytes that are no UTF-8, the end of text, white space that text is never cut into."""
+    tokenizer = make()
+    assert "\ufffd" in tokenizer.decode([0xE2]) and tokenizer.eot_token < tokenizer.n_vocab
+    written = without_text(tokenizer.n_vocab)
+    write_neuron_record(written, 0, 0, tokenizer, tmp_path / "0.json")
+    assert IS_NEURON_RECORD(json.loads((tmp_path / "0.json").read_text()))
+    top, random = read_neuron_record(tmp_path / "0.json", tokenizer)
+    for found in top, random:
+        assert found.tokens.equal(written.top.tokens) and found.activations.equal(written.top.activations)
+
+
+def test_what_cannot_be_written_is_refused_and_nothing_is_written(records, tmp_path):
+    for layer, neuron in (1, 0), (-1, 0), (0, -1), (0, records.maximum.shape[1]):
+        with pytest.raises(ValueError, match=rf"got layer {layer}, neuron {neuron}"):
+            write_neuron_record(records, layer, neuron, WORDS, tmp_path / "7.json")
+    with pytest.raises(ValueError, match=r"there is no token \d+ in the tokenizer words"):
+        write_neuron_record(records, 0, 7, WordEncoding(["w"]), tmp_path / "7.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_that_are_no_number_are_null(records, tmp_path):
+    records.mean[0, 7] = torch.nan
+    write_neuron_record(records, 0, 7, WORDS, tmp_path / "7.json")
+    assert json.loads((tmp_path / "7.json").read_text())["mean"] is None
+    read_neuron_record(tmp_path / "7.json", WORDS)
+
+
+def record(tokens, activations):
+    return {"tokens": tokens, "activations": activations}
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ([record(["w1"], [None])], "is no NeuronRecord"),
+        ([record(["w1"], ["1"])], "is no NeuronRecord"),
+        ([record(["w1"], [True])], "is no NeuronRecord"),
+        ([record(["w1"], [[1.0]])], "is no NeuronRecord"),
+        ([record("w1", [1.0])], "is no NeuronRecord"),
+        ([record([1], [1.0])], "is no NeuronRecord"),
+        ([record({"w1": 1}, [1.0])], "is no NeuronRecord"),
+        ([["w1"]], "is no NeuronRecord"),
+        ("w1", "is no NeuronRecord"),
+        (None, "is no NeuronRecord"),
+        (3, "is no NeuronRecord"),
+        ([record(["w1"], [1.0, 2.0])], "1 tokens with 2 activations"),
+        ([record([], [])], "0 tokens with 0 activations"),
+        ([record(["w1"], [10**400])], "too large for single precision"),
+        ([record(["w1"], [1e39])], "too large for single precision"),
+        ([record(["w1"], [float("nan")])], "NaN"),
+        ([record(["w1"], [float("-inf")])], "infinite"),
+        ([record(["\ud800"], [1.0])], "which is not one token"),
+        ([record([""], [1.0])], "which is not one token"),
+    ],
+)
+def test_odd_records_are_refused_by_name(held, message, tmp_path):
+    content = {"dataclass_name": "NeuronRecord", "most_positive_activation_records": held, "random_sample": []}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as raised:
+        read_neuron_record(tmp_path / "x.json", WORDS)
+    assert str(tmp_path / "x.json") in str(raised.value)
+
+
+def test_a_small_file_asks_for_no_large_memory(tmp_path):
+    """One excerpt of 50,000 tokens and 5,000 of one: an array of 250 million."""
+    held = [record(["w1"] * 50_000, [0] * 50_000)] + [record(["w1"], [1])] * 5_000
+    content = {"dataclass_name": "NeuronRecord", "most_positive_activation_records": held, "random_sample": []}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="55000 tokens, and excerpts of up to 50000"):
+        read_neuron_record(tmp_path / "x.json", WORDS)
 
 
 def test_they_come_back(records, tmp_path):

@@ -8,10 +8,12 @@ from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts, collect_records
 from cratelab.interpret.scores import (
     NEEDS,
+    Scores,
     correlation,
     crop,
     explained_deviation,
     explained_power,
+    needs,
     rank_correlation,
     score,
     split,
@@ -151,3 +153,34 @@ def test_means_over_layers_with_an_interval_that_covers():
         assert means.variance == pytest.approx(float((100 * values.mean(1)).var(correction=0)))
     assert 180 <= hits <= 199
     assert summarise(found, layers=[0]).mean == pytest.approx(100 * float(values[0].mean()))
+
+
+def all_scores(correlation) -> Scores:
+    correlation = torch.tensor(correlation, dtype=torch.float64)
+    return Scores(correlation, correlation, correlation.isnan(), correlation.isnan() & False, correlation * 0 + 1)
+
+
+def test_a_layer_without_any_score_counts_as_zero_or_not_at_all(recwarn):
+    held = all_scores([[0.5, torch.nan], [torch.nan, torch.nan]])
+    found = summarise(held)
+    assert found.mean == pytest.approx(12.5) and found.interval[0] >= 0
+    undefined = summarise(held, undefined_as_zero=False)
+    assert np.isnan([undefined.mean, undefined.variance, *undefined.interval]).all()
+    assert summarise(held, [0], undefined_as_zero=False).mean == pytest.approx(50)
+    assert held.by_layer(False).isnan().tolist() == [False, True] and not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: summarise(all_scores([[0.5]]), [1]), "layers below 1"),
+        (lambda: summarise(all_scores([[0.5]]), []), "layers below 1"),
+        (lambda: summarise(all_scores([[0.5]]), n_resamples=0), "n_resamples >= 1"),
+        (lambda: summarise(all_scores([[0.5]]), seed=-1), "seed must be from 0 to"),
+        (lambda: needs("best"), "no protocol 'best'"),
+        (lambda: score(torch.zeros(2, 5, 3, 7), excerpts()), r"of one shape; got \(2, 5, 3, 7\) and \(2, 5, 3, 8\)"),
+    ],
+)
+def test_wrong_arguments_of_scores_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

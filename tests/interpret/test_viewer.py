@@ -1,5 +1,7 @@
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -214,3 +216,74 @@ def test_errors_say_what_is_wrong():
     held.top, held.random = held.top[[]], held.random[[]]
     with pytest.raises(ValueError, match="hold no excerpts"):
         viewer(held, words, ALL)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("field", ["maximum", "mean", "variance", "density", "activations"])
+def test_values_that_are_not_finite_leave_the_page_alive(field, value, tmp_path):
+    held = records(n_active=5)
+    held.variance = held.variance.clone()
+    for spoilt in [held.top.activations, held.random.activations] if field == "activations" else [getattr(held, field)]:
+        spoilt[0, 0] = value
+    view = viewer(held, Words(HOSTILE), ALL, title=f"{value}")
+    page = Page(view.html)
+
+    def refuse(constant):
+        raise AssertionError(f"a browser does not read {constant}")
+
+    data = json.loads(page.text("script")[0], parse_constant=refuse)
+    first, second = data["neurons"][:2]
+    assert (first["max"] is None) == (field == "maximum") and second["max"] > 0
+    if field == "maximum":
+        assert f"maximum {value}" in page.text("span") and "?" in page.text("b")
+    levels = [level for part in first["parts"] for _, digits in part for level in bytes.fromhex(digits)]
+    assert max(levels) <= 100
+    if field in ("maximum", "activations"):
+        assert set(levels) <= ({100} if (field, value) == ("activations", torch.inf) else {0}) | set(levels[-22 * 5 :])
+    view.save(tmp_path / "page.html")
+
+
+# A document in which every element takes what the script does to it, and paragraphs are counted.
+DOM = """
+const page = JSON.parse(require('fs').readFileSync(0, 'utf8'));
+let paragraphs = 0;
+const element = tag => {
+  paragraphs += tag === 'p';
+  return {tag, dataset: {}, style: {}, append() {}, setAttribute() {}, addEventListener() {}, replaceWith() {},
+    replaceChildren() {}, querySelector: () => null, cloneNode: () => element('clone'),
+    querySelectorAll: () => [element('button'), element('button')]};
+};
+const pick = Object.assign(element('select'), {selectedIndex: 0});
+const root = Object.assign(element('div'), {
+  querySelector: what => ({script: {textContent: page.data}, select: pick}[what] || element(what)),
+  querySelectorAll: () => Array.from({length: page.neurons}, element),
+});
+globalThis.document = {querySelectorAll: () => [root], createElement: element};
+new Function(page.script)();
+for (pick.selectedIndex = 1; pick.selectedIndex < page.neurons; pick.selectedIndex++) pick.onchange();
+console.log(paragraphs);
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+def test_the_script_runs_where_the_maximum_is_infinite():
+    held = records(n_active=5)
+    held.maximum[0, 0] = torch.inf
+    data, script = Page(viewer(held, Words(HOSTILE), ALL).html).text("script")
+    given = json.dumps({"data": data, "script": script, "neurons": len(ALL)})
+    run = subprocess.run(["node", "-e", DOM], input=given, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and int(run.stdout) == 5 * 4 + 1, run.stderr  # the last neuron has no excerpt
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    view, path = viewer(records(), Words(HOSTILE), ALL), tmp_path / "page.html"
+    view.save(path)
+    before = path.read_bytes()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        view.save(path)
+    assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == ["page.html"]
