@@ -139,6 +139,7 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         seed: int | None = None,
         stop: int | None = None,
+        n_vocab: int | None = None,
     ) -> Tensor:
         """Continue each row of `tokens` by sampling.
 
@@ -149,6 +150,7 @@ class LanguageModel(nn.Module):
             top_k: sample among the k most likely tokens only.
             seed: makes the draw repeatable; without it torch's global generator is used.
             stop: a token that ends its row; the row is filled up with it, and all rows done ends the call.
+            n_vocab: sample among the tokens 0 to n_vocab - 1 only; a padded vocabulary has some that no text holds.
 
         Returns:
             (b, n + at most n_new), prompts included.
@@ -186,7 +188,7 @@ class LanguageModel(nn.Module):
                 cached = tokens.shape[1]
             else:
                 logits = self(tokens[:, -context:])[:, -1]
-            new = _sample(logits, temperature, top_k, generator)
+            new = _sample(logits[:, :n_vocab], temperature, top_k, generator)
             if stop is not None:
                 new = new.masked_fill(done, stop)
                 done |= new == stop
