@@ -71,7 +71,10 @@ class RecipeOptions:
 
     def recipe(self, preset: str, seed: int) -> Recipe:
         given = {field.name: getattr(self, field.name) for field in fields(RecipeOptions)}
-        return Recipe.preset(preset, seed=seed, **{name: value for name, value in given.items() if value is not None})
+        recipe = Recipe.preset(preset, seed=seed, **{name: value for name, value in given.items() if value is not None})
+        if recipe.batch % recipe.accumulate:
+            raise ValueError(f"--batch must be a multiple of --accumulate; got {recipe.batch} and {recipe.accumulate}")
+        return recipe
 
 
 @dataclass
@@ -111,8 +114,9 @@ class Train(CorpusOptions, RecipeOptions):
         if self.resume and ignored:
             raise ValueError(f"--resume takes all options from the run: leave out {', '.join(ignored)}")
         check_context(self.context, self.characters)
-        if self.run_dir and not self.dry_run:
-            check_folder("--run-dir", self.run_dir)
+        if not self.resume and not self.dry_run:
+            check_folder("--run-dir", self.run_dir or Path("runs"))
+        if self.run_dir:
             check_same_run(self.run_dir, {})
 
     def run(self) -> None:
@@ -191,9 +195,12 @@ class TrainedModel:
         model = load(folder).to(best_device())
         self.check_model(model)
         _use_one_thread(model.config.width)
-        command = _read_command(self.model) if (self.model / "run.json").is_file() else Train()
-        if self.corpus is None and folder == self.model:
-            raise ValueError(f"{self.model} is no run, so nothing says what it has read: give --corpus")
+        file = self.model / "run.json"
+        begun = file.is_file() and read_json(file).get("command") is not None
+        if self.corpus is None and not begun:
+            what = "was not begun by `cratelab train`" if file.is_file() else "is no run"
+            raise ValueError(f"{self.model} {what}, so nothing says what it has read: give --corpus")
+        command = _read_command(self.model) if begun else Train()
         if self.corpus:
             command.corpus, command.tokenizer = self.corpus, None
         command.tokenizer = self.tokenizer or command.tokenizer
@@ -236,7 +243,7 @@ class Interpret(TrainedModel):
             for evaluation in evaluate(records, explainers, strict):
                 row = {"model": name} | evaluation.row()
                 rows.append(row)
-                mean, control, low, high = (_defined(each) for each in (row["mean"], row["control"], *row["interval"]))
+                mean, control, low, high = map(_defined, (row["mean"], row["control"], *row["interval"]))
                 interval = "undefined" if "undefined" in (low, high) else f"{low} to {high}"
                 say(
                     f"{name:10}{row['protocol']:16}{row['explainer']:11}{mean:>10}{interval:>16}"

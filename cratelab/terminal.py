@@ -63,10 +63,15 @@ def unfailing_output() -> Iterator[Output]:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else a file takes the place of a stream that is closed
         pass
     os.close(descriptor)
-    with open(os.devnull, "w") as nowhere:  # there is no stream where the shell has closed it
-        output, errors = Output(sys.stdout or nowhere), Output(sys.stderr or nowhere)
+    with open(os.devnull, "w") as nowhere:
+        output, errors = (Output(stream if _is_open(stream) else nowhere) for stream in (sys.stdout, sys.stderr))
         with redirect_stdout(output), redirect_stderr(errors):
             yield output
+
+
+def _is_open(stream: TextIO | None) -> bool:
+    """Python has no stream where the shell has closed it."""
+    return stream is not None and not getattr(stream, "closed", False)
 
 
 def printable(text: str) -> str:

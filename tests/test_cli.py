@@ -1,4 +1,3 @@
-import builtins
 import io
 import json
 import os
@@ -218,6 +217,7 @@ def never(*arguments, **options):
         ("train --steps 0", "steps must be at least 1; got 0"),
         ("train --steps -1", "steps must be at least 1; got -1"),
         ("train --batch 0", "batch must be at least 1; got 0"),
+        ("train --batch 4 --accumulate 3", "--batch must be a multiple of --accumulate; got 4 and 3"),
         ("train --peak-rate nan", "peak_rate must be at least 0"),
         ("train --seed -1", "--seed must be at least 0 and at most 4294967295; got -1"),
         ("train --seed 4294967296", "--seed must be at least 0 and at most 4294967295; got 4294967296"),
@@ -317,6 +317,24 @@ def test_a_damaged_run_json_is_named(content, copy):
     (copy / "run.json").write_text(content)
     for arguments in ["train", "--resume", str(copy)], ["steer", str(copy)]:
         fails(arguments, str(copy / "run.json"))
+
+
+@pytest.fixture
+def essays(tmp_path, monkeypatch):
+    """A folder of short texts, and a cache for their tokens."""
+    monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "essays").mkdir()
+    for i in range(60):
+        (tmp_path / f"essays/{i}.txt").write_text(f"text number {i} of many " * 50)
+    return tmp_path / "essays"
+
+
+def test_a_run_that_no_command_began_is_read_if_its_corpus_is_given(copy, essays, capsys):
+    run = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(run | {"command": None}))
+    fails(["steer", str(copy)], "was not begun by `cratelab train`, so nothing says what it has read: give --corpus")
+    main(["steer", str(copy), "--corpus", str(essays), "--tokenizer", "bytes", "--n-tokens", "200", "--n-new", "1"])
+    assert "without: text number" in capsys.readouterr().out
 
 
 def test_options_that_an_older_version_did_not_have_are_the_usual_ones(copy, capsys):
@@ -521,29 +539,12 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(command, more, run, tmp_path
 
 
 @pytest.mark.parametrize("package", ["tiktoken", "tokenizers", "datasets"])
-def test_a_missing_extra_is_named_with_what_to_install(package, tmp_path, monkeypatch):
-    real = builtins.__import__
+def test_a_missing_extra_is_named_with_what_to_install(package, essays, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(builtins, "__import__", real)
-    monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "text").mkdir()
-    for i in range(40):
-        (tmp_path / f"text/{i}.txt").write_text(f"text number {i} " * 50)
-    corpus = "wikitext" if package == "datasets" else str(tmp_path / "text")
+    corpus = "wikitext" if package == "datasets" else str(essays)
     options = ["--tokenizer", {"tiktoken": "bytes", "tokenizers": "bpe-300", "datasets": "bytes"}[package]]
     run_dir = ["--run-dir", str(tmp_path / "run")]
     fails(["train", "--corpus", corpus, *options, *run_dir], f"'{package}'", "pip install 'cratelab[corpora]'")
-
-
-def test_no_home_is_named_where_tokens_have_to_be_kept(tmp_path, monkeypatch):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.delenv("CRATELAB_CACHE", raising=False)
-    (tmp_path / "a.txt").write_text("some text")
-    run_dir = ["--run-dir", str(tmp_path / "run")]
-    fails(["train", "--corpus", str(tmp_path / "a.txt"), *run_dir], "no home folder", "set CRATELAB_CACHE")
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["interpret"], ["steer"], ["reproduce"]])

@@ -33,14 +33,17 @@ def test_a_stream_that_fails_costs_nothing_and_is_named(error, monkeypatch):
     assert stream.getvalue() == "0\n" and output.error is error and sys.stdout is stream
 
 
-def test_progress_goes_on_where_the_shell_has_closed_both_streams(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
+@pytest.mark.parametrize("closed", [None, io.StringIO()], ids=["by the shell", "by the program"])
+def test_progress_goes_on_where_both_streams_are_closed(closed, monkeypatch):
+    if closed:
+        closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    monkeypatch.setattr(sys, "stderr", closed)
     with unfailing_output() as output:
         assert sum(tqdm([1, 2], disable=None)) == 3 == sum(tqdm([1, 2], disable=False))
         print("seen by nobody", file=sys.stderr)
         say("nor this")
-    assert output.error is None and sys.stdout is None and sys.stderr is None
+    assert output.error is None and sys.stdout is closed and sys.stderr is closed
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,6 @@ def prepare(
         ValueError: there is no corpus or tokenizer of that name.
         FileNotFoundError: a path does not exist, or holds no text.
         ConnectionError: a corpus of the hub is not on this machine, and the hub cannot be reached.
-        OSError: there is no folder to keep the tokens in.
     """
     parts, tokenizer = _check_names(name, tokenizer)
     if tokenizer == "words":
@@ -143,10 +142,7 @@ def _tinyworld(n_tokens: int, context: int) -> PreparedCorpus:
 
 
 def _cache_folder(parts: list[str], tokenizer: str, characters: int, cache: str | Path | None) -> Path:
-    try:
-        root = Path(cache or os.environ.get("CRATELAB_CACHE") or Path.home() / ".cache" / "cratelab")
-    except RuntimeError as error:
-        raise OSError("there is no home folder to keep tokens in: set CRATELAB_CACHE to a folder") from error
+    root = Path(cache or os.environ.get("CRATELAB_CACHE") or Path.home() / ".cache" / "cratelab")
     names = []
     for part in parts:
         if part in _PYTHON:
