@@ -134,8 +134,7 @@ class Train(CorpusOptions, RecipeOptions):
         name = command.corpus.replace("/", "_")
         run_dir = run_dir or Path("runs") / f"{command.model}-{command.preset}-{name}-{command.seed}"
         say(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}")
-        kept = {key: value for key, value in asdict(command).items() if key not in ("run_dir", "resume", "dry_run")}
-        metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, kept)
+        metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, _kept(command))
         floor = f"; the floor is {corpus.floor:.3f}" if corpus.floor else ""
         say(f"validation loss {metrics[-1]['validation_loss']:.3f} nats a token{floor}")
         plots.save_loss_curve(metrics, run_dir / "loss.png", corpus.floor)
@@ -469,6 +468,11 @@ def _preset_context(preset: str) -> int:
     return LanguageModelConfig.preset(preset).context
 
 
+def _kept(command: Train) -> dict:
+    """The options that a run remembers."""
+    return {name: value for name, value in asdict(command).items() if name not in ("run_dir", "resume", "dry_run")}
+
+
 def _plain(options: dict) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
@@ -489,25 +493,24 @@ def _as_train(command: object, file: Path) -> Train:
     Raises:
         ValueError: it is none, or has options that are unknown or out of range; each is named, with `file`.
     """
+    hints = {name: hint for name, hint in get_type_hints(Train).items() if name in _kept(Train())}
     if not isinstance(command, dict):
-        raise ValueError(f"{file}: command must be an object; got {command!r}")
-    hints = get_type_hints(Train)
-    kept = [field.name for field in fields(Train) if field.name not in ("run_dir", "resume", "dry_run")]
-    problems = [f"unknown option {name!r}, perhaps of a newer cratelab" for name in command if name not in kept]
+        raise ValueError(f"{file} is damaged: command may hold {', '.join(hints)}; got {command!r}")
+    problems = [f"unknown option {name!r}, perhaps of a newer cratelab" for name in command if name not in hints]
     problems += [f"no {name}" for name in ("corpus", "preset", "model", "seed") if name not in command]
     problems += [
         f"{name} cannot be {command[name]!r}"
-        for name in kept
-        if name in command and not fits(command[name], hints[name])
+        for name, hint in hints.items()
+        if name in command and not fits(command[name], hint)
     ]
     if problems:
-        raise ValueError(f"{file} holds no command that can go on: {'; '.join(problems)}")
+        raise ValueError(f"{file} is damaged: {'; '.join(problems)}")
     train_command = Train(**command)
     try:
         check_ranges(train_command)
         check_context(train_command.context, train_command.characters)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{file} is damaged: {error}") from error
     return train_command
 
 

@@ -87,12 +87,15 @@ def model_folder(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it{instead(folder)}")
     run = read_json(folder / "run.json")
     if "sae" in run:
-        raise FileNotFoundError(f"{folder} is a training of auto-encoders: give the model that they were trained on")
+        raise FileNotFoundError(
+            f"{folder} holds a run of another kind, of auto-encoders: give the model that they were trained on"
+        )
     recipe = run.get("recipe")
     steps = recipe.get("steps") if isinstance(recipe, dict) else "?"
-    go_on = f"cratelab train --resume {folder}" if run.get("command") else "call again what began it"
+    how = f"cratelab train --resume {folder}" if run.get("command") else "the call of `train` that began it"
     raise FileNotFoundError(
-        f"{folder} is an unfinished run, {len(read_metrics(folder))} of {steps} steps: to go on, {go_on}"
+        f"{folder} holds a run that has not ended, and no model yet: go on with {how}; "
+        f"{len(read_metrics(folder))} of {steps} steps are done"
     )
 
 

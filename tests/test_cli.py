@@ -285,8 +285,8 @@ def test_options_out_of_range_are_named_before_anything_is_read_or_made(argument
     ("change", "message"),
     [
         (None, "was not begun by `cratelab train`"),
-        ([1], "command must be an object; got [1]"),
-        ("train", "command must be an object"),
+        ([1], "is damaged: command may hold"),
+        ("train", "got 'train'"),
         ({}, "no corpus"),
         ({"rank": 7}, "unknown option 'rank', perhaps of a newer cratelab"),
         ({"run_dir": "elsewhere"}, "unknown option 'run_dir'"),
@@ -348,12 +348,14 @@ def test_options_that_an_older_version_did_not_have_are_the_usual_ones(copy, cap
 @pytest.mark.parametrize("command", ["interpret", "steer"])
 def test_what_is_no_trained_model_is_named(command, copy, tmp_path):
     shutil.rmtree(copy / "model")
-    fails([command, str(copy)], f"{copy} is an unfinished run, 1 of 1 steps: to go on, cratelab train --resume {copy}")
+    fails(
+        [command, str(copy)], f"{copy} holds a run that has not ended", f"cratelab train --resume {copy}; 1 of 1 steps"
+    )
     run = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(run | {"command": None}))
-    fails([command, str(copy)], "unfinished run", "call again what began it")
+    fails([command, str(copy)], "has not ended", "go on with the call of `train` that began it")
     (copy / "run.json").write_text(json.dumps({"sae": {}, "recipe": {}}))
-    fails([command, str(copy)], "is a training of auto-encoders: give the model")
+    fails([command, str(copy)], "of another kind, of auto-encoders: give the model")
     fails([command, str(tmp_path)], f"it holds 1 runs: give one of them, such as {copy}")
     fails([command, str(tmp_path / "nothing")], "does not exist")
     fails([command, str(copy / "run.json")], "is a file: give the folder of a run or of a model")
@@ -366,9 +368,9 @@ def test_what_is_no_trained_model_is_named(command, copy, tmp_path):
 
 def test_the_steps_of_an_unfinished_run_are_those_that_it_has_done(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"steps": 9}, "command": {"seed": 0}}))
-    fails(["steer", str(tmp_path)], "unfinished run, 0 of 9 steps")
+    fails(["steer", str(tmp_path)], "0 of 9 steps are done")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    fails(["steer", str(tmp_path)], "unfinished run, 2 of 9 steps")
+    fails(["steer", str(tmp_path)], "2 of 9 steps are done")
 
 
 def test_steer_never_draws_a_token_that_the_corpus_does_not_know(run, copy, capsys):
