@@ -32,10 +32,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="lines of the chapter to change")
     parser.add_argument("--name", help="of the file in cratelab/reference; the chapter's unless given")
     options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1; got {options.seeds}")
+    if wrong := [setting for setting in options.set if not re.fullmatch(r"\w+=[^=].*", setting)]:
+        parser.error(f"--set takes NAME=VALUE; got {', '.join(wrong)}")
     plt.switch_backend("agg")
     torch.set_num_threads(1)
     code, start, findings = code_to_findings(options.chapter), time.perf_counter(), []
-    settings = dict(setting.split("=") for setting in options.set)
+    settings = dict(setting.split("=", 1) for setting in options.set)
     for seed in range(options.seeds):
         findings.append(run(code, settings | {"seed": seed}))
         print(f"seed {seed}: {json.dumps(findings[-1])[:200]} … {time.perf_counter() - start:.0f} s", flush=True)

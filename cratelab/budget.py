@@ -80,7 +80,11 @@ def estimate(
         config: its configuration.
         recipe: how it is to be trained.
         processes: among which each batch is divided.
+
+    Raises:
+        ValueError: the batch cannot be divided so.
     """
+    recipe.check_division(processes)
     with FakeTensorMode():
         model, window = model_class(config), torch.zeros(1, config.context + 1, dtype=torch.long)
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}

@@ -24,8 +24,9 @@ from cratelab.cli_checks import (
     instead,
     model_folder,
 )
-from cratelab.comparison import compare, new_model, summarise
+from cratelab.comparison import check_ladder, compare, new_model, summarise
 from cratelab.corpora.prepare import PreparedCorpus, prepare, vocabulary_size
+from cratelab.corpora.tokenized import tokenizer_facts
 from cratelab.devices import best_device
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
 from cratelab.interpret.crate_against_gpt2 import reproduce_chapter_9
@@ -71,10 +72,7 @@ class RecipeOptions:
 
     def recipe(self, preset: str, seed: int) -> Recipe:
         given = {field.name: getattr(self, field.name) for field in fields(RecipeOptions)}
-        recipe = Recipe.preset(preset, seed=seed, **{name: value for name, value in given.items() if value is not None})
-        if recipe.batch % recipe.accumulate:
-            raise ValueError(f"--batch must be a multiple of --accumulate; got {recipe.batch} and {recipe.accumulate}")
-        return recipe
+        return Recipe.preset(preset, seed=seed, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass
@@ -134,10 +132,11 @@ class Train(CorpusOptions, RecipeOptions):
         name = command.corpus.replace("/", "_")
         run_dir = run_dir or Path("runs") / f"{command.model}-{command.preset}-{name}-{command.seed}"
         say(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}")
-        metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, _kept(command))
+        kept = _kept(command)
+        metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, kept, corpus.tokenizer)
+        plots.save_loss_curve(metrics, run_dir / "loss.png", corpus.floor)
         floor = f"; the floor is {corpus.floor:.3f}" if corpus.floor else ""
         say(f"validation loss {metrics[-1]['validation_loss']:.3f} nats a token{floor}")
-        plots.save_loss_curve(metrics, run_dir / "loss.png", corpus.floor)
         say(f"{run_dir}/loss.png shows it; cratelab.load('{run_dir}/model') is the model")
 
 
@@ -155,20 +154,22 @@ class Compare(CorpusOptions, RecipeOptions):
     goes_on: ClassVar = True
 
     def check(self) -> None:
-        check_different("--presets", self.presets)
         check_context(self.context, self.characters)
         check_folder("--out", self.out)
 
     def run(self) -> None:
+        check_ladder(self.presets, range(self.seeds))
         recipe = self.recipe(self.presets[0], seed=0)
-        context = self.context or _preset_context(self.presets[0])
+        for preset in self.presets:  # what is out of range is said before the corpus is made
+            new_model("crate", preset, vocabulary_size(self.corpus, self.tokenizer), 0, self.context)
+        context = _preset_context(self.presets[0]) if self.context is None else self.context
         _use_one_thread(max(LanguageModelConfig.preset(preset).width for preset in self.presets))
         corpus = _prepare(self, recipe, context)
         runs = compare(corpus, recipe, self.out, self.presets, range(self.seeds), self.context, say, _report)
         table = summarise(runs)
         write_json(self.out / "compare.json", {"provenance": provenance(), "runs": runs, "table": table})
-        print_table(table, corpus.floor)
         plots.save_comparison(runs, self.out / "compare.png", corpus.floor)
+        print_table(table, corpus.floor)
         say(f"{self.out}/compare.png and compare.json hold it")
 
 
@@ -191,19 +192,26 @@ class TrainedModel:
 
     def load(self) -> tuple[LanguageModel, PreparedCorpus]:
         folder = model_folder(self.model)
+        run = read_json(self.model / "run.json") if (self.model / "run.json").is_file() else {}
+        begun = run.get("command") is not None
+        if self.corpus is None and not begun:
+            what = "was not begun by `cratelab train`" if run else "is no run"
+            raise ValueError(f"{self.model} {what}, so nothing says what it has read: give --corpus")
         model = load(folder).to(best_device())
         self.check_model(model)
         _use_one_thread(model.config.width)
-        file = self.model / "run.json"
-        begun = file.is_file() and read_json(file).get("command") is not None
-        if self.corpus is None and not begun:
-            what = "was not begun by `cratelab train`" if file.is_file() else "is no run"
-            raise ValueError(f"{self.model} {what}, so nothing says what it has read: give --corpus")
         command = _read_command(self.model) if begun else Train()
+        theirs = _kept_tokenizer(folder.parent)
         if self.corpus:
-            command.corpus, command.tokenizer = self.corpus, None
+            command.corpus = self.corpus
+            inherited = self.corpus != "tinyworld" and theirs.get("name") in ("bytes", "gpt2")
+            command.tokenizer = theirs["name"] if inherited else None
         command.tokenizer = self.tokenizer or command.tokenizer
-        return model, _prepare(command, command.recipe(command.preset, command.seed), model.config.context)
+        corpus = _prepare(command, command.recipe(command.preset, command.seed), model.config.context)
+        _check_tokenizer(folder, theirs, model, corpus)
+        if self.corpus is None and not theirs and run.get("validation") != corpus.validation.facts():
+            raise ValueError(f"the text that {self.model} has read has changed, and its tokens may have: give --corpus")
+        return model, corpus
 
 
 @dataclass
@@ -478,6 +486,7 @@ def _plain(options: dict) -> dict:
 
 
 def _read_command(folder: Path) -> Train:
+    """The options with which a run was begun."""
     file = folder / "run.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no run: there is no run.json in it{instead(folder)}")
@@ -512,6 +521,32 @@ def _as_train(command: object, file: Path) -> Train:
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     return train_command
+
+
+def _kept_tokenizer(folder: Path) -> dict:
+    """What the run.json of a folder says of the tokenizer; nothing if it does not, or there is none."""
+    file = folder / "run.json"
+    facts = read_json(file).get("tokenizer", {}) if file.is_file() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file} is damaged: tokenizer must be an object; got {facts!r}")
+    return facts
+
+
+def _check_tokenizer(folder: Path, theirs: dict, model: LanguageModel, corpus: PreparedCorpus) -> None:
+    """Raises ValueError if the model was trained on tokens that stand for other texts than those of the corpus."""
+    ours = tokenizer_facts(corpus.tokenizer)
+    names = [f"{facts.get('name')}, {facts.get('n_vocab')}" for facts in (theirs, ours)]
+    if theirs and theirs.get("sha256") != ours["sha256"]:
+        raise ValueError(
+            f"the model in {folder} was trained on other tokens ({names[0]} of them) than the corpus has ({names[1]}), "
+            "as after a change of its text: bring back the text that it has read, or tokenize another with "
+            f"{folder.parent / 'tokenizer.json'} and give that folder as --corpus"
+        )
+    if corpus.validation.n_vocab > model.config.vocab_size:
+        raise ValueError(
+            f"the corpus has {corpus.validation.n_vocab} tokens, the model in {folder} {model.config.vocab_size}: "
+            "give a corpus of the tokenizer that it was trained with"
+        )
 
 
 def _report(row: dict) -> None:

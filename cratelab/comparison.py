@@ -10,8 +10,8 @@ import torch
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.crate import Crate, CrateConfig
 from cratelab.gpt2 import Gpt2, Gpt2Config
-from cratelab.language_model import LanguageModel
-from cratelab.training import Recipe, train
+from cratelab.language_model import LanguageModel, LanguageModelConfig
+from cratelab.training import Recipe, check_seed, train
 
 MODELS: dict[str, tuple[type[LanguageModel], type]] = {"crate": (Crate, CrateConfig), "gpt2": (Gpt2, Gpt2Config)}
 
@@ -25,21 +25,46 @@ def new_model(
         model: "crate" or "gpt2".
         preset: a size, as for `CrateConfig.preset`.
         n_vocab: tokens of what it will read.
-        seed: of the weights.
+        seed: of the weights, below 2³².
         context: the preset's unless given.
         settings: of the configuration, instead of the preset's.
 
     Raises:
         TypeError: the configuration has no such setting.
-        ValueError: there is no such model or preset.
+        ValueError: there is no such model or preset, a number is out of range, or memory does not hold it.
     """
+    check_seed(seed)
     if model not in MODELS:
         raise ValueError(f"no model {model!r}; there are {', '.join(MODELS)}")
     model_class, config_class = MODELS[model]
-    overrides = dict(vocab_size=-(-n_vocab // 64) * 64, **settings) | ({"context": context} if context else {})
+    overrides = dict(vocab_size=-(-n_vocab // 64) * 64, **settings)
+    config = config_class.preset(preset, **overrides | ({} if context is None else {"context": context}))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return model_class(config_class.preset(preset, **overrides))
+        try:
+            return model_class(config)
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            raise ValueError(f"memory does not hold {config}: {error}") from error
+
+
+def check_ladder(presets: Iterable[str], seeds: Iterable[int]) -> tuple[list[str], list[int]]:
+    """The sizes and seeds of a comparison as lists.
+
+    Raises:
+        ValueError: there are none, one stands twice, or there is none of that name or number.
+    """
+    presets = [presets] if isinstance(presets, str) else list(presets)
+    if isinstance(seeds, int):
+        raise ValueError(f"seeds must be several numbers, such as range({seeds}); got {seeds}")
+    seeds = list(seeds)
+    for name, values in ("presets", presets), ("seeds", seeds):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} must be one or more, each once; got {values}")
+    for preset in presets:
+        LanguageModelConfig.preset(preset)
+    for seed in seeds:
+        check_seed(seed)
+    return presets, seeds
 
 
 def compare(
@@ -69,8 +94,11 @@ def compare(
     Returns:
         One dict a run, with model, preset, seed, parameters (without positions), tokens, loss (of the last step),
         validation_loss, and curve, the (tokens, validation_loss) pairs on the way.
+
+    Raises:
+        ValueError: there are no presets or seeds, or one stands twice; and as for `train`, whose other errors come too.
     """
-    presets, runs = list(presets), []
+    (presets, seeds), runs = check_ladder(presets, seeds), []
     for seed in seeds:
         for preset in presets:
             for name in MODELS:
@@ -79,7 +107,9 @@ def compare(
                 model = new_model(name, preset, corpus.training.n_vocab, seed, context)
                 run_dir = Path(folder) / f"{name}-{preset}-{seed}"
                 seeded = replace(recipe, seed=seed)
-                metrics = train(model, corpus.training, corpus.validation, seeded, run_dir, on_step)
+                metrics = train(
+                    model, corpus.training, corpus.validation, seeded, run_dir, on_step, tokenizer=corpus.tokenizer
+                )
                 validated = [row for row in metrics if "validation_loss" in row]
                 runs.append(
                     {

@@ -2,7 +2,9 @@
 
 import datetime
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,6 +16,8 @@ import torch
 from cratelab.devices import best_device
 from cratelab.storage import write_json as write_json  # also known by this module's name
 
+_SECRET = r"(?:key|token|secret|password|passwd|passphrase|pwd|credentials?|auth|authorization)"
+
 
 def provenance(**facts) -> dict:
     """Where a number comes from: command, commit, versions and machine of this process, and the `facts` given.
@@ -22,12 +26,12 @@ def provenance(**facts) -> dict:
         facts: what only the caller knows, such as seeds, seconds, a hash of the data.
 
     Returns:
-        What `json` can write. `commit` is that of the current folder's checkout, None outside one; it ends in
-        "+changes" where files were edited.
+        What `json` can write. `command` is without keys and passwords. `commit` is that of the current folder's
+        checkout, None outside one; it ends in "+changes" where files were edited.
     """
     device = best_device()
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([*(Path(name).name for name in sys.argv[:1]), *_without_secrets(sys.argv[1:])]),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
@@ -53,11 +57,56 @@ def read_reference(name: str) -> dict:
     return json.loads(file.read_text(encoding="utf8"))
 
 
+def _without_secrets(arguments: list[str]) -> list[str]:
+    """The arguments, with *** for what follows a name such as --api-key, and for what looks like a key itself."""
+    shown = [_hide(argument) for argument in arguments]
+    for i, argument in enumerate(arguments):
+        named = re.fullmatch(rf"(-*[\w.-]*{_SECRET})(=.*)?", argument, re.IGNORECASE | re.DOTALL)
+        if named and named[2]:
+            shown[i] = f"{named[1]}=***"
+        elif named and argument.startswith("-") and i + 1 < len(arguments) and not arguments[i + 1].startswith("--"):
+            shown[i + 1] = "***"
+    return shown
+
+
+def _hide(text: str) -> str:
+    for pattern, shown in [
+        (r"\b(bearer|basic)\s+\S+", r"\1 ***"),
+        (rf"({_SECRET}[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^&\"',}}]+)", r"\1***"),
+        (r"(?<=://)[^\s/@]+@|[^\s/@=\"']*:[^\s/@]*@(?=[\w\[])", "***@"),  # user:password@host
+        (r"(?<![A-Za-z0-9])(?:sk|gh[opsur]|github_pat|glpat|gsk|hf|nvapi|xox[abp])[-_][\w-]{6,}", "***"),
+        (r"(?<![A-Za-z0-9])(?:AKIA|AIza|eyJ)[\w.-]{12,}", "***"),
+    ]:
+        text = re.sub(pattern, shown, text, flags=re.IGNORECASE)
+    return text
+
+
 def _commit() -> str | None:
+    """Nothing that a repository's own configuration names is run: no hook, monitor, filter or helper."""
+    filters: dict[str, str] = {}
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        settings = {"GIT_OPTIONAL_LOCKS": "0", "GIT_ALLOW_PROTOCOL": "", "GIT_NO_LAZY_FETCH": "1"}
+        settings["GIT_CONFIG_COUNT"] = str(len(filters))
+        for i, (name, value) in enumerate(filters.items()):
+            settings |= {f"GIT_CONFIG_KEY_{i}": name, f"GIT_CONFIG_VALUE_{i}": value}
+        done = subprocess.run(
+            ["git", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", *arguments],
+            env=os.environ | settings,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=True,
+            timeout=20,
+        )
+        return done.stdout.decode(errors="replace").strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
+        commit = git("rev-parse", "HEAD")
+        for name in git("config", "--list", "--name-only").splitlines():
+            if re.fullmatch(r"filter\..*\.(clean|process|required)", name):
+                filters[name] = "false" if name.endswith("required") else ""
+        changed = git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
+        return commit + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
         return None

@@ -5,17 +5,16 @@ through a byte-level BPE of 4,096 tokens: the first seed of each travels with th
 read TinyWorld every seed does. The numbers of all runs are in `reference_models.json`.
 """
 
-import json
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from cratelab.comparison import compare, summarise
+from cratelab.comparison import check_ladder, compare, summarise
 from cratelab.corpora import tokens
 from cratelab.corpora.prepare import PreparedCorpus, prepare
 from cratelab.language_model import LanguageModel, load
 from cratelab.record import provenance
-from cratelab.storage import write_json
+from cratelab.storage import read_json, write_json
 from cratelab.training import Recipe
 
 PRESETS = "1L", "2L", "3L"
@@ -66,9 +65,12 @@ def train_on_documentation(
 
     Returns:
         The corpus, and the runs as `cratelab.comparison.compare` returns them.
+
+    Raises:
+        ValueError: no seeds or steps, or as for `make_reference_models`.
     """
+    check_ladder(presets, range(seeds))
     folder = Path(folder)
-    documentation = prepare("+".join(["pydocs", "packages", *text]), "bpe-4096", cache=folder / "tokens")
     every = max(1, steps // 15)
     recipe = Recipe(
         steps=steps,
@@ -80,6 +82,7 @@ def train_on_documentation(
         validation_windows=128,
         checkpoint_every=every,
     )
+    documentation = prepare("+".join(["pydocs", "packages", *text]), "bpe-4096", cache=folder / "tokens")
     return documentation, compare(documentation, recipe, folder / name, presets, range(seeds), CONTEXT, on_run, on_step)
 
 
@@ -103,6 +106,10 @@ def make_reference_models(
 
     Returns:
         The table of `cratelab.comparison.summarise`.
+
+    Raises:
+        ValueError: no seeds or steps; `folder` holds runs of other arguments or text; or a weight is too large for half
+            precision.
     """
     folder = Path(folder)
     documentation, runs = train_on_documentation(folder, seeds, text, steps, on_run, on_step)
@@ -115,8 +122,11 @@ def make_reference_models(
         label = f"{run['model']}-{run['preset']}-{run['seed']}"
         if run["seed"] == 0 or run["preset"] == "toy":
             trained = load(folder / "runs" / label / "model")
-            trained.save(packed / label, {key: tensor.half() for key, tensor in trained.state_dict().items()})
-        run["provenance"] = json.loads((folder / "runs" / label / "run.json").read_text())["provenance"]
+            halves = {key: tensor.half() for key, tensor in trained.state_dict().items()}
+            if not all(tensor.isfinite().all() for tensor in halves.values()):
+                raise ValueError(f"{folder / 'runs' / label / 'model'} has weights too large for half precision")
+            trained.save(packed / label, halves)
+        run["provenance"] = read_json(folder / "runs" / label / "run.json")["provenance"]
     tokens.save(documentation.tokenizer, packed / "tokenizer.json")
     about = provenance(
         documentation={"name": "+".join(["pydocs", "packages", *text])} | documentation.training.facts(),

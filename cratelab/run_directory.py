@@ -1,25 +1,29 @@
 """What a training run leaves on disk, so that a kill at any moment, a full disk or a lost loss costs little.
 
-    run.json          model, recipe, corpora (sizes and hashes) and provenance, written before the first step
+    run.json          model, recipe, tokenizer and corpora (sizes and hashes), provenance, written before the first step
+    tokenizer.json    what made the corpora, where it is known
     metrics.jsonl     one line a step, flushed
-    checkpoint-1000   the latest state: the model as `LanguageModel.save` writes it, and AdamW's moments
+    checkpoint-1000   a state: the model as `LanguageModel.save` writes it, AdamW's moments, and SHA-256 of the files
     model             the trained model
+    lock              held while a process trains here
 
-Checkpoints are written beside and renamed, so one that has its name is whole; the one before goes only then.
+Checkpoints are written beside and renamed, so one that has its name is whole. The latest two are kept, so that there is
+another should a disk spoil one. What the program has not written is left alone, whatever its name.
 """
 
 import json
+import math
 import os
-import shutil
+import re
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,13 +34,29 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora import tokens
+from cratelab.corpora.tokenized import TokenizedCorpus, tokenizer_facts
+from cratelab.devices import exact
 from cratelab.language_model import LanguageModel
 from cratelab.record import provenance
-from cratelab.storage import read_json, read_tensors, write_json
+from cratelab.storage import (
+    digest_of,
+    digest_of_file,
+    locked,
+    read_json,
+    read_tensors,
+    remove_leftovers,
+    replacing,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from cratelab.training import Recipe
+
+SUMS = "checksums.json"
+_FILES = "config.json", "model.safetensors", "optimizer.safetensors"  # of a checkpoint, beside its sums
 
 # Whole tensors on the main process's CPU, under the model's own names, however the weights are spread over GPUs.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -45,7 +65,7 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def check_same_run(path: Path, facts: dict[str, dict]) -> None:
     """Refuse a folder in which a run of these facts can neither begin nor go on.
 
-    What a kill left half-written, such as run.json.part, is in nobody's way.
+    What a kill left half-written, such as run.json.part, is in nobody's way, and a lock neither.
 
     Raises:
         ValueError: the run.json in `path` states other facts, or there is none but other files.
@@ -53,22 +73,33 @@ def check_same_run(path: Path, facts: dict[str, dict]) -> None:
     if (path / "run.json").is_file():
         begun = read_json(path / "run.json")
         for part, ours in facts.items():
-            theirs = begun.get(part) or {}
-            differing = [name for name in ours if theirs.get(name) != ours[name]]
+            theirs = begun.get(part)
+            if not isinstance(theirs, dict | None):
+                raise ValueError(f"{path / 'run.json'} is damaged: {part} must be an object; got {theirs!r}")
+            differing = [name for name in ours if (theirs or {}).get(name) != ours[name]]
             if differing:
-                listed = ", ".join(f"{name} was {theirs.get(name)}, now {ours[name]}" for name in differing)
-                raise ValueError(f"{path} holds a run with another {part} ({listed}): choose another folder")
-    elif path.is_dir() and any(entry.suffix != ".part" for entry in path.iterdir()):
+                listed = ", ".join(f"{name} was {(theirs or {}).get(name)}, now {ours[name]}" for name in differing)
+                read = part in ("tokenizer", "training", "validation")
+                raise ValueError(
+                    f"{path} holds a run with another {part} ({listed}): choose another folder"
+                    + (", or bring back the text that it began with" if read else "")
+                )
+    elif path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: choose another folder")
+    elif path.is_dir() and any(
+        entry.suffix not in (".part", ".lock") and entry.name != "lock" for entry in path.iterdir()
+    ):
         raise ValueError(f"{path} is not empty and holds no run: choose another folder")
 
 
 class RunDirectory:
     """The folder of one run. All processes hold it; the main one writes."""
 
-    def __init__(self, path: Path, model: LanguageModel, accelerator: Accelerator):
-        self.path, self.model, self.accelerator = path, model, accelerator
+    def __init__(self, path: Path, model: LanguageModel, accelerator: Accelerator, digest: str):
+        self.path, self.model, self.accelerator, self.digest = path, model, accelerator, digest
 
     @classmethod
+    @contextmanager
     def open(
         cls,
         path: str | Path,
@@ -78,34 +109,51 @@ class RunDirectory:
         validation: TokenizedCorpus,
         accelerator: Accelerator,
         command: dict | None = None,
-    ) -> Self:
-        """Begin a run in `path`, or go on with the one that is there.
+        tokenizer: tokens.Tokenizer | None = None,
+    ) -> Iterator[Self]:
+        """Begin a run in `path`, or go on with the one that is there; nobody else can while the block lasts.
 
         Raises:
             ValueError: `path` holds another run, or other files.
+            BlockingIOError: another process trains there.
+            OSError: it cannot be written.
         """
-        run = cls(Path(path), model, accelerator)
-        facts = {
-            "model": {"model": model.kind, **asdict(model.config)},
-            "recipe": asdict(recipe),
-            "training": training.facts(),
-            "validation": validation.facts(),
-        }
-        file = run.path / "run.json"
+        facts = {"model": {"model": model.kind, **asdict(model.config)}, "recipe": asdict(recipe)}
+        if tokenizer:
+            facts["tokenizer"] = tokenizer_facts(tokenizer)
+        facts |= {"training": training.facts(), "validation": validation.facts()}
+        run = cls(Path(path), model, accelerator, digest_of(facts))
+        file, start = run.path / "run.json", _start(model)
         check_same_run(run.path, facts)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not file.is_file():
-            with run._writing():
-                run.path.mkdir(parents=True, exist_ok=True)
-                about = {"command": command, "provenance": provenance(processes=accelerator.num_processes)}
-                write_json(file, facts | about)
-        accelerator.wait_for_everyone()
-        return run
+        busy = f"another process is training in {path}: wait until it has ended, or choose another folder"
+        with locked(run.path / "lock", busy) if accelerator.is_main_process else nullcontext():
+            check_same_run(run.path, facts)  # of one that has begun since
+            if file.is_file():
+                _check_start(file, start)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                with run._writing():
+                    run._clean()
+                    if not file.is_file():
+                        if tokenizer:
+                            tokens.save(tokenizer, run.path / "tokenizer.json")
+                        about = {"command": command, "provenance": provenance(processes=accelerator.num_processes)}
+                        write_json(file, facts | {"start": start} | about)
+            accelerator.wait_for_everyone()
+            yield run
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The run's checkpoints by their steps, the earliest first, damaged ones included."""
+        found = {}
+        for entry in self.path.glob("checkpoint-*"):
+            name = re.fullmatch(r"checkpoint-([1-9][0-9]*)", entry.name, re.ASCII)
+            if name and self._wrote(entry, int(name[1])):
+                found[int(name[1])] = entry
+        return dict(sorted(found.items()))
 
     def latest_step(self) -> int:
         """Steps that the latest checkpoint holds; 0 where there is none."""
-        names = [entry.name.removeprefix("checkpoint-") for entry in self.path.glob("checkpoint-*")]
-        return max((int(name) for name in names if name.isdigit()), default=0)
+        return max(self.checkpoints(), default=0)
 
     def checkpoint_path(self) -> Path:
         return self.path / f"checkpoint-{self.latest_step()}"
@@ -114,11 +162,12 @@ class RunDirectory:
         """Load the latest checkpoint, if any; the metrics of the steps up to it.
 
         Raises:
-            ValueError: a file of the checkpoint is damaged.
+            ValueError: a file of the checkpoint is damaged or missing; the message says how to go on without it.
         """
         step = self.latest_step()
         if step:
             folder = self.checkpoint_path()
+            self._check_sums(folder)
             weights = read_tensors(folder / "model.safetensors")
             moments = read_tensors(folder / "optimizer.safetensors")
             options = StateDictOptions(full_state_dict=True)
@@ -131,33 +180,40 @@ class RunDirectory:
             set_optimizer_state_dict(model, optimizer.optimizer, state, options=options)
         self.accelerator.wait_for_everyone()
         metrics = read_metrics(self.path)[:step]
-        if len(metrics) != step:
-            raise ValueError(f"{self.path / 'metrics.jsonl'} has {len(metrics)} steps, the checkpoint {step}")
+        if [row.get("step") for row in metrics] != list(range(1, step + 1)):
+            raise ValueError(
+                f"{self.path / 'metrics.jsonl'} does not hold steps 1 to {step} one after another, as the checkpoint "
+                f"does; {self._way_on(self.checkpoint_path())}"
+            )
         if self.accelerator.is_main_process:
             with self._writing():
-                part = self.path / "metrics.jsonl.part"
-                part.write_text("".join(json.dumps(row) + "\n" for row in metrics))
-                os.replace(part, self.path / "metrics.jsonl")
+                write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
         return metrics
 
     def write_metrics(self, row: dict) -> None:
         if self.accelerator.is_main_process:
-            with self._writing(), (self.path / "metrics.jsonl").open("a") as file:
+            with self._writing(), (self.path / "metrics.jsonl").open("a", encoding="utf8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def save_checkpoint(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Write the state after `step` whole, then remove the one before."""
+        """Write the state after `step` whole, then remove those before the one before."""
         weights = get_model_state_dict(model, options=_WHOLE)
         state = get_optimizer_state_dict(model, optimizer.optimizer, options=_WHOLE)
         if self.accelerator.is_main_process:
-            whole, part = self.path / f"checkpoint-{step}", self.path / f"checkpoint-{step}.part"
-            with self._writing(part):
-                self.model.save(part, weights)
-                save_file(_moments(state), part / "optimizer.safetensors")
-                os.replace(part, whole)
-                for path in self.path.glob("checkpoint-*"):
-                    if path != whole:
-                        shutil.rmtree(path)
+            whole = self.path / f"checkpoint-{step}"
+            if os.path.lexists(whole):
+                warnings.warn(f"{whole} is not this run's, so step {step} is not kept", stacklevel=2)
+            else:
+                with self._writing():
+                    with (self.path / "metrics.jsonl").open("a") as metrics:
+                        os.fsync(metrics.fileno())  # no checkpoint is on the disk before the steps up to it
+                    with replacing(whole) as part:
+                        self.model.save(part, weights)
+                        write_tensors(part / "optimizer.safetensors", _moments(state))
+                        sums = {name: digest_of_file(part / name) for name in _FILES}
+                        write_json(part / SUMS, {"run": self.digest, "step": step, "sha256": sums})
+                for path in list(self.checkpoints().values())[:-2]:
+                    _remove_checkpoint(path)
         self.accelerator.wait_for_everyone()
 
     def finish(self, model: nn.Module) -> None:
@@ -168,18 +224,88 @@ class RunDirectory:
                 self.model.save(self.path / "model", weights)
         self.accelerator.wait_for_everyone()
 
+    def _wrote(self, folder: Path, step: int) -> bool:
+        """Whether the run wrote this checkpoint, which may have been damaged since."""
+        if not folder.is_dir():
+            return False
+        try:
+            sums = read_json(folder / SUMS)
+        except (ValueError, OSError):
+            return any((folder / name).exists() for name in (SUMS, "optimizer.safetensors"))
+        return (sums.get("run"), sums.get("step")) == (self.digest, step)
+
+    def _check_sums(self, folder: Path) -> None:
+        try:
+            sums = read_json(folder / SUMS)["sha256"]
+            for name in _FILES:
+                if digest_of_file(folder / name) != sums[name]:
+                    raise ValueError(f"{folder / name} cannot be read as it was written: its SHA-256 differs")
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder / SUMS} is damaged; {self._way_on(folder)}") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error}; {self._way_on(folder)}") from error
+
+    def _way_on(self, folder: Path) -> str:
+        before = [path for path in self.checkpoints().values() if path != folder]
+        after = f"goes on from {before[-1].name}" if before else "begins anew"
+        return f"remove {folder}, then start the same run again: it {after}"
+
+    def _clean(self) -> None:
+        """Remove what killed processes have left half-written."""
+        names = {"run.json", "tokenizer.json", "metrics.jsonl", "model/config.json", "model/model.safetensors"}
+        names |= {
+            match[0]
+            for entry in self.path.glob("checkpoint-*.part")
+            if (match := re.match(r"checkpoint-\d+", entry.name))
+        }
+        for name in names:
+            remove_leftovers(self.path / name)
+
     @contextmanager
-    def _writing(self, part: Path | None = None) -> Iterator[None]:
-        """Turn a failed write into an error that says what is safe; remove the unfinished `part`."""
+    def _writing(self) -> Iterator[None]:
+        """Turn a failed write into an error that says what is safe."""
         try:
             yield
-        except (OSError, SafetensorError) as error:
-            if part:
-                shutil.rmtree(part, ignore_errors=True)
+        except OSError as error:
             kept = f"the state after step {step} is safe" if (step := self.latest_step()) else "no state was kept yet"
             raise OSError(
                 f"{self.path} cannot be written: {error}; {kept}. Make room, then start the same run again: it goes on"
             ) from error
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """What the program wrote; a folder that holds other files stays."""
+    with suppress(OSError):
+        for name in *_FILES, SUMS:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+@torch.no_grad()
+def _start(model: LanguageModel) -> dict[str, float]:
+    """For each tensor a number that tells its values from others, up to rounding, which differs between CPUs."""
+    numbers = {}
+    for name, tensor in model.state_dict().items():
+        values = exact(tensor).cpu().flatten()
+        numbers[name] = float(values @ torch.arange(len(values), dtype=values.dtype, device="cpu").cos())
+    return numbers
+
+
+def _check_start(file: Path, ours: dict[str, float]) -> None:
+    """Raises ValueError if the run began with other weights."""
+    theirs = read_json(file).get("start")
+    if not isinstance(theirs, dict) or theirs.keys() != ours.keys():
+        raise ValueError(f"{file} does not say with which weights the run began: choose another folder")
+    differing = [name for name in ours if not _close(ours[name], theirs[name])]
+    if differing:
+        raise ValueError(
+            f"{file.parent} holds a run that began with other weights ({', '.join(differing[:3])}): make the model "
+            "anew as it was then, or choose another folder"
+        )
+
+
+def _close(a: float, b: object) -> bool:
+    return isinstance(b, int | float) and math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4)
 
 
 def _moments(state: dict) -> dict[str, Tensor]:
@@ -188,7 +314,13 @@ def _moments(state: dict) -> dict[str, Tensor]:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The metrics of a run, one dict a step; a line that a kill has cut off is left out."""
-    file = Path(path) / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The metrics of a run, one dict a step, up to the first line that a kill or a loss of power has spoiled."""
+    file, metrics = Path(path) / "metrics.jsonl", []
+    for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if line.endswith(b"\n") and isinstance(row, dict):
+                metrics.append(row)
+                continue
+        break
+    return metrics

@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +46,33 @@ def replacing(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what killed writers of `path` have left beside it. Only for who knows that nobody is writing it now."""
+    path = Path(path)
+    for entry in path.parent.glob("*.part"):
+        if re.fullmatch(re.escape(path.name) + r"(\.\d+-[0-9a-f]{8})?\.part", entry.name):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def kept(path: str | Path, made_from: object, make: Callable[[], object]) -> object:
+    """What `make` returns, as JSON has it: from the file `path`, if it was made there from the same.
+
+    Args:
+        path: made anew if it is of something else or cannot be read.
+        made_from: all that decides about the result, such as arguments and hashes.
+        make: makes it.
+    """
+    digest = digest_of(made_from)
+    try:
+        held = read_json(path)
+    except (FileNotFoundError, ValueError):
+        held = {}
+    if held.get("made_from") != digest or "content" not in held:
+        write_json(path, {"made_from": digest, "content": make()})
+        held = read_json(path)
+    return held["content"]
 
 
 def write_text(path: str | Path, text: str) -> None:

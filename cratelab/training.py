@@ -5,12 +5,15 @@ by `accelerate launch` and it is distributed. Each step draws its windows from `
 dropout, so nothing random has a state, and a run that was killed goes on to the same weights, bit for bit on one CPU.
 """
 
+import copy
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -18,14 +21,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 with warnings.catch_warnings():  # in notebooks it asks for widgets, which our progress bars do without
     warnings.filterwarnings("ignore", message="IProgress not found")
     from accelerate import Accelerator
+    from accelerate.state import is_initialized
+    from accelerate.utils import GradientAccumulationPlugin
 
 from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.language_model import LanguageModel
+from cratelab.corpora.tokens import Tokenizer, fingerprint
+from cratelab.language_model import LanguageModel, LanguageModelConfig
 from cratelab.run_directory import RunDirectory
 
 
@@ -42,12 +49,15 @@ class Recipe:
         warmup: steps in which the rate rises linearly; 2,000, but at most a tenth of the steps, unless given.
         weight_decay: AdamW's, on matrices only.
         clip: largest norm of the gradient.
-        seed: of the windows. The weights are those that the model comes with.
+        seed: of the windows, below 2³². The weights are those that the model comes with.
         validate_every: steps from one validation to the next; there is one after the last step in any case.
         validation_windows: how many, the same each time, spread evenly; fewer where the corpus has fewer.
         checkpoint_every: steps from one checkpoint to the next.
         precision: "bf16" computes matrix products in bfloat16, "no" all in float32, "auto" the first where a GPU can.
         compile: torch.compile; where there is CUDA, unless given.
+
+    Raises:
+        ValueError: a number is out of range, or none.
     """
 
     steps: int = 600_000
@@ -69,17 +79,40 @@ class Recipe:
         least = dict(steps=1, batch=1, accumulate=1, warmup=0, seed=0, validate_every=1, validation_windows=1)
         least |= dict(checkpoint_every=1, peak_rate=0, final_rate=0, weight_decay=0, clip=0)
         for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= low):
+            value, whole = getattr(self, name), name not in ("peak_rate", "final_rate", "weight_decay", "clip")
+            if value is None and name == "warmup":
+                continue
+            if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a {'whole ' if whole else ''}number; got {value!r}")
+            if not low <= value < math.inf:
                 raise ValueError(f"{name} must be at least {low}; got {value}")
+            setattr(self, name, int(value) if whole else float(value))
+        check_seed(self.seed)
+        self.check_division(1)
         if self.precision not in ("auto", "no", "bf16"):
             raise ValueError(f'precision must be "auto", "no" or "bf16"; got {self.precision!r}')
+        if self.compile not in (None, True, False):
+            raise ValueError(f"compile must be True, False or None; got {self.compile!r}")
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "Recipe":
-        """ "toy": 16 windows a step at a rate for tiny models; any other name: the paper's recipe."""
+        """ "toy": 16 windows a step at a rate for tiny models; for any other size the paper's recipe.
+
+        Raises:
+            ValueError: there is no size of that name.
+        """
+        if name not in LanguageModelConfig.presets:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(LanguageModelConfig.presets)}")
         toy = dict(steps=1000, batch=16, peak_rate=3e-3, final_rate=3e-4, validate_every=100, validation_windows=64)
         return cls(**(toy if name == "toy" else {}) | overrides)
+
+    def check_division(self, processes: int) -> None:
+        """Raises ValueError if so many processes cannot divide the batch among them and into their parts."""
+        if processes < 1 or self.batch % (processes * self.accumulate):
+            raise ValueError(
+                f"the batch must be a multiple of processes × accumulate; got {self.batch}, {processes} and "
+                f"{self.accumulate}"
+            )
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step, counted from 0 (eq-07-3): linear up to the peak, then half a cosine down."""
@@ -91,7 +124,13 @@ class Recipe:
 
 
 class Diverged(RuntimeError):
-    """The loss or its gradient is no finite number, or the loss stays above that of the untrained model."""
+    """A loss, its gradient or a weight is no finite number, or the loss stays above that of the untrained model."""
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError if `seed` is no whole number from 0 to 2³² − 1: of others torch would drop the upper bits."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"a seed must be at least 0 and below 2**32, a whole number; got {seed!r}")
 
 
 def train(
@@ -102,90 +141,128 @@ def train(
     run_dir: str | Path | None = None,
     on_step: Callable[[dict], None] | None = None,
     command: dict | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> list[dict]:
     """Train `model` in place by AdamW (eq-07-2). With a `run_dir` the same call goes on where a killed one stopped.
+
+    What compiles the model, lowers its precision or spreads it over processes is put around a second object of the same
+    weights. So `model` is afterwards, however the call ends, what it was, with other weights and without gradients.
 
     Args:
         model: CRATE or GPT-2, with the weights to start from. It is moved to the device that Accelerate chooses.
         training: windows of context + 1 tokens are drawn from anywhere in it.
         validation: scored on fixed windows.
         recipe: how.
-        run_dir: folder for `run.json`, `metrics.jsonl`, the latest checkpoint and, in the end, `model`, to be read by
+        run_dir: folder for `run.json`, `metrics.jsonl`, the latest checkpoints and, in the end, `model`, to be read by
             `cratelab.load`; see `RunDirectory`. Without one, nothing is written.
         on_step: called with the metrics of each step, in the main process.
         command: kept in `run.json`, for a caller that has to build model and corpora again.
+        tokenizer: what made the corpora; kept in `run_dir`.
 
     Returns:
         One dict a step, with step (from 1), loss and gradient_norm before its update, learning_rate, tokens so far,
         seconds of the step, and where there was a validation, validation_loss after the update. Losses in nats a token.
 
     Raises:
-        ValueError: model, corpora and recipe do not fit one another, or `run_dir` holds another run.
+        ValueError: model, corpora and recipe do not fit one another, or `run_dir` holds another run or is damaged.
         Diverged: the loss is lost; the latest checkpoint is from before.
+        BlockingIOError: another process trains in `run_dir`.
         OSError: a file cannot be written, such as on a full disk; the latest checkpoint is whole.
     """
-    _check_corpora(model, training, validation)
-    accelerator = Accelerator(mixed_precision=_precision(recipe), gradient_accumulation_steps=recipe.accumulate)
-    if recipe.batch % (accelerator.num_processes * recipe.accumulate):
-        raise ValueError(
-            f"the batch must be a multiple of processes × accumulate; got {recipe.batch}, "
-            f"{accelerator.num_processes} and {recipe.accumulate}"
-        )
-    run = RunDirectory.open(run_dir, model, recipe, training, validation, accelerator, command) if run_dir else None
-    if recipe.compile or (recipe.compile is None and accelerator.device.type == "cuda"):
-        model.compile()
-    trained, optimizer = accelerator.prepare(model, _optimizer(model, recipe))
-    metrics = run.resume(trained, optimizer) if run else []
-    length = model.config.context + 1
-    n_windows = min(recipe.validation_windows, len(validation) // length)
-    held_out = validation.validation_windows(length, n_windows)
-
-    bar = tqdm(
-        total=recipe.steps, initial=len(metrics), unit="step", disable=None if accelerator.is_main_process else True
+    _check_model(model)
+    _check_corpora(model, training, validation, tokenizer)
+    precision = _precision(recipe)
+    accelerator = Accelerator(
+        mixed_precision=None if is_initialized() else precision,  # a process has one for good: it is ours that counts
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.accumulate),
     )
-    for step in range(len(metrics), recipe.steps):
-        start = time.perf_counter()
-        rate = recipe.learning_rate(step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        windows = training.random_windows(recipe.batch, length, [recipe.seed, step])
-        mine = torch.from_numpy(windows[accelerator.process_index :: accelerator.num_processes])
-        losses = []
-        for part in mine.to(accelerator.device).chunk(recipe.accumulate):
-            with accelerator.accumulate(trained):
-                loss = next_token_loss(trained, part)
-                accelerator.backward(loss)
-                losses.append(loss.detach())
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(trained.parameters(), recipe.clip)
-                    mean_loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
-                    _check_progress(step + 1, mean_loss, float(norm), metrics, run)
-                optimizer.step()
-                optimizer.zero_grad()
-        row = {
-            "step": step + 1,
-            "loss": mean_loss,
-            "gradient_norm": float(norm),
-            "learning_rate": rate,
-            "tokens": (step + 1) * recipe.batch * model.config.context,
-        }
-        last = step + 1 == recipe.steps
-        if last or (step + 1) % recipe.validate_every == 0:
-            row["validation_loss"] = _validate(trained, held_out, recipe, accelerator)
-        row["seconds"] = time.perf_counter() - start
-        metrics.append(row)
-        if run:
-            run.write_metrics(row)
-            if last or (step + 1) % recipe.checkpoint_every == 0:
-                run.save_checkpoint(step + 1, trained, optimizer)
-        if on_step and accelerator.is_main_process:
-            on_step(row)
-        bar.set_postfix_str(f"loss {mean_loss:.3f}, {recipe.batch * (length - 1) / row['seconds']:,.0f} tokens/s")
-        bar.update()
-    bar.close()
-    if run:
-        run.finish(trained)
+    recipe.check_division(accelerator.num_processes)
+    length = model.config.context + 1
+    held_out = validation.validation_windows(length, min(recipe.validation_windows, len(validation) // length))
+    arguments = model, recipe, training, validation, accelerator, command, tokenizer
+    with RunDirectory.open(run_dir, *arguments) if run_dir else nullcontext() as run:
+        model.zero_grad()  # of whatever was done with it before
+        try:
+            twin = _twin(model, recipe, precision, accelerator)
+            trained, optimizer = accelerator.prepare(twin, _optimizer(model, recipe))
+            metrics = run.resume(trained, optimizer) if run else []
+            _train(trained, optimizer, training, held_out, recipe, accelerator, metrics, run, on_step)
+            if run:
+                run.finish(trained)
+        finally:
+            model.zero_grad()
     return metrics
+
+
+def _twin(model: LanguageModel, recipe: Recipe, precision: str, accelerator: Accelerator) -> nn.Module:
+    """A second object of the same parts and parameters, to be compiled and wrapped."""
+    twin = copy.copy(model)
+    dtype = {"no": None, "fp16": torch.float16}.get(precision, torch.bfloat16)
+    twin.forward = torch.autocast(accelerator.device.type, dtype, enabled=precision != "no")(model.forward)
+    if recipe.compile or (recipe.compile is None and accelerator.device.type == "cuda"):
+        twin.compile()
+    return twin
+
+
+def _train(
+    trained: nn.Module,
+    optimizer: Optimizer,
+    training: TokenizedCorpus,
+    held_out: np.ndarray,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    metrics: list[dict],
+    run: RunDirectory | None,
+    on_step: Callable[[dict], None] | None,
+) -> None:
+    """The steps that `metrics` does not hold yet; each adds its row."""
+    length = held_out.shape[1]
+    silent = None if accelerator.is_main_process else True
+    with tqdm(total=recipe.steps, initial=len(metrics), unit="step", disable=silent) as bar:
+        for step in range(len(metrics), recipe.steps):
+            start = time.perf_counter()
+            rate = recipe.learning_rate(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            windows = training.random_windows(recipe.batch, length, [recipe.seed, step])
+            mine = torch.from_numpy(windows[accelerator.process_index :: accelerator.num_processes])
+            losses = []
+            for part in mine.to(accelerator.device).chunk(recipe.accumulate):
+                with accelerator.accumulate(trained):
+                    loss = next_token_loss(trained, part)
+                    accelerator.backward(loss)
+                    losses.append(loss.detach())
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(trained.parameters(), recipe.clip)
+                        mean_loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+                        _check_progress(step + 1, mean_loss, float(norm), metrics, run)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            row = {
+                "step": step + 1,
+                "loss": mean_loss,
+                "gradient_norm": float(norm),
+                "learning_rate": rate,
+                "tokens": (step + 1) * recipe.batch * (length - 1),
+            }
+            last = step + 1 == recipe.steps
+            if last or (step + 1) % recipe.validate_every == 0:
+                row["validation_loss"] = _validate(trained, held_out, recipe, accelerator)
+                if not math.isfinite(row["validation_loss"]):
+                    raise _diverged(step + 1, f"the validation loss after it is {row['validation_loss']}", run)
+            to_keep = last or (step + 1) % recipe.checkpoint_every == 0
+            if to_keep and not _is_finite(trained, optimizer, accelerator):
+                raise _diverged(step + 1, "a weight, or an average of AdamW's, is no finite number after it", run)
+            row["seconds"] = time.perf_counter() - start
+            metrics.append(row)
+            if run:
+                run.write_metrics(row)
+                if to_keep:
+                    run.save_checkpoint(step + 1, trained, optimizer)
+            if on_step and accelerator.is_main_process:
+                on_step(row)
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, {recipe.batch * (length - 1) / row['seconds']:,.0f} tokens/s")
+            bar.update()
 
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
@@ -247,16 +324,27 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
 
 
-def _precision(recipe: Recipe) -> str | None:
-    """Accelerate's setting; None leaves it to `accelerate launch`."""
+def _precision(recipe: Recipe) -> str:
+    """The recipe's, or what `accelerate launch` was told, or what the device can do."""
     if recipe.precision != "auto":
         return recipe.precision
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return None
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if able else "no").lower()
 
 
-def _check_corpora(model: LanguageModel, training: TokenizedCorpus, validation: TokenizedCorpus) -> None:
+def _check_model(model: LanguageModel) -> None:
+    if not isinstance(model, LanguageModel):
+        raise ValueError(f"train needs a model such as Crate, itself and not wrapped; got {type(model).__name__}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
+    wrong = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if wrong:
+        raise ValueError(f"the model holds numbers that are not finite, in {', '.join(wrong[:5])}")
+
+
+def _check_corpora(
+    model: LanguageModel, training: TokenizedCorpus, validation: TokenizedCorpus, tokenizer: Tokenizer | None
+) -> None:
     config = model.config
     for name, corpus in ("training", training), ("validation", validation):
         if corpus.n_vocab > config.vocab_size:
@@ -269,16 +357,34 @@ def _check_corpora(model: LanguageModel, training: TokenizedCorpus, validation: 
                 f"the {name} corpus has {len(corpus)} tokens, fewer than the context and one more "
                 f"({config.context + 1}): take more text, or a model with a shorter context"
             )
+        if tokenizer and corpus.n_vocab > tokenizer.n_vocab:
+            raise ValueError(f"the {name} corpus has {corpus.n_vocab} tokens, its tokenizer {tokenizer.n_vocab}")
+    made_by = [corpus.manifest.get("tokenizer", {}).get("sha256") for corpus in (training, validation)]
+    made_by.append(tokenizer and fingerprint(tokenizer))
+    if len({each for each in made_by if each}) > 1:
+        raise ValueError(
+            "training and validation corpus and the tokenizer do not belong together; their tokenizers' sha256 are "
+            + ", ".join(each[:12] + "…" if each else "unknown" for each in made_by)
+        )
 
 
 def _check_progress(step: int, loss: float, norm: float, metrics: list[dict], run: RunDirectory | None) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        recent = [row["loss"] for row in metrics[-19:]] + [loss]
-        if len(recent) < 20 or sum(recent) / 20 < metrics[0]["loss"] + 1:
-            return
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise _diverged(step, f"the loss is {loss}, the norm of its gradient {norm}", run)
+    recent = [row["loss"] for row in metrics[-19:]] + [loss]
+    if len(recent) == 20 and not sum(recent) / 20 < metrics[0]["loss"] + 1:
         what = f"the mean loss of the last 20 steps is {sum(recent) / 20:.3g}, the untrained model's was "
-        what += f"{metrics[0]['loss']:.3g}"
-    else:
-        what = f"the loss is {loss}, the norm of its gradient {norm}"
+        raise _diverged(step, what + f"{metrics[0]['loss']:.3g}", run)
+
+
+def _is_finite(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> bool:
+    """Whether all weights and AdamW's averages are, on all processes."""
+    held = [*model.parameters(), *(tensor for state in optimizer.state.values() for tensor in state.values())]
+    mine = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
+    n_wrong = sum(not tensor.detach().isfinite().all() for tensor in mine)
+    return not accelerator.reduce(torch.tensor(float(n_wrong), device=accelerator.device), "sum")
+
+
+def _diverged(step: int, what: str, run: RunDirectory | None) -> Diverged:
     kept = f"; {run.checkpoint_path()} is from before" if run and run.latest_step() else ""
-    raise Diverged(f"step {step}: {what}{kept}. A lower peak_rate or a longer warmup often helps")
+    return Diverged(f"step {step}: {what}{kept}. A lower peak_rate or a longer warmup often helps")

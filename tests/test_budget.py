@@ -67,3 +67,10 @@ def test_reads_as_a_table_with_units():
 
 def test_measures_a_rate():
     assert 1e8 < measure_matmul_rate(torch.device("cpu"), size=128, seconds=0.02) < 1e15
+
+
+@pytest.mark.parametrize(("accumulate", "processes"), [(1, 0), (1, 3), (2, 8)])
+def test_a_batch_that_cannot_be_divided_is_refused(accumulate, processes):
+    config = cl.CrateConfig.preset("toy")
+    with pytest.raises(ValueError, match=f"multiple of processes × accumulate; got 8, {processes} and {accumulate}"):
+        estimate(cl.Crate, config, Recipe(batch=8, accumulate=accumulate), processes)

@@ -89,6 +89,76 @@ def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch):
     assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
+def write_text(folder, letters):
+    """Documents of two-letter words, from which another tokenizer is learnt for other letters."""
+    words = [a + b for a in letters for b in letters]
+    folder.mkdir(exist_ok=True)
+    for split, first in ("train", 0), ("validation", 20):
+        documents = [" ".join(words[(i * j) % len(words)] for j in range(60)) for i in range(first, first + 20)]
+        lines = [json.dumps({"text": document}) + "\n" for document in documents]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+
+
+def test_a_run_whose_text_has_changed_is_refused_where_its_tokens_are_others(tmp_path, monkeypatch, capsys):
+    text, run = tmp_path / "text", str(tmp_path / "run")
+    write_text(text, "abcdef")
+    for corpus in "first", "second":  # a cache each
+        monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / corpus))
+        if corpus == "first":
+            options = [
+                "--corpus",
+                str(text),
+                "--tokenizer",
+                "bpe-270",
+                "--context",
+                "16",
+                "--steps",
+                "3",
+                "--batch",
+                "2",
+            ]
+            main(["train", "--run-dir", run, *options])
+            main(["steer", run, "--n-new", "2", "--n-tokens", "64"])
+            write_text(text, "uvwxyz")
+    for command in ["steer", run], ["interpret", run], ["interpret", run, "--corpus", str(text)]:
+        with pytest.raises(
+            SystemExit, match=r"trained on other tokens \(\S*, 270 of them\) .*, 270\).*run/tokenizer.json"
+        ):
+            main([*command, *(["--tokenizer", "bpe-270"] if "--corpus" in command else [])])
+    with pytest.raises(SystemExit, match=r"a run with another tokenizer \(sha256 was .*bring back the text"):
+        main(["train", "--resume", run])
+    write_text(text, "abcdef")
+    monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / "third"))
+    main(["steer", run, "--n-new", "2", "--n-tokens", "64"])
+
+
+def test_another_corpus_is_read_with_the_tokenizer_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / "cache"))
+    for name, letters in ("a", "abcdef"), ("b", "uvwxyz"):
+        write_text(tmp_path / f"{name}", letters)
+    run, options = str(tmp_path / "run"), ["--context", "80", "--steps", "2", "--batch", "2", "--tokenizer", "bytes"]
+    main(["train", "--run-dir", run, "--corpus", str(tmp_path / "a"), *options])
+    main(["steer", run, "--corpus", str(tmp_path / "b"), "--n-new", "2", "--n-tokens", "64"])
+    with pytest.raises(SystemExit, match=r"trained on other tokens \(bytes, 257 of them\)"):
+        main(["steer", run, "--corpus", "tinyworld", "--n-new", "2"])
+    main(["steer", f"{run}/model", "--corpus", str(tmp_path / "b"), "--tokenizer", "bytes", "--n-new", "2"])
+
+
+def test_a_run_without_a_model_says_what_it_is(tmp_path, monkeypatch):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="130"):
+        patched.setattr("cratelab.cli._report", stop)
+        main(["train", "--run-dir", str(tmp_path / "run"), *SHORT])
+    with pytest.raises(SystemExit, match=r"has not ended, and no model yet: go on with cratelab train --resume"):
+        main(["interpret", str(tmp_path / "run")])
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "run.json").write_text('{"sae": {}, "recipe": {}}')
+    with pytest.raises(SystemExit, match="a run of another kind"):
+        main(["steer", str(tmp_path / "sae")])
+
+
 def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cratelab.budget.measure_matmul_rate", lambda device: 1e12)
@@ -217,7 +287,9 @@ def never(*arguments, **options):
         ("train --steps 0", "steps must be at least 1; got 0"),
         ("train --steps -1", "steps must be at least 1; got -1"),
         ("train --batch 0", "batch must be at least 1; got 0"),
-        ("train --batch 4 --accumulate 3", "--batch must be a multiple of --accumulate; got 4 and 3"),
+        ("train --batch 4 --accumulate 3", "the batch must be a multiple of processes × accumulate; got 4, 1 and 3"),
+        ("train --dry-run --accumulate 3", "the batch must be a multiple of processes × accumulate; got 16, 1 and 3"),
+        ("train --context 700000000", "memory does not hold CrateConfig"),
         ("train --peak-rate nan", "peak_rate must be at least 0"),
         ("train --seed -1", "--seed must be at least 0 and at most 4294967295; got -1"),
         ("train --seed 4294967296", "--seed must be at least 0 and at most 4294967295; got 4294967296"),
@@ -232,8 +304,8 @@ def never(*arguments, **options):
         ("train --resume OTHER", "it holds 1 runs: give one of them, such as"),
         ("compare --seeds 0", "--seeds must be at least 1"),
         ("compare --seeds -1", "--seeds must be at least 1"),
-        ("compare --presets toy toy", "--presets must name at least one, and none twice; got toy toy"),
-        ("compare --presets", "--presets must name at least one, and none twice; got none"),
+        ("compare --presets toy toy", "presets must be one or more, each once; got ['toy', 'toy']"),
+        ("compare --presets", "presets must be one or more, each once; got []"),
         ("compare --context 0", "--context must be at least 1"),
         ("compare --context 100000000000", "--context must be at most"),
         ("compare --out FILE", "--out must be a folder"),
@@ -270,7 +342,7 @@ def never(*arguments, **options):
 )
 def test_options_out_of_range_are_named_before_anything_is_read_or_made(arguments, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in "prepare", "train", "compare", "make_reference_models", "reproduce_chapter_9", "collect_for_protocols":
+    for name in "prepare", "train", "make_reference_models", "reproduce_chapter_9", "collect_for_protocols":
         monkeypatch.setattr(f"cratelab.cli.{name}", never)
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "other/crate-toy-0").mkdir(parents=True)
@@ -297,7 +369,8 @@ def test_options_out_of_range_are_named_before_anything_is_read_or_made(argument
         ({"steps": "4"}, "steps cannot be '4'"),
         ({"model": "bert"}, "model cannot be 'bert'"),
         ({"preset": ["toy"]}, "preset cannot be ['toy']"),
-        ({"corpus": 3}, "corpus cannot be 3"),
+        ({"corpus": None}, "corpus cannot be None"),
+        ({"batch": [1]}, "batch cannot be [1]"),
         ({"characters": 0}, "--characters must be at least 1"),
         ({"context": 10**11}, "--context must be at most"),
         ({"compile": 1}, "compile cannot be 1"),
@@ -331,7 +404,7 @@ def essays(tmp_path, monkeypatch):
 
 def test_a_run_that_no_command_began_is_read_if_its_corpus_is_given(copy, essays, capsys):
     run = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps(run | {"command": None}))
+    (copy / "run.json").write_text(json.dumps(run | {"command": None, "tokenizer": {}}))
     fails(["steer", str(copy)], "was not begun by `cratelab train`, so nothing says what it has read: give --corpus")
     main(["steer", str(copy), "--corpus", str(essays), "--tokenizer", "bytes", "--n-tokens", "200", "--n-new", "1"])
     assert "without: text number" in capsys.readouterr().out
@@ -414,7 +487,7 @@ def test_steer_says_what_cannot_be_steered(run, copy):
     small = cl.Crate(cl.CrateConfig(n_layers=2, n_heads=2, width=8, vocab_size=20, context=65))
     small.save(copy / "model")
     for command in "steer", "interpret":
-        fails([command, str(copy), "--n-tokens", "200"], "the model knows 20")
+        fails([command, str(copy), "--n-tokens", "200"], "the corpus has 494 tokens")
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")

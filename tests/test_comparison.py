@@ -32,6 +32,52 @@ def test_models_hold_the_vocabulary_padded_and_depend_on_the_seed_alone():
         new_model("bert", "toy", 19, 0)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 0.0, True, None, "0"])
+def test_a_seed_that_torch_would_take_for_another_is_refused(seed):
+    with pytest.raises(ValueError, match=r"a seed must be at least 0 and below 2\*\*32, a whole number; got"):
+        new_model("crate", "toy", 19, seed)
+
+
+@pytest.mark.parametrize(("context", "message"), [(0, "context must be at least 1"), (10**12, "memory does not hold")])
+def test_a_context_out_of_range_is_refused(context, message):
+    with pytest.raises(ValueError, match=message):
+        new_model("crate", "toy", 19, 0, context)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(presets=("toy", "toy")), r"presets must be one or more, each once; got \['toy', 'toy'\]"),
+        (dict(presets=()), r"presets must be one or more, each once; got \[\]"),
+        (dict(presets="Toy"), "no preset 'Toy'; there are toy, 1L"),
+        (dict(presets=("toy", "huge")), "no preset 'huge'"),
+        (dict(seeds=()), r"seeds must be one or more, each once; got \[\]"),
+        (dict(seeds=range(0)), r"seeds must be one or more, each once; got \[\]"),
+        (dict(seeds=0), r"seeds must be several numbers, such as range\(0\); got 0"),
+        (dict(seeds=(1, 0, 1)), r"each once; got \[1, 0, 1\]"),
+        (dict(seeds=(0, 2**32)), "a seed must be"),
+        (dict(seeds=(0, -1)), "a seed must be"),
+    ],
+)
+def test_a_comparison_of_nothing_or_of_the_same_twice_is_refused_before_any_work(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        compare(prepared(), recipe(), tmp_path / "new", context=12, on_run=pytest.fail, **wrong)
+    assert not (tmp_path / "new").exists()
+
+
+def test_runs_of_other_arguments_are_not_taken_for_these(tmp_path):
+    compare(prepared(), recipe(), tmp_path, seeds=(0,), context=12)
+    changed = PreparedCorpus(corpus(seed=2), corpus(seed=1), tokenizer=None)
+    for arguments, message in [
+        ((prepared(), recipe(steps=5), tmp_path), r"another recipe \(steps was 6, now 5\)"),
+        ((changed, recipe(), tmp_path), "another training"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compare(*arguments, seeds=(0,), context=12)
+    with pytest.raises(ValueError, match=r"another model \(context was 12, now 11\)"):
+        compare(prepared(), recipe(), tmp_path, seeds=(0,), context=11)
+
+
 def test_compares_both_models_under_each_seed_and_reads_what_is_done(tmp_path):
     names, steps = [], []
     first = compare(prepared(), recipe(), tmp_path, seeds=(0, 1), context=12, on_run=names.append, on_step=steps.append)

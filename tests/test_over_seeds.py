@@ -47,6 +47,22 @@ def test_a_chapter_without_seed_or_findings_is_refused(tmp_path, first, last):
         over_seeds.code_to_findings("99_test", book(tmp_path, first, last))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0"], "--seeds must be at least 1; got 0"),
+        (["--seeds", "-2"], "--seeds must be at least 1"),
+        (["--set", "steps"], "--set takes NAME=VALUE; got steps"),
+        (["--set", "steps=5", "=3"], "--set takes NAME=VALUE; got =3"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_any_work(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(over_seeds, "run", lambda *arguments: pytest.fail("a seed was run"))
+    with pytest.raises(SystemExit):
+        over_seeds.main([over_seeds.slugs()[0], *options])
+    assert message in capsys.readouterr().err
+
+
 TABLES = sorted((ROOT / "cratelab" / "reference").glob("[0-9][0-9]_*.json"))  # made from chapters
 
 

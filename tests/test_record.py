@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import time
 
 import pytest
 import torch
@@ -28,6 +30,73 @@ def test_commit_is_none_outside_a_checkout_and_marked_where_files_changed(monkey
     assert len(commit) == 40
     (tmp_path / "file").write_text("two")
     assert record.provenance()["commit"] == commit + "+changes"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--api-key", "s3cret", "--n-tokens", "20"], "--api-key *** --n-tokens 20"),
+        (["--api-key=s3cret & s3cret", "--tokenizer=bytes"], "--api-key=*** --tokenizer=bytes"),
+        (["--hfToken", "s3cret", "--key-frames", "7"], "--hfToken *** --key-frames 7"),
+        (["A_KEY=s3cret", "sk-proj-s3cret", "hf_s3cret", "runs/task-s3cret"], "A_KEY=*** *** *** runs/task-s3cret"),
+        (["-H", "Authorization: Bearer s3cret"], "-H Authorization: ***"),
+        (["-H", "X-Api-Key: s3cret"], "-H X-Api-Key: ***"),
+        (["--headers", '{"api_key": "s3cret", "model": "m"}'], '--headers {"api_key": ***, "model": "m"}'),
+        (["https://me:s3cret@host/v1?token=s3cret&model=m"], "https://***@host/v1?token=***&model=m"),
+        (["https://s3cret@host/v1"], "https://***@host/v1"),
+        (["--password"], "--password"),
+    ],
+)  # fmt: skip
+def test_keys_and_passwords_are_not_in_the_command(monkeypatch, arguments, shown):
+    monkeypatch.setattr("sys.argv", ["run.py", *arguments])
+    assert record.provenance()["command"] == f"run.py {shown}"
+
+
+def test_a_process_without_arguments_has_a_provenance(monkeypatch):
+    monkeypatch.setattr("sys.argv", [])
+    assert record.provenance()["command"] == ""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository in the current folder, with one committed file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    (tmp_path / "file").write_text("one")
+    git = "git -c user.name=a -c user.email=a@example.org"
+    assert os.system(f"git init -q . && git add file && {git} commit -qm one") == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", ["fsmonitor", "hook", "a", "a=b"])
+def test_no_program_of_a_repository_is_run(checkout, change):
+    """The trap is sprung by a plain `git status`, but not by the record of where a number comes from."""
+    trap = checkout / "trap.sh"
+    trap.write_text(f"#!/bin/sh\ntouch {checkout}/sprung\ncat\n")
+    trap.chmod(0o755)
+    if change == "fsmonitor":
+        os.system(f"git config core.fsmonitor {trap}")
+    elif change == "hook":
+        (checkout / ".git" / "hooks").mkdir(exist_ok=True)
+        trap.rename(checkout / ".git" / "hooks" / "post-index-change")
+    else:
+        os.system(f"git config filter.{change}.clean {trap} && git config filter.{change}.required true")
+        (checkout / ".git" / "info").mkdir(exist_ok=True)
+        (checkout / ".git" / "info" / "attributes").write_text(f"* filter={change}\n")
+    os.utime(checkout / "file", (1, 1))
+    assert record.provenance()["commit"] and not (checkout / "sprung").exists()
+    subprocess.run(["git", "status"], capture_output=True)
+    assert (checkout / "sprung").exists()
+
+
+def test_a_git_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "git").write_text("#!/bin/sh\nsleep 60\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, timeout, **options: run(*a, timeout=timeout / 100, **options))
+    start = time.perf_counter()
+    assert record.provenance()["commit"] is None and time.perf_counter() - start < 10
 
 
 def test_an_unknown_table_is_named_with_those_there_are():

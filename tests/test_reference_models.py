@@ -49,6 +49,30 @@ def test_all_sizes_are_trained_and_the_first_seed_packed_in_half_precision(made)
     assert load_reference("gpt2", "toy", seed=1).config.context == 12
 
 
+def test_weights_too_large_for_half_precision_are_not_packed(made, monkeypatch):
+    folder, *_ = made
+    load = reference_models.load
+
+    def huge(path):
+        model = load(path)
+        model.norm.weight.data[0] = 1e6
+        return model
+
+    monkeypatch.setattr(reference_models, "load", huge)
+    before = (folder / "packed" / "crate-1L-0" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"crate-1L-0/model has weights too large for half precision"):
+        make_reference_models(folder, seeds=2, text=("novels",), steps=2)
+    assert (folder / "packed" / "crate-1L-0" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(("wrong", "message"), [(dict(seeds=0), "seeds must be"), (dict(steps=0), "steps must be")])
+def test_nothing_to_train_is_refused_before_any_work(tmp_path, monkeypatch, wrong, message):
+    monkeypatch.setattr(reference_models, "prepare", lambda *a, **options: pytest.fail("a corpus was made"))
+    with pytest.raises(ValueError, match=message):
+        make_reference_models(tmp_path / "new", **wrong)
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_tokenizer_travels_with_them(made):
     assert load_reference_tokenizer().decode(load_reference_tokenizer().encode_ordinary("naïve")) == "naïve"
 

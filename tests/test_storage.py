@@ -70,6 +70,33 @@ def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+def test_only_what_was_written_beside_a_file_is_removed(tmp_path):
+    left = ["a.json.12-0123abcd.part", "a.json.part"]
+    others = ["a.json", "b.json.12-0123abcd.part", "a.json.12-0123abcd.part.txt", "a.json.mine.part", "axjson.part"]
+    for name in [*left, *others]:
+        (tmp_path / name).write_text("")
+    (tmp_path / "a.json.7-89abcdef.part").mkdir()
+    (tmp_path / "a.json.7-89abcdef.part" / "file").write_text("")
+    storage.remove_leftovers(tmp_path / "a.json")
+    storage.remove_leftovers(tmp_path / "none" / "a.json")
+    assert names(tmp_path) == sorted(others)
+
+
+def test_a_result_is_made_once_and_anew_from_anything_else(tmp_path):
+    file, made = tmp_path / "found.json", []
+
+    def find(made_from):
+        return storage.kept(file, made_from, lambda: made.append(made_from) or {"n": len(made), "nan": float("nan")})
+
+    one, other = {"seed": 0, "lam": 0.1}, {"lam": 0.1, "seed": 1}
+    assert find(one) == find(dict(reversed(one.items()))) == {"n": 1, "nan": None}
+    assert find(other) == {"n": 2, "nan": None} and find(one)["n"] == 3
+    for damaged in "", "[]", '{"n": 1}', file.read_text()[:-9], file.read_text().replace('"content"', '"other"'):
+        file.write_text(damaged)
+        assert find(one)["n"] == len(made) and json.loads(file.read_text())["content"]["n"] == len(made)
+    assert len(made) == 8
+
+
 def test_tensors_and_their_shapes_come_back(tmp_path):
     tensors = {"x": torch.randn(3, 4), "y": torch.arange(5)}
     storage.write_tensors(tmp_path / "a.safetensors", tensors)

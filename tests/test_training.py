@@ -1,5 +1,11 @@
 import json
 import math
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +14,7 @@ from torch import nn
 
 import cratelab as cl
 from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.steering import steer
 from cratelab.training import Diverged, Recipe, document_log_probs, train, validation_loss
 
 VOCAB, CONTEXT = 19, 12
@@ -117,13 +124,118 @@ def test_counts_the_tokens_it_has_read():
     assert [row["step"] for row in rows] == [1, 2, 3] and all(row["seconds"] > 0 for row in rows)
 
 
+def stop_after(step, error=KeyboardInterrupt):
+    def on_step(row):
+        if row["step"] == step:
+            raise error
+
+    return on_step
+
+
+def fails(model, **arguments):
+    with pytest.raises((Diverged, KeyboardInterrupt, OSError)):
+        train(model, corpus(), corpus(seed=1), **arguments)
+
+
+@pytest.fixture
+def quick_compile(monkeypatch):
+    """torch.compile without a compiler: what it traces, it runs as it is."""
+    warnings.filterwarnings("ignore", message=".*should not be instantiated")  # torch's own
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+SETTINGS = [dict(precision="no"), dict(precision="bf16"), dict(compile=True), dict(compile=True, precision="bf16")]
+ENDS = [None, KeyboardInterrupt(), OSError("full"), Diverged("lost")]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+@pytest.mark.parametrize("settings", SETTINGS, ids=repr)
+def test_the_model_is_afterwards_what_it_was_however_training_ends(settings, end, quick_compile, tmp_path):
+    model = new_model().train(False)
+    model.blocks[0].train()
+    kept, modes = set(model.__dict__), [module.training for module in model.modules()]
+    train_it = dict(recipe=recipe(steps=2, checkpoint_every=1, **settings), run_dir=tmp_path / "run")
+    if end:
+        fails(model, **train_it, on_step=stop_after(1, end))
+    else:
+        train(model, corpus(), corpus(seed=1), **train_it)
+    loaded = cl.load(tmp_path / "run" / ("checkpoint-1" if end else "model"))
+    tokens = torch.arange(2 * CONTEXT).reshape(2, CONTEXT) % VOCAB
+    torch.testing.assert_close(model(tokens), loaded(tokens), rtol=0, atol=0)
+    assert set(model.__dict__) == kept and model.forward.__func__ is cl.Crate.forward
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    with steer(model, layer=0, neuron=0, value=50.0):
+        assert (model(tokens) - loaded(tokens)).abs().max() > 0.1
+
+
+def test_the_same_model_can_be_trained_again_at_another_precision(quick_compile):
+    """Once more in bfloat16 is other than once more in float32, and once more in float32 as if it had been new."""
+    again = {}
+    for precision, compiled in ("no", False), ("bf16", False), ("bf16", True), ("no", True):
+        model = new_model()
+        train(model, corpus(), corpus(seed=1), recipe(precision="bf16" if compiled else "no", compile=compiled))
+        loaded = new_model()
+        loaded.load_state_dict(model.state_dict())
+        for each in model, loaded:
+            train(each, corpus(), corpus(seed=1), recipe(precision=precision, compile=False))
+        torch.testing.assert_close(weights(model), weights(loaded), rtol=0, atol=0)
+        again[precision, compiled] = weights(model)["norm.weight"]
+    assert not again["no", False].equal(again["bf16", False])
+
+
+def losses_at_each_precision() -> list[float]:
+    recipes = recipe(steps=3, precision="no"), recipe(steps=3, precision="bf16")
+    return [train(new_model(), corpus(), corpus(seed=1), each)[-1]["loss"] for each in recipes]
+
+
+def test_precision_is_the_recipes_whatever_accelerator_the_process_has():
+    script = f"""
+        import sys
+        sys.path[:0] = [{os.path.dirname(__file__)!r}]
+        import torch
+        from accelerate import Accelerator
+        torch.set_num_threads(1)
+        mine = Accelerator(mixed_precision="bf16")
+        from test_training import losses_at_each_precision
+        print(losses_at_each_precision())
+        assert mine.mixed_precision == "bf16" and mine.native_amp
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fine, coarse = losses_at_each_precision()
+    assert json.loads(done.stdout) == [pytest.approx(fine, abs=1e-6), pytest.approx(coarse, abs=1e-6)]
+    assert abs(fine - coarse) > 1e-5
+
+
+def test_gradients_from_before_do_not_count():
+    fresh, used = new_model(), new_model()
+    used(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
+    for model in fresh, used:
+        train(model, corpus(), corpus(seed=1), recipe(steps=2))
+    torch.testing.assert_close(weights(used), weights(fresh), rtol=0, atol=0)
+
+
+def test_frozen_parameters_stay_frozen_and_as_they_were(tmp_path):
+    model = new_model()
+    model.token_embedding.weight.requires_grad_(False)
+    before = weights(model)["token_embedding.weight"]
+    fails(model, recipe=recipe(steps=6), run_dir=tmp_path, on_step=stop_after(3))
+    resumed = new_model()
+    resumed.token_embedding.weight.requires_grad_(False)
+    train(resumed, corpus(), corpus(seed=1), recipe(), tmp_path)
+    assert weights(resumed)["token_embedding.weight"].equal(before)
+    assert not weights(resumed)["position_embedding.weight"].equal(weights(new_model())["position_embedding.weight"])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        train(model, corpus(), corpus(seed=1), recipe())
+
+
 def test_bf16_trains_to_nearly_the_same_loss():
     fine = train(new_model(), corpus(), corpus(seed=1), recipe(steps=10, precision="no"))
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # one process has one precision
     coarse = train(new_model(), corpus(), corpus(seed=1), recipe(steps=10, precision="bf16"))
-    AcceleratorState._reset_state()
     assert fine[-1]["loss"] != coarse[-1]["loss"] == pytest.approx(fine[-1]["loss"], abs=0.05)
 
 
@@ -172,12 +284,44 @@ def test_document_log_probs_end_with_the_context():
         (dict(steps=0), "steps must be at least 1; got 0"),
         (dict(batch=-1), "batch must be at least 1; got -1"),
         (dict(peak_rate=math.nan), "peak_rate must be at least 0; got nan"),
+        (dict(peak_rate=math.inf), "peak_rate must be at least 0; got inf"),
+        (dict(final_rate="1e-4"), "final_rate must be a number; got '1e-4'"),
+        (dict(clip=None), "clip must be a number; got None"),
+        (dict(weight_decay=True), "weight_decay must be a number; got True"),
+        (dict(batch=True), "batch must be a whole number; got True"),
+        (dict(steps=1.5), "steps must be a whole number; got 1.5"),
+        (dict(steps=math.nan), "steps must be a whole number; got nan"),
+        (dict(checkpoint_every="2"), "checkpoint_every must be a whole number; got '2'"),
+        (dict(validate_every=None), "validate_every must be a whole number; got None"),
+        (dict(seed=-1), "seed must be at least 0; got -1"),
+        (dict(seed=2**32), r"a seed must be at least 0 and below 2\*\*32"),
+        (dict(compile="yes"), "compile must be True, False or None; got 'yes'"),
+        (dict(precision=None), 'precision must be "auto", "no" or "bf16"; got None'),
         (dict(precision="fp8"), 'precision must be "auto", "no" or "bf16"'),
     ],
 )
 def test_a_recipe_out_of_range_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**wrong)
+
+
+def test_numbers_of_numpy_are_numbers_and_the_largest_seed_is_one(tmp_path):
+    r = recipe(steps=np.int64(2), peak_rate=np.float32(0.01), seed=np.uint32(2**32 - 1), warmup=None)
+    train(new_model(), corpus(), corpus(seed=1), r, tmp_path)
+    kept = json.loads((tmp_path / "run.json").read_text())["recipe"]
+    assert kept["steps"] == 2 and kept["seed"] == 2**32 - 1 and kept["peak_rate"] == float(np.float32(0.01))
+
+
+@pytest.mark.parametrize("name", ["Toy", "tiny", "", "s", None, 3])
+def test_a_preset_that_there_is_not_is_refused(name):
+    with pytest.raises(ValueError, match=r"no preset .*; there are toy, 1L, 2L, 3L, S, B"):
+        Recipe.preset(name)
+    assert Recipe.preset("S") == Recipe() != Recipe.preset("toy")
+
+
+def test_a_model_that_is_wrapped_is_refused():
+    with pytest.raises(ValueError, match="itself and not wrapped; got OptimizedModule"):
+        train(torch.compile(new_model()), corpus(), corpus(), recipe())
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):

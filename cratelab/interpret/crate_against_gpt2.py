@@ -5,7 +5,6 @@ layers, for half and for all of the steps, so that they can be compared at equal
 GPT-2 with a limit to its active neurons. On Python's documentation the reference models are measured.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cratelab.comparison import MODELS, new_model
+from cratelab.comparison import MODELS, check_ladder, new_model
 from cratelab.corpora import tinyworld
 from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.tokens import fingerprint
 from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
@@ -25,7 +25,7 @@ from cratelab.interpret.scores import Protocol
 from cratelab.language_model import LanguageModel, load
 from cratelab.record import provenance
 from cratelab.reference_models import PRESETS, train_on_documentation
-from cratelab.storage import write_json
+from cratelab.storage import digest_of_file, kept, write_json
 from cratelab.training import Recipe, document_log_probs, train
 
 DEPTHS = 1, 2, 3
@@ -90,7 +90,12 @@ def compare_on_tinyworld(
     Returns:
         One dict a run, with the setting, seed, parameters (without positions), gap (nats a token above the floor of the
         validation text), and as `measure` gives them trained and, for the longest runs, untrained.
+
+    Raises:
+        ValueError: no seeds, fewer than 2 steps, or `folder` holds runs of other arguments.
     """
+    _, seeds = check_ladder(["toy"], seeds)
+    _check_steps(steps, 2)
     world = tinyworld.generate(N_TOKENS, context=CONTEXT + 1)
     training, held_out = world.part("train").corpus(), world.part("validation")
     text, concepts = held_out.corpus(), tinyworld_concepts(held_out)
@@ -100,27 +105,31 @@ def compare_on_tinyworld(
             run_dir = Path(folder) / f"{setting.name}-{seed}"
             if on_run:
                 on_run(run_dir.name)
-            if not (run_dir / "findings.json").is_file():
-                recipe = Recipe.preset(
-                    "toy",
-                    steps=setting.steps,
-                    batch=8,
-                    peak_rate=1e-2,
-                    final_rate=1e-3,
-                    seed=seed,
-                    validate_every=setting.steps,
-                )
-                model = setting.new(text.n_vocab, seed)
-                train(model, training, text, recipe, run_dir, on_step)
-                model.eval()
+            recipe = Recipe.preset(
+                "toy",
+                steps=setting.steps,
+                batch=8,
+                peak_rate=1e-2,
+                final_rate=1e-3,
+                seed=seed,
+                validate_every=setting.steps,
+            )
+            model = setting.new(text.n_vocab, seed)
+            train(model, training, text, recipe, run_dir, on_step)  # a run that is done is read
+            model.eval()
+            full = setting.steps == steps
+
+            def find(model=model, setting=setting, seed=seed, full=full) -> dict:
                 gap = held_out.log_prob - document_log_probs(model, text)
-                full = setting.steps == steps
                 measured = {"trained": measure(model, text, concepts, seed, truth=True, ladder=full)}
                 if full:
                     measured["untrained"] = measure(untrained(model, seed), text, concepts, seed, truth=True)
                 facts = {"parameters": model.count_parameters(positions=False), "gap": float(np.nanmean(gap))}
-                write_json(run_dir / "findings.json", asdict(setting) | {"seed": seed} | facts | measured)
-            runs.append(json.loads((run_dir / "findings.json").read_text()))
+                return asdict(setting) | {"seed": seed} | facts | measured
+
+            weights = digest_of_file(run_dir / "model" / "model.safetensors")
+            made_from = [asdict(setting), seed, full, text.facts(), weights]
+            runs.append(kept(run_dir / "findings.json", made_from, find))
     return runs
 
 
@@ -147,7 +156,13 @@ def compare_on_documentation(
     Returns:
         One dict a run, with model, n_layers, steps, seed, parameters, validation_loss, and as `measure` gives them
         trained and untrained.
+
+    Raises:
+        ValueError: no seeds, fewer than 3 steps, fewer than one token, or `folder` holds runs of other arguments.
     """
+    _check_steps(steps, 3)
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens must be at least 1; got {n_tokens}")
     found = []
     for each, presets, name in (steps, PRESETS, "runs"), (steps // 3, PRESETS[:1], f"runs-{steps // 3}"):
         documentation, runs = train_on_documentation(folder, seeds, (), each, on_run, on_step, presets, name)
@@ -157,16 +172,19 @@ def compare_on_documentation(
             run_dir = Path(folder) / name / f"{run['model']}-{run['preset']}-{run['seed']}"
             if on_run:
                 on_run(f"{run_dir.name}: its neurons")
-            if not (run_dir / "findings.json").is_file():
-                model, seed = load(run_dir / "model"), run["seed"]
-                facts = {key: run[key] for key in ("model", "seed", "parameters", "validation_loss")}
-                facts |= {"n_layers": model.config.n_layers, "steps": each}
+            facts = {key: run[key] for key in ("model", "seed", "parameters", "validation_loss")}
+
+            def find(run_dir=run_dir, facts=facts, steps=each, text=text, concepts=concepts) -> dict:
+                model, seed = load(run_dir / "model"), facts["seed"]
                 measured = {
                     "trained": measure(model, text, concepts, seed, n_tokens=n_tokens),
                     "untrained": measure(untrained(model, seed), text, concepts, seed, n_tokens=n_tokens),
                 }
-                write_json(run_dir / "findings.json", facts | measured)
-            found.append(json.loads((run_dir / "findings.json").read_text()))
+                return facts | {"n_layers": model.config.n_layers, "steps": steps} | measured
+
+            made_from = [facts, each, n_tokens, text.facts(), fingerprint(documentation.tokenizer)]
+            weights = digest_of_file(run_dir / "model" / "model.safetensors")
+            found.append(kept(run_dir / "findings.json", [*made_from, weights], find))
     return found
 
 
@@ -211,6 +229,11 @@ def measure(
     return found
 
 
+def _check_steps(steps: int, least: int) -> None:
+    if not steps >= least:
+        raise ValueError(f"steps must be at least {least}, for some runs take a part of them; got {steps}")
+
+
 def _statistics(records: dict[Protocol, Records]) -> dict:
     held = next(iter(records.values()))
     return {"density": held.density.mean(1).tolist(), "dead": (held.density == 0).double().mean(1).tolist()}
@@ -236,7 +259,12 @@ def reproduce_chapter_9(
 
     Returns:
         The file, to be copied to cratelab/reference.
+
+    Raises:
+        ValueError: no seeds, too few steps, or a folder holds runs of other arguments.
     """
+    for given, least in zip(steps, (2, 3), strict=True):
+        _check_steps(given, least)
     findings = {
         "tinyworld": compare_on_tinyworld(Path(folder) / "runs", range(seeds), steps[0], on_run, on_step),
         "documentation": compare_on_documentation(reference, seeds, steps[1], on_run, on_step),

@@ -13,7 +13,12 @@ from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.corpora.tokens import byte_encoding
 from cratelab.interpret import crate_against_gpt2
 from cratelab.interpret.concepts import tinyworld_concepts
-from cratelab.interpret.crate_against_gpt2 import compare_on_tinyworld, measure, settings
+from cratelab.interpret.crate_against_gpt2 import (
+    compare_on_documentation,
+    compare_on_tinyworld,
+    measure,
+    settings,
+)
 from cratelab.interpret.records import collect_records
 
 
@@ -45,6 +50,51 @@ def test_a_run_on_tinyworld_is_trained_and_measured_once(small, brief, tmp_path)
     assert kept.config.lam == 1.0 and kept.config.n_layers == 2
     (tmp_path / "gpt2-1L-4-0" / "findings.json").unlink()
     assert compare_on_tinyworld(tmp_path, (0, 1), 4) == runs
+
+
+def test_findings_of_other_arguments_or_weights_are_made_anew(small, brief, tmp_path, monkeypatch):
+    """Four steps are the half of eight and the whole of four, and the halves are measured less."""
+    halves = {run["model"]: run for run in compare_on_tinyworld(tmp_path, (0,), 8) if run["steps"] == 4}
+    whole = [run for run in compare_on_tinyworld(tmp_path, (0,), 4) if run["steps"] == 4 and run["n_layers"] == 1]
+    assert whole and all("untrained" in run and "untrained" not in halves[run["model"]] for run in whole)
+    again = [run for run in compare_on_tinyworld(tmp_path, (0,), 8) if run["steps"] == 4]
+    assert again == list(halves.values())
+    monkeypatch.setattr(crate_against_gpt2, "N_TOKENS", 41_000)
+    with pytest.raises(ValueError, match=r"gpt2-1L-8-0|crate-1L-8-0 holds a run with another training"):
+        compare_on_tinyworld(tmp_path, (0,), 8)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "steps", "message"), [((), 4, "seeds must be"), ((0, 0), 4, "each once"), ((0,), 1, "steps must be")]
+)
+def test_nothing_to_compare_is_refused_before_any_work(tmp_path, monkeypatch, seeds, steps, message):
+    monkeypatch.setattr(tinyworld, "generate", lambda *a, **options: pytest.fail("a world was made"))
+    with pytest.raises(ValueError, match=message):
+        compare_on_tinyworld(tmp_path, seeds, steps)
+
+
+def test_neurons_are_measured_anew_with_other_tokens_and_only_then(brief, tmp_path, monkeypatch):
+    text = [PreparedCorpus(corpus(n=4000), corpus(n=1500, seed=1), byte_encoding())]
+    monkeypatch.setattr(reference_models, "prepare", lambda name, tokenizer=None, **options: text[0])
+    monkeypatch.setattr(reference_models, "CONTEXT", 64)
+    monkeypatch.setattr(crate_against_gpt2, "PRESETS", ("toy",))
+    measured, brief_measure = [], crate_against_gpt2.measure
+
+    def counted(model, text, concepts, seed=0, n_tokens=None):
+        measured.append(n_tokens)
+        return brief_measure(model, text, concepts, seed) | {"n_tokens": n_tokens}
+
+    monkeypatch.setattr(crate_against_gpt2, "measure", counted)
+    first = compare_on_documentation(tmp_path, 1, 3, n_tokens=100)
+    assert compare_on_documentation(tmp_path, 1, 3, n_tokens=100) == first and measured == [100] * 8
+    assert compare_on_documentation(tmp_path, 1, 3, n_tokens=200)[0]["trained"]["n_tokens"] == 200
+    assert measured == [100] * 8 + [200] * 8
+    for wrong in (1, 2), (1, 3, None, None, 0):
+        with pytest.raises(ValueError, match="must be at least"):
+            compare_on_documentation(tmp_path, *wrong)
+    text[0] = PreparedCorpus(corpus(n=4000), corpus(n=1500, seed=2), byte_encoding())
+    with pytest.raises(ValueError, match="holds a run with another validation"):
+        compare_on_documentation(tmp_path, 1, 3, n_tokens=100)
 
 
 def test_gaps_lie_above_the_floor_and_fall_with_training(small, brief, tmp_path):
