@@ -136,7 +136,7 @@ class Train(CorpusOptions, RecipeOptions):
         metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, kept, corpus.tokenizer)
         plots.save_loss_curve(metrics, run_dir / "loss.png", corpus.floor)
         floor = f"; the floor is {corpus.floor:.3f}" if corpus.floor else ""
-        say(f"validation loss {metrics[-1]['validation_loss']:.3f} nats a token{floor}")
+        say(f"validation loss {_defined(metrics[-1]['validation_loss'], 3)} nats a token{floor}")
         say(f"{run_dir}/loss.png shows it; cratelab.load('{run_dir}/model') is the model")
 
 
