@@ -289,7 +289,6 @@ def never(*arguments, **options):
         ("train --batch 0", "batch must be at least 1; got 0"),
         ("train --batch 4 --accumulate 3", "the batch must be a multiple of processes × accumulate; got 4, 1 and 3"),
         ("train --dry-run --accumulate 3", "the batch must be a multiple of processes × accumulate; got 16, 1 and 3"),
-        ("train --context 700000000", "memory does not hold CrateConfig"),
         ("train --peak-rate nan", "peak_rate must be at least 0"),
         ("train --seed -1", "--seed must be at least 0 and at most 4294967295; got -1"),
         ("train --seed 4294967296", "--seed must be at least 0 and at most 4294967295; got 4294967296"),
