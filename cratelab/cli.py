@@ -1,17 +1,29 @@
 """The command line: one dataclass a command, from which tyro makes options, help and errors."""
 
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Annotated, ClassVar, Literal, get_type_hints
 
 import torch
 import tyro
 
 from cratelab import plots
 from cratelab.budget import estimate
+from cratelab.cli_checks import (
+    MOST,
+    check_context,
+    check_different,
+    check_folder,
+    check_ranges,
+    check_writable,
+    dashed,
+    fits,
+    instead,
+    model_folder,
+)
 from cratelab.comparison import check_ladder, compare, new_model, summarise
 from cratelab.corpora.prepare import PreparedCorpus, prepare, vocabulary_size
 from cratelab.corpora.tokenized import tokenizer_facts
@@ -24,12 +36,13 @@ from cratelab.interpret.scores import PROTOCOLS
 from cratelab.language_model import LanguageModel, LanguageModelConfig, load
 from cratelab.record import provenance
 from cratelab.reference_models import make_reference_models
+from cratelab.run_directory import check_same_run
 from cratelab.steering import direct_effect, full_effect, neuron_maxima, steer
 from cratelab.storage import read_json, write_json
+from cratelab.terminal import printable, say, unfailing_output
 from cratelab.training import Diverged, Recipe, train
 
 Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]
-_NOT_KEPT = "run_dir", "resume", "dry_run"  # of the options of a run
 
 
 @dataclass
@@ -92,6 +105,19 @@ class Train(CorpusOptions, RecipeOptions):
     dry_run: bool = False
     """Only print parameters, memory, arithmetic and the time to expect."""
 
+    goes_on: ClassVar = True
+
+    def check(self) -> None:
+        given = [option for option, value in vars(self).items() if value != getattr(Train, option)]
+        ignored = [dashed(option) for option in given if option not in ("resume", "dry_run")]
+        if self.resume and ignored:
+            raise ValueError(f"--resume takes all options from the run: leave out {', '.join(ignored)}")
+        check_context(self.context, self.characters)
+        if not self.resume and not self.dry_run:
+            check_folder("--run-dir", self.run_dir or Path("runs"))
+        if self.run_dir:
+            check_same_run(self.run_dir, {})
+
     def run(self) -> None:
         command, run_dir = self, self.run_dir
         if self.resume:
@@ -100,19 +126,19 @@ class Train(CorpusOptions, RecipeOptions):
         n_vocab = vocabulary_size(command.corpus, command.tokenizer)
         model = new_model(command.model, command.preset, n_vocab, command.seed, command.context)
         if self.dry_run:
-            print(estimate(type(model), model.config, recipe))
+            say(str(estimate(type(model), model.config, recipe)))
             return
         corpus = _prepare(command, recipe, model.config.context)
         _use_one_thread(model.config.width)
         name = command.corpus.replace("/", "_")
         run_dir = run_dir or Path("runs") / f"{command.model}-{command.preset}-{name}-{command.seed}"
-        print(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}", flush=True)
-        kept = {key: value for key, value in asdict(command).items() if key not in _NOT_KEPT}
+        say(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}")
+        kept = _kept(command)
         metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, kept, corpus.tokenizer)
         plots.save_loss_curve(metrics, run_dir / "loss.png", corpus.floor)
         floor = f"; the floor is {corpus.floor:.3f}" if corpus.floor else ""
-        print(f"validation loss {metrics[-1]['validation_loss']:.3f} nats a token{floor}")
-        print(f"{run_dir}/loss.png shows it; cratelab.load('{run_dir}/model') is the model")
+        say(f"validation loss {_defined(metrics[-1]['validation_loss'], 3)} nats a token{floor}")
+        say(f"{run_dir}/loss.png shows it; cratelab.load('{run_dir}/model') is the model")
 
 
 @dataclass
@@ -122,9 +148,15 @@ class Compare(CorpusOptions, RecipeOptions):
     presets: tuple[Preset, ...] = ("toy",)
     """Sizes."""
     seeds: int = 3
-    """Seeds 0, 1, … up to this many."""
+    """How many seeds, counted from 0."""
     out: Path = Path("runs/compare")
     """Where runs, table and plot go."""
+
+    goes_on: ClassVar = True
+
+    def check(self) -> None:
+        check_context(self.context, self.characters)
+        check_folder("--out", self.out)
 
     def run(self) -> None:
         check_ladder(self.presets, range(self.seeds))
@@ -134,14 +166,12 @@ class Compare(CorpusOptions, RecipeOptions):
         context = _preset_context(self.presets[0]) if self.context is None else self.context
         _use_one_thread(max(LanguageModelConfig.preset(preset).width for preset in self.presets))
         corpus = _prepare(self, recipe, context)
-        runs = compare(
-            corpus, recipe, self.out, self.presets, range(self.seeds), self.context, lambda name: print(name), _report
-        )
+        runs = compare(corpus, recipe, self.out, self.presets, range(self.seeds), self.context, say, _report)
         table = summarise(runs)
         write_json(self.out / "compare.json", {"provenance": provenance(), "runs": runs, "table": table})
         plots.save_comparison(runs, self.out / "compare.png", corpus.floor)
         print_table(table, corpus.floor)
-        print(f"{self.out}/compare.png and compare.json hold it")
+        say(f"{self.out}/compare.png and compare.json hold it")
 
 
 @dataclass
@@ -153,16 +183,25 @@ class TrainedModel:
     tokenizer: str | None = None
     """As for train; a run's own unless given."""
 
+    goes_on: ClassVar = False
+
+    def check(self) -> None:
+        """Raises ValueError or OSError if something is wrong with the options, before anything is read."""
+
+    def check_model(self, model: LanguageModel) -> None:
+        """Raises ValueError if the options do not fit the model, before a corpus is read."""
+
     def load(self) -> tuple[LanguageModel, PreparedCorpus]:
+        folder = model_folder(self.model)
         run = read_json(self.model / "run.json") if (self.model / "run.json").is_file() else {}
-        folder = self.model / "model" if run or (self.model / "model").is_dir() else self.model
-        if run and not folder.is_dir():
-            raise FileNotFoundError(_why_no_model(self.model, run))
-        if self.corpus is None and folder == self.model:
-            raise ValueError(f"{self.model} is no run, so nothing says what it has read: give --corpus")
+        begun = run.get("command") is not None
+        if self.corpus is None and not begun:
+            what = "was not begun by `cratelab train`" if run else "is no run"
+            raise ValueError(f"{self.model} {what}, so nothing says what it has read: give --corpus")
         model = load(folder).to(best_device())
+        self.check_model(model)
         _use_one_thread(model.config.width)
-        command = _read_command(self.model) if self.corpus is None or run.get("command") else Train()
+        command = _read_command(self.model) if begun else Train()
         theirs = _kept_tokenizer(folder.parent)
         if self.corpus:
             command.corpus = self.corpus
@@ -171,7 +210,7 @@ class TrainedModel:
         command.tokenizer = self.tokenizer or command.tokenizer
         corpus = _prepare(command, command.recipe(command.preset, command.seed), model.config.context)
         _check_tokenizer(folder, theirs, model, corpus)
-        if self.corpus is None and not theirs and run["validation"] != corpus.validation.facts():
+        if self.corpus is None and not theirs and run.get("validation") != corpus.validation.facts():
             raise ValueError(f"the text that {self.model} has read has changed, and its tokens may have: give --corpus")
         return model, corpus
 
@@ -191,28 +230,37 @@ class Interpret(TrainedModel):
     out: Path | None = None
     """Where the scores go; interpret.json in the model's folder unless given."""
 
+    def check(self) -> None:
+        check_different("--protocols", self.protocols)
+        model_folder(self.model)
+        out = self.out or self.model / "interpret.json"
+        if out.is_dir():
+            raise IsADirectoryError(f"--out must be a file to write; {out} is a folder")
+        check_writable("--out", out)
+
     def run(self) -> None:
         model, corpus = self.load()
         text, world = corpus.validation, corpus.world
         concepts = tinyworld_concepts(world) if world else text_concepts(text, corpus.tokenizer)
         explainers = {"token": TokenExplainer(), "suffix": SuffixExplainer(), "concept": ConceptExplainer(concepts)}
         rows = []
-        print(f"{'':10}{'protocol':16}{'explainer':11}{'mean':>6}{'95 % interval':>16}{'control':>9}{'undefined':>11}")
+        say(f"{'':10}{'protocol':16}{'explainer':11}{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}")
         for name, each in ("trained", model), ("untrained", untrained(model, self.seed)):
             strict = not self.official
             records = collect_for_protocols(each, text, self.protocols, strict, self.n_tokens, self.seed)
             for evaluation in evaluate(records, explainers, strict):
                 row = {"model": name} | evaluation.row()
                 rows.append(row)
-                interval = f"{row['interval'][0]:.1f} to {row['interval'][1]:.1f}"
-                print(
-                    f"{name:10}{row['protocol']:16}{row['explainer']:11}{row['mean']:6.1f}{interval:>16}"
-                    f"{row['control']:9.1f}{row['undefined']:10.0%}",
-                    flush=True,
+                mean, control, low, high = map(_defined, (row["mean"], row["control"], *row["interval"]))
+                interval = "undefined" if "undefined" in (low, high) else f"{low} to {high}"
+                say(
+                    f"{name:10}{row['protocol']:16}{row['explainer']:11}{mean:>10}{interval:>16}"
+                    f"{control:>10}{row['undefined']:11.0%}"
                 )
         out = self.out or self.model / "interpret.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, {"provenance": provenance(corpus=text.facts(), options=_plain(asdict(self))), "rows": rows})
-        print(f"{out} has them layer by layer")
+        say(f"{out} has them layer by layer")
 
 
 @dataclass
@@ -238,19 +286,30 @@ class Steer(TrainedModel):
     seed: int = 0
     """Of sampling."""
 
+    def check(self) -> None:
+        if self.prompt is not None and not self.prompt:
+            raise ValueError("--prompt has no token: leave it out to begin as the validation text does")
+
+    def check_model(self, model: LanguageModel) -> None:
+        last = len(model.blocks) - 1
+        if self.layer is not None and not 0 <= self.layer <= last:
+            raise ValueError(f"--layer must be 0 to {last}; got {self.layer}")
+        if self.neuron is not None:
+            direct_effect(model, last if self.layer is None else self.layer, torch.tensor([self.neuron]))
+
     def run(self) -> None:
         model, corpus = self.load()
         text, tokenizer, device = corpus.validation, corpus.tokenizer, best_device()
+        if not len(text):
+            raise ValueError("the corpus has no validation text to steer on: give a longer --corpus")
         prompt = text[:12].tolist() if self.prompt is None else tokenizer.encode_ordinary(self.prompt)
         if not prompt:
             raise ValueError("--prompt has no token: leave it out to begin as the validation text does")
         layer = len(model.blocks) - 1 if self.layer is None else self.layer
-        if not 0 <= layer < len(model.blocks):
-            raise ValueError(f"--layer must be 0 to {len(model.blocks) - 1}; got {layer}")
         maxima = neuron_maxima(model, text, self.n_tokens)[layer]
-        neuron = self.neuron
+        neuron, shown = self.neuron, min(10, text.n_vocab)
         if neuron is None:
-            raised = direct_effect(model, layer, torch.arange(len(maxima)))[:, : text.n_vocab].topk(10).values
+            raised = direct_effect(model, layer, torch.arange(len(maxima)))[:, : text.n_vocab].topk(shown).values
             neuron = int((raised.mean(1) * maxima).argmax())
         direct = direct_effect(model, layer, torch.tensor([neuron]))[0, : text.n_vocab]
         maximum, value = float(maxima[neuron]), self.value
@@ -266,25 +325,31 @@ class Steer(TrainedModel):
         full = full_effect(model, windows.to(device), layer, torch.tensor([neuron]), torch.tensor([value]), self.by)[
             0, : text.n_vocab
         ]
+        if not full.isfinite().all():
+            raise ValueError(f"the model gives no finite numbers with --value {value:g}: take a smaller one")
         done = {"set": "set to", "add": "plus", "scale": "times"}[self.by]
-        print(f"layer {layer}, neuron {neuron}, at most {maximum:.2f} in {self.n_tokens} tokens, {done} {value:.2f}\n")
-        print(
+        say(f"layer {layer}, neuron {neuron}, at most {maximum:.2f} in {self.n_tokens} tokens, {done} {value:.2f}\n")
+        say(
             "".join(
                 f"{head:28}"
                 for head in ("raised by its atom", "raised in full", "lowered by its atom", "lowered in full")
             )
         )
-        columns = [effect.topk(10, largest=largest) for largest in (True, False) for effect in (direct, full)]
-        for rank in range(10):
+        columns = [effect.topk(shown, largest=largest) for largest in (True, False) for effect in (direct, full)]
+        for rank in range(shown):
             cells = [f"{tokenizer.decode([int(c.indices[rank])])!r} {c.values[rank]:+.2f}" for c in columns]
-            print("".join(f"{cell:28}" for cell in cells).rstrip())
-        print("by its atom: logits for a unit of it, before the last norm's division; in full: mean change of log p\n")
+            say("".join(f"{cell:28}" for cell in cells).rstrip())
+        say("by its atom: logits for a unit of it, before the last norm's division; in full: mean change of log p\n")
         for name, edits in ("without", {}), ("with", edit):
             with steer(model, **edits):
                 tokens = model.generate(
-                    torch.tensor([prompt], device=device), self.n_new, temperature=self.temperature, seed=self.seed
+                    torch.tensor([prompt], device=device),
+                    self.n_new,
+                    temperature=self.temperature,
+                    seed=self.seed,
+                    n_vocab=text.n_vocab,
                 )
-            print(f"{name}: {tokenizer.decode(tokens[0].tolist())}")
+            say(f"{name}: {tokenizer.decode(tokens[0].tolist())}")
 
 
 @dataclass
@@ -299,44 +364,68 @@ class Reproduce:
     reference: Path = Path("runs/reference")
     """For chapter-9: where the reference models are, or will be."""
     seeds: int = 3
-    """Seeds 0, 1, … up to this many; of the models on documentation the weights of seed 0 are packed."""
+    """How many seeds, counted from 0; of the models on documentation the weights of seed 0 are packed."""
     text: tuple[str, ...] = ()
     """For reference: local text to read besides, files or folders."""
     steps: int | None = None
     """Fewer than there should be, only to try it out."""
 
+    goes_on: ClassVar = True
+
+    def check(self) -> None:
+        least = 1 if self.what == "reference" else 3  # some runs of chapter 9 have a third of the steps
+        if self.steps is not None and not least <= self.steps <= MOST:
+            raise ValueError(f"--steps must be at least {least} and at most {MOST}; got {self.steps}")
+        if self.what == "chapter-9" and self.text:
+            raise ValueError("--text is for reference: chapter-9 reads what the reference models have read")
+        for option in ("out", "reference"):
+            if folder := getattr(self, option):
+                check_folder(dashed(option), folder)
+
     def run(self) -> None:
         _use_one_thread(128)
-        on_run = partial(print, flush=True)
         if self.what == "reference":
             folder = self.out or self.reference
             print_table(
                 make_reference_models(
-                    folder, self.seeds, self.text, 1500 if self.steps is None else self.steps, on_run, _report
+                    folder, self.seeds, self.text, 1500 if self.steps is None else self.steps, say, _report
                 ),
                 None,
             )
-            print(f"{folder}/packed is what cratelab/reference holds")
+            say(f"{folder}/packed is what cratelab/reference holds")
         else:
             steps = (2000, 1500) if self.steps is None else (self.steps, self.steps)
             folder = self.out or Path("runs/chapter-9")
-            table = reproduce_chapter_9(folder, self.reference, self.seeds, steps, on_run, _report)
-            print(f"{table} is what cratelab/reference holds")
+            table = reproduce_chapter_9(folder, self.reference, self.seeds, steps, say, _report)
+            say(f"{table} is what cratelab/reference holds")
 
 
 def print_table(table: list[dict], floor: float | None) -> None:
-    print(f"{'model':8}{'preset':8}{'parameters':>12}{'seeds':>7}   validation loss, nats a token (95 % interval)")
+    say(f"{'model':8}{'preset':8}{'parameters':>12}{'seeds':>7}   validation loss, nats a token (95 % interval)")
     for row in table:
-        half_width = "" if row["half_width"] is None else f" ± {row['half_width']:.3f}"
-        print(
-            f"{row['model']:8}{row['preset']:8}{row['parameters']:12,}{row['seeds']:7}   {row['mean']:.3f}{half_width}"
+        half_width = "" if row["half_width"] is None else f" ± {_defined(row['half_width'], 3)}"
+        say(
+            f"{row['model']:8}{row['preset']:8}{row['parameters']:12,}{row['seeds']:7}   "
+            f"{_defined(row['mean'], 3)}{half_width}"
         )
     if floor is not None:
-        print(f"no model can do better than {floor:.3f}")
+        say(f"no model can do better than {floor:.3f}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`cratelab train | compare | interpret | steer | reproduce`."""
+    """`cratelab train | compare | interpret | steer | reproduce`.
+
+    Raises:
+        SystemExit: with a message, which is status 1, where a command cannot do what it is asked; status 2 where it
+            was called wrongly, 130 where Ctrl-C stopped it.
+    """
+    with unfailing_output() as output:
+        _main(arguments)
+    if output.error and not isinstance(output.error, BrokenPipeError):  # whoever closes a pipe has seen enough
+        sys.exit(f"cratelab: all is done, but what it printed is cut off: {output.error}")
+
+
+def _main(arguments: list[str] | None) -> None:
     commands = {"train": Train, "compare": Compare, "interpret": Interpret, "steer": Steer, "reproduce": Reproduce}
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
@@ -345,11 +434,34 @@ def main(arguments: list[str] | None = None) -> None:
         args=arguments,
     )
     try:
+        check_ranges(command)
+        command.check()
         command.run()
     except (ValueError, OSError, Diverged, ImportError) as error:
-        sys.exit(f"cratelab: {error}")
+        sys.exit(f"cratelab: {printable(str(error))}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        sys.exit(
+            "cratelab: there is not so much memory: take a smaller model, context or batch "
+            f"({printable(str(error)) or 'MemoryError'})"
+        )
     except KeyboardInterrupt:
-        sys.exit("cratelab: stopped; the same command goes on from the last checkpoint")
+        print(
+            "cratelab: stopped" + ("; the same command goes on from the last checkpoint" if command.goes_on else ""),
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was asked for that there is not; on the CPU torch says so by a plain RuntimeError."""
+    told = "allocate", "out of memory", "size calculation overflowed"
+    return isinstance(error, MemoryError) or any(each in str(error) for each in told)
+
+
+def _defined(number: float | None, digits: int = 1) -> str:
+    return "undefined" if number is None or not math.isfinite(number) else f"{number:.{digits}f}"
 
 
 def _use_one_thread(width: int) -> None:
@@ -370,6 +482,11 @@ def _preset_context(preset: str) -> int:
     return LanguageModelConfig.preset(preset).context
 
 
+def _kept(command: Train) -> dict:
+    """The options that a run remembers."""
+    return {name: value for name, value in asdict(command).items() if name not in ("run_dir", "resume", "dry_run")}
+
+
 def _plain(options: dict) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
@@ -378,30 +495,38 @@ def _read_command(folder: Path) -> Train:
     """The options with which a run was begun."""
     file = folder / "run.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} holds no run: there is no run.json in it")
+        raise FileNotFoundError(f"{folder} holds no run: there is no run.json in it{instead(folder)}")
     command = read_json(file).get("command")
-    if not command:
-        raise ValueError(f"{folder} was not begun by `cratelab train`: call cratelab.training.train again instead")
-    hints = {name: hint for name, hint in get_type_hints(Train).items() if name not in _NOT_KEPT}
-    if not isinstance(command, dict) or not command.keys() <= hints.keys():
+    if command is None:
+        raise ValueError(f"{folder} was not begun by `cratelab train`: call what began it again instead")
+    return _as_train(command, file)
+
+
+def _as_train(command: object, file: Path) -> Train:
+    """The command that `file` holds.
+
+    Raises:
+        ValueError: it is none, or has options that are unknown or out of range; each is named, with `file`.
+    """
+    hints = {name: hint for name, hint in get_type_hints(Train).items() if name in _kept(Train())}
+    if not isinstance(command, dict):
         raise ValueError(f"{file} is damaged: command may hold {', '.join(hints)}; got {command!r}")
-    for name, value in command.items():
-        if not any(value == fit if isinstance(fit, str) else type(value) is fit for fit in _fitting(hints[name])):
-            raise ValueError(f"{file} is damaged: {name} of its command is {value!r}")
-    return Train(**command)
-
-
-def _fitting(hint: type) -> list:
-    """The types, and of a Literal the values, that an option may have."""
-    parts = [part for each in get_args(hint) or [hint] for part in (get_args(each) or [each])]
-    return [*parts, int] if float in parts else parts
-
-
-def _why_no_model(folder: Path, run: dict) -> str:
-    if "recipe" in run and "sae" not in run:
-        how = f"cratelab train --resume {folder}" if run.get("command") else "the call of `train` that began it"
-        return f"{folder} holds a run that has not ended, and no model yet: go on with {how}"
-    return f"{folder} holds a run of another kind, and no language model: give the folder of `cratelab train`"
+    problems = [f"unknown option {name!r}, perhaps of a newer cratelab" for name in command if name not in hints]
+    problems += [f"no {name}" for name in ("corpus", "preset", "model", "seed") if name not in command]
+    problems += [
+        f"{name} cannot be {command[name]!r}"
+        for name, hint in hints.items()
+        if name in command and not fits(command[name], hint)
+    ]
+    if problems:
+        raise ValueError(f"{file} is damaged: {'; '.join(problems)}")
+    train_command = Train(**command)
+    try:
+        check_ranges(train_command)
+        check_context(train_command.context, train_command.characters)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return train_command
 
 
 def _kept_tokenizer(folder: Path) -> dict:
@@ -433,4 +558,4 @@ def _check_tokenizer(folder: Path, theirs: dict, model: LanguageModel, corpus: P
 def _report(row: dict) -> None:
     """A line for each validation where there is no progress bar."""
     if "validation_loss" in row and not sys.stderr.isatty():
-        print(f"step {row['step']}: loss {row['loss']:.3f}, validation {row['validation_loss']:.3f}", flush=True)
+        say(f"step {row['step']}: loss {row['loss']:.3f}, validation {row['validation_loss']:.3f}")

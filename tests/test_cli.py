@@ -1,19 +1,61 @@
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import cratelab as cl
-from cratelab.cli import main
+from cratelab.cli import main, print_table
 from cratelab.corpora.prepare import prepare
 from cratelab.run_directory import read_metrics
 from cratelab.steering import neuron_maxima
 
 SHORT = ["--steps", "4", "--batch", "4", "--characters", "100000", "--context", "96", "--validate-every", "2"]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+TINY = ["--steps", "1", "--batch", "2", "--characters", "60000", "--context", "65"]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run of one step, whose model is then replaced by a smaller one."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    main(
+        ["train", "--run-dir", str(folder), "--steps", "1", "--batch", "2", "--characters", "60000", "--context", "65"]
+    )
+    vocabulary = cl.load(folder / "model").config.vocab_size
+    model = cl.Crate(cl.CrateConfig(n_layers=2, n_heads=2, width=8, vocab_size=vocabulary, context=65))
+    model.save(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the run to spoil."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def shell(command: str, folder: Path, **environment) -> subprocess.CompletedProcess:
+    """Run a line of shell in which `cratelab` is the command, with nothing from the environment but what is given."""
+    given = environment | {"PATH": os.environ["PATH"], "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = f'cratelab() {{ "{sys.executable}" -m cratelab "$@"; }}; {command}'
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=given, capture_output=True, timeout=300)
+
+
+def fails(arguments: list[str], *messages: str) -> None:
+    """`cratelab` with these arguments ends with status 1 and a message with all of these in it."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert isinstance(stopped.value.code, str), "a message makes Python's exit status 1"
+    assert stopped.value.code.startswith("cratelab: ")
+    for message in messages:
+        assert message in stopped.value.code
 
 
 def test_trains_on_tinyworld_and_leaves_model_curve_and_command(tmp_path, capsys):
@@ -106,7 +148,7 @@ def test_a_run_without_a_model_says_what_it_is(tmp_path, monkeypatch):
     def stop(row):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="the same command goes on"):
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="130"):
         patched.setattr("cratelab.cli._report", stop)
         main(["train", "--run-dir", str(tmp_path / "run"), *SHORT])
     with pytest.raises(SystemExit, match=r"has not ended, and no model yet: go on with cratelab train --resume"):
@@ -282,3 +324,383 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
     alone, together = (cl.load(tmp_path / name / "model").state_dict() for name in ("one", "two"))
     apart = sum(float((alone[name] - together[name]).square().sum()) for name in alone) ** 0.5
     assert apart < 1e-3 * sum(float(tensor.square().sum()) for tensor in alone.values()) ** 0.5
+
+
+def never(*arguments, **options):
+    raise AssertionError("work has begun before the options were checked")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --context 0", "--context must be at least 1"),
+        ("train --context 100000000000", "--context must be at most four times --characters"),
+        ("train --characters 0", "--characters must be at least 1"),
+        ("train --characters -3", "--characters must be at least 1"),
+        ("train --steps 0", "steps must be at least 1; got 0"),
+        ("train --steps -1", "steps must be at least 1; got -1"),
+        ("train --batch 0", "batch must be at least 1; got 0"),
+        ("train --batch 4 --accumulate 3", "the batch must be a multiple of processes × accumulate; got 4, 1 and 3"),
+        ("train --dry-run --accumulate 3", "the batch must be a multiple of processes × accumulate; got 16, 1 and 3"),
+        ("train --peak-rate nan", "peak_rate must be at least 0"),
+        ("train --seed -1", "--seed must be at least 0 and at most 4294967295; got -1"),
+        ("train --seed 4294967296", "--seed must be at least 0 and at most 4294967295; got 4294967296"),
+        ("train --corpus shakespeare", "no corpus 'shakespeare'"),
+        ("train --corpus pydocs --tokenizer bpe", "bpe-4096; got 'bpe'"),
+        ("train --run-dir FILE", "--run-dir must be a folder"),
+        ("train --run-dir FILE/run", "nothing can be written into"),
+        ("train --run-dir /proc/run", "--run-dir: nothing can be written into /proc"),
+        ("train --run-dir OTHER", "is not empty and holds no run"),
+        ("train --resume RUN --steps 7 --corpus pydocs", "--resume takes all options from the run: leave out --"),
+        ("train --resume FILE", "holds no run"),
+        ("train --resume OTHER", "it holds 1 runs: give one of them, such as"),
+        ("compare --seeds 0", "--seeds must be at least 1"),
+        ("compare --seeds -1", "--seeds must be at least 1"),
+        ("compare --presets toy toy", "presets must be one or more, each once; got ['toy', 'toy']"),
+        ("compare --presets", "presets must be one or more, each once; got []"),
+        ("compare --context 0", "--context must be at least 1"),
+        ("compare --context 100000000000", "--context must be at most"),
+        ("compare --out FILE", "--out must be a folder"),
+        ("compare --out /proc/comparison", "--out: nothing can be written into /proc"),
+        ("reproduce reference --seeds 0", "--seeds must be at least 1"),
+        ("reproduce reference --steps 0", "--steps must be at least 1"),
+        ("reproduce chapter-9 --steps 2", "--steps must be at least 3"),
+        ("reproduce chapter-9 --text OTHER", "--text is for reference"),
+        ("reproduce chapter-9 --out FILE", "--out must be a folder"),
+        ("reproduce chapter-9 --reference FILE", "--reference must be a folder"),
+        ("interpret RUN --n-tokens -5", "--n-tokens must be at least 1"),
+        ("interpret RUN --n-tokens 0", "--n-tokens must be at least 1"),
+        ("interpret RUN --protocols", "--protocols must name at least one"),
+        ("interpret RUN --protocols random-only random-only", "and none twice"),
+        ("interpret RUN --seed 4294967296", "--seed must be at least 0"),
+        ("interpret RUN --out OTHER", "--out must be a file to write"),
+        ("interpret RUN --out FILE/scores.json", "--out: nothing can be written into"),
+        ("interpret RUN --out /proc/scores.json", "--out: nothing can be written into /proc"),
+        ("steer RUN --n-tokens 0", "--n-tokens must be at least 1"),
+        ("steer RUN --n-new -1", "--n-new must be at least 0"),
+        ("steer RUN --temperature -1", "--temperature must be at least 0"),
+        ("steer RUN --temperature nan", "--temperature must be at least 0"),
+        ("steer RUN --temperature inf", "--temperature must be at least 0"),
+        ("steer RUN --value 1e38", "--value must be at least -1000000000000000 and at most 1000000000000000"),
+        ("steer RUN --value=-inf", "--value must be"),
+        ("steer RUN --value nan", "--value must be"),
+        ("steer RUN --seed -1", "--seed must be at least 0"),
+        ("steer RUN --layer 2", "--layer must be 0 to 1; got 2"),
+        ("steer RUN --layer -1", "--layer must be 0 to 1; got -1"),
+        ("steer RUN --neuron 32", "layer 1 has neurons 0 to 31"),
+        ("steer RUN --neuron -1", "layer 1 has neurons 0 to 31"),
+        ("steer RUN --neuron 100000000000000000000000", "--neuron must be at least"),
+    ],
+)
+def test_options_out_of_range_are_named_before_anything_is_read_or_made(arguments, message, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "prepare", "train", "make_reference_models", "reproduce_chapter_9", "collect_for_protocols":
+        monkeypatch.setattr(f"cratelab.cli.{name}", never)
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "other/crate-toy-0").mkdir(parents=True)
+    (tmp_path / "other/crate-toy-0/run.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    places = {"RUN": str(run), "FILE": "file", "OTHER": "other"}
+    fails([re.sub("RUN|FILE|OTHER", lambda found: places[found[0]], word) for word in arguments.split()], message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "was not begun by `cratelab train`"),
+        ([1], "is damaged: command may hold"),
+        ("train", "got 'train'"),
+        ({}, "no corpus"),
+        ({"rank": 7}, "unknown option 'rank', perhaps of a newer cratelab"),
+        ({"run_dir": "elsewhere"}, "unknown option 'run_dir'"),
+        ({"seed": None}, "seed cannot be None"),
+        ({"seed": True}, "seed cannot be True"),
+        ({"seed": 1.5}, "seed cannot be 1.5"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"steps": "4"}, "steps cannot be '4'"),
+        ({"model": "bert"}, "model cannot be 'bert'"),
+        ({"preset": ["toy"]}, "preset cannot be ['toy']"),
+        ({"corpus": None}, "corpus cannot be None"),
+        ({"batch": [1]}, "batch cannot be [1]"),
+        ({"characters": 0}, "--characters must be at least 1"),
+        ({"context": 10**11}, "--context must be at most"),
+        ({"compile": 1}, "compile cannot be 1"),
+        ({"peak_rate": "fast"}, "peak_rate cannot be 'fast'"),
+    ],
+)
+def test_odd_commands_in_a_run_are_named(change, message, copy):
+    run = json.loads((copy / "run.json").read_text())
+    run["command"] = run["command"] | change if isinstance(change, dict) and change else change
+    (copy / "run.json").write_text(json.dumps(run))
+    for arguments in ["train", "--resume", str(copy)], ["interpret", str(copy)], ["steer", str(copy)]:
+        fails(arguments, message, str(copy))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "3", '{"command"', "\x00" * 40, "[" * 100_000])
+def test_a_damaged_run_json_is_named(content, copy):
+    (copy / "run.json").write_text(content)
+    for arguments in ["train", "--resume", str(copy)], ["steer", str(copy)]:
+        fails(arguments, str(copy / "run.json"))
+
+
+@pytest.fixture
+def essays(tmp_path, monkeypatch):
+    """A folder of short texts, and a cache for their tokens."""
+    monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "essays").mkdir()
+    for i in range(60):
+        (tmp_path / f"essays/{i}.txt").write_text(f"text number {i} of many " * 50)
+    return tmp_path / "essays"
+
+
+def test_a_run_that_no_command_began_is_read_if_its_corpus_is_given(copy, essays, capsys):
+    run = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(run | {"command": None, "tokenizer": {}}))
+    fails(["steer", str(copy)], "was not begun by `cratelab train`, so nothing says what it has read: give --corpus")
+    main(["steer", str(copy), "--corpus", str(essays), "--tokenizer", "bytes", "--n-tokens", "200", "--n-new", "1"])
+    assert "without: text number" in capsys.readouterr().out
+
+
+def test_options_that_an_older_version_did_not_have_are_the_usual_ones(copy, capsys):
+    run = json.loads((copy / "run.json").read_text())
+    run["command"] = {name: run["command"][name] for name in ("corpus", "preset", "model", "seed", "characters")}
+    (copy / "run.json").write_text(json.dumps(run))
+    main(["steer", str(copy), "--n-tokens", "200", "--n-new", "1"])
+    assert "without: <begin>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["interpret", "steer"])
+def test_what_is_no_trained_model_is_named(command, copy, tmp_path):
+    shutil.rmtree(copy / "model")
+    fails(
+        [command, str(copy)], f"{copy} holds a run that has not ended", f"cratelab train --resume {copy}; 1 of 1 steps"
+    )
+    run = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(run | {"command": None}))
+    fails([command, str(copy)], "has not ended", "go on with the call of `train` that began it")
+    (copy / "run.json").write_text(json.dumps({"sae": {}, "recipe": {}}))
+    fails([command, str(copy)], "of another kind, of auto-encoders: give the model")
+    fails([command, str(tmp_path)], f"it holds 1 runs: give one of them, such as {copy}")
+    fails([command, str(tmp_path / "nothing")], "does not exist")
+    fails([command, str(copy / "run.json")], "is a file: give the folder of a run or of a model")
+    for held, said in ("manifest.json", "the tokens of a corpus"), ("cfg.json", "an auto-encoder"), ("x", "no model"):
+        folder = tmp_path / held.partition(".")[0]
+        folder.mkdir()
+        (folder / held).write_text("{}")
+        fails([command, str(folder)], f"{folder} holds no model", said)
+
+
+def test_the_steps_of_an_unfinished_run_are_those_that_it_has_done(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": {"steps": 9}, "command": {"seed": 0}}))
+    fails(["steer", str(tmp_path)], "0 of 9 steps are done")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    fails(["steer", str(tmp_path)], "2 of 9 steps are done")
+
+
+def test_steer_never_draws_a_token_that_the_corpus_does_not_know(run, copy, capsys):
+    corpus = prepare("tinyworld", characters=60_000, context=65)
+    model = cl.load(run / "model")
+    assert corpus.validation.n_vocab < model.config.vocab_size, "the vocabulary is padded"
+    with torch.no_grad():  # all but the padding is unlikely
+        model.norm.bias.zero_()[0] = 100.0
+        model.token_embedding.weight[corpus.validation.n_vocab :, 0] = 100.0
+    model.save(copy / "model")
+    for temperature in "0", "1", "1000":
+        main(["steer", str(copy), "--n-tokens", "200", "--n-new", "50", "--value", "1", "--temperature", temperature])
+        *_, without, steered = capsys.readouterr().out.splitlines()
+        assert len(without.split()) == len(steered.split()) == 1 + 12 + 50
+
+
+def test_steer_takes_a_prompt_longer_than_the_context_and_adds_nothing_if_nothing_is_asked(run, capsys):
+    prompt = "the dog " * 40
+    with pytest.warns(UserWarning, match="do not fit the context of 65"):
+        main(["steer", str(run), "--n-tokens", "200", "--n-new", "2", "--prompt", prompt])
+    assert f"without: {prompt}" in capsys.readouterr().out
+    main(["steer", str(run), "--n-tokens", "200", "--n-new", "0", "--prompt", "the dog"])
+    assert capsys.readouterr().out.endswith("without: the dog\nwith: the dog\n")
+
+
+@pytest.mark.parametrize("value", ["1e15", "-1e15", "0"])
+@pytest.mark.parametrize("by", ["set", "add", "scale"])
+def test_steer_gives_finite_numbers_up_to_the_largest_values(value, by, run, capsys):
+    arguments = f"--neuron 3 --by {by} --value={value} --n-tokens 200 --n-new 2".split()
+    main(["steer", str(run), *arguments])
+    printed = capsys.readouterr().out
+    assert "nan" not in printed.lower() and "inf" not in printed
+
+
+def test_steer_says_what_cannot_be_steered(run, copy):
+    model = cl.load(run / "model")
+    with torch.no_grad():
+        model.blocks[1].ista.D.zero_()
+    model.save(copy / "model")
+    fails(["steer", str(copy), "--n-tokens", "200"], "neuron 0 of layer 1 is not active in 200 tokens: give --value")
+    small = cl.Crate(cl.CrateConfig(n_layers=2, n_heads=2, width=8, vocab_size=20, context=65))
+    small.save(copy / "model")
+    for command in "steer", "interpret":
+        fails([command, str(copy), "--n-tokens", "200"], "the corpus has 494 tokens")
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
+def test_interpret_keeps_the_scores_of_a_model_with_a_dead_layer(copy, tmp_path, capsys):
+    model, out = cl.load(copy / "model"), tmp_path / "new" / "scores.json"
+    with torch.no_grad():
+        model.blocks[1].ista.D.zero_()
+    model.save(copy / "model")
+    main(["interpret", str(copy), "--n-tokens", "2000", "--protocols", "random-only", "--out", str(out)])
+    rows = json.loads(out.read_text(), parse_constant=never)["rows"]
+    assert [row["model"] for row in rows] == ["trained"] * 3 + ["untrained"] * 3
+    assert rows[0]["dead"] >= 0.5 and "nan" not in capsys.readouterr().out
+
+
+def undefined(*arguments, **options) -> list[SimpleNamespace]:
+    numbers = dict.fromkeys(("mean", "control", "mean_defined"), float("nan"))
+    row = {"protocol": "random-only", "explainer": "token", "interval": [float("nan"), float("inf")], "undefined": 1.0}
+    return [SimpleNamespace(row=lambda: row | numbers)]
+
+
+def test_numbers_that_are_not_defined_are_called_so_and_are_null_in_the_file(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cratelab.cli.evaluate", undefined)
+    monkeypatch.setattr("cratelab.cli.collect_for_protocols", lambda *arguments: None)
+    main(["interpret", str(run), "--out", str(tmp_path / "scores.json")])
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.split() == ["trained", "random-only", "token"] + ["undefined"] * 3 + ["100%"]
+    assert json.loads((tmp_path / "scores.json").read_text())["rows"][0]["interval"] == [None, None]
+
+
+def test_a_table_shows_what_is_not_defined(capsys):
+    row = {"model": "crate", "preset": "toy", "parameters": 1000, "seeds": 1, "mean": 1.5, "half_width": None}
+    nan = float("nan")
+    print_table([row, row | {"mean": nan, "half_width": nan}, row | {"mean": None, "half_width": 0.25}], 0.5)
+    assert [line.split()[4:] for line in capsys.readouterr().out.splitlines()[1:4]] == [
+        ["1.500"],
+        ["undefined", "±", "undefined"],
+        ["undefined", "±", "0.250"],
+    ]
+
+
+class Closed(io.StringIO):
+    """A pipe whose reader has gone after the first line."""
+
+    def write(self, text: str) -> int:
+        if self.getvalue():
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+def test_a_pipe_that_is_closed_costs_neither_scores_nor_status(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("cratelab.cli.evaluate", undefined)
+    monkeypatch.setattr("cratelab.cli.collect_for_protocols", lambda *arguments: None)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, "stderr", None)
+    main(["interpret", str(run), "--out", str(tmp_path / "scores.json")])
+    assert len(json.loads((tmp_path / "scores.json").read_text())["rows"]) == 2
+
+
+def test_compare_keeps_table_and_plot_on_a_terminal_that_knows_only_ascii(tmp_path, monkeypatch):
+    def compared(*arguments):
+        return [
+            {"model": model, "preset": "toy", "parameters": 9, "validation_loss": 1.0 + seed, "curve": [(1, 1.5)]}
+            for model in ("crate", "gpt2")
+            for seed in range(2)
+        ]
+
+    monkeypatch.setattr("cratelab.cli.compare", compared)
+    seen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", seen)
+    main(["compare", "--seeds", "2", "--out", str(tmp_path), *SHORT])
+    assert (tmp_path / "compare.png").is_file() and (tmp_path / "compare.json").is_file()
+    assert b"1.500 +- 6.353" in seen.buffer.getvalue()
+
+
+def test_control_characters_of_a_corpus_do_not_reach_the_terminal(run, monkeypatch, capsys):
+    corpus = prepare("tinyworld", characters=60_000, context=65)
+    monkeypatch.setattr(corpus.tokenizer, "decode", lambda tokens: "\x1b]0;owned\x07\x9b2J\n")
+    monkeypatch.setattr("cratelab.cli.prepare", lambda *arguments, **options: corpus)
+    main(["steer", str(run), "--n-tokens", "200", "--n-new", "1"])
+    printed = capsys.readouterr().out
+    assert "\\x1b]0;owned" in printed and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", printed)
+    fails(["steer", "no\x1b[2Jthing"], "no\\x1b[2Jthing does not exist")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "there is not so much memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not so much memory"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "not so much memory"),
+        (ConnectionError("the hub cannot be reached"), "the hub cannot be reached"),
+        (ImportError("pip install 'cratelab[corpora]'"), "pip install 'cratelab[corpora]'"),
+        (OSError(28, "No space left on device"), "No space left"),
+    ],
+)
+def test_what_can_go_wrong_ends_with_a_message(error, message, monkeypatch, tmp_path):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("cratelab.cli.prepare", fail)
+    fails(["train", "--run-dir", str(tmp_path / "run")], message)
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, AttributeError, RuntimeError, IndexError])
+def test_a_fault_of_the_program_keeps_its_traceback(error, monkeypatch, tmp_path):
+    def fail(*arguments, **options):
+        raise error("expected a tensor")
+
+    monkeypatch.setattr("cratelab.cli.prepare", fail)
+    with pytest.raises(error):
+        main(["train", "--run-dir", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(("command", "more"), [("train", "the same command goes on"), ("steer", "")])
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(command, more, run, tmp_path, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cratelab.cli.prepare", stop)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--run-dir", str(tmp_path / "run")] if command == "train" else ["steer", str(run)])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.startswith(f"cratelab: stopped{'; ' if more else ''}{more}")
+
+
+@pytest.mark.parametrize("package", ["tiktoken", "tokenizers", "datasets"])
+def test_a_missing_extra_is_named_with_what_to_install(package, essays, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    corpus = "wikitext" if package == "datasets" else str(essays)
+    options = ["--tokenizer", {"tiktoken": "bytes", "tokenizers": "bpe-300", "datasets": "bytes"}[package]]
+    run_dir = ["--run-dir", str(tmp_path / "run")]
+    fails(["train", "--corpus", corpus, *options, *run_dir], f"'{package}'", "pip install 'cratelab[corpora]'")
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["interpret"], ["steer"], ["reproduce"]])
+@pytest.mark.parametrize("columns", ["20", "40", "80"])
+def test_help_is_plain_text_on_narrow_terminals(command, columns, monkeypatch):
+    seen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", seen)
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    text = seen.buffer.getvalue().decode()
+    assert not stopped.value.code and "--help" in text and "\\u" not in text and "\\x" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("cratelab interpret RUN --n-tokens 500 --protocols random-only --out scores.json | head -1", 0),
+        ("cratelab steer RUN --n-tokens 200 --n-new 60 2>&-", 0),  # longer than the context, which warns
+        ("cratelab train --run-dir new --steps 1 --batch 2 --characters 60000 --context 65 >&- 2>&-", 0),
+        ("cratelab interpret RUN --n-tokens 500 --protocols random-only --out scores.json > /dev/full", 1),
+    ],
+)
+def test_files_are_written_whatever_becomes_of_the_output(command, status, run, tmp_path):
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    done = shell(f"set -o pipefail; {command}".replace("RUN", str(run)), tmp_path, **ASCII)
+    assert done.returncode == status and b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+    if "interpret" in command:
+        assert len(json.loads((tmp_path / "scores.json").read_text())["rows"]) == 6
+    if "train" in command:
+        assert isinstance(cl.load(tmp_path / "new/model"), cl.Crate) and (tmp_path / "new/loss.png").is_file()
