@@ -39,10 +39,10 @@ def single(x: Tensor) -> Tensor:
 
 
 def memory(device: torch.device) -> float:
-    """Bytes of memory that a device has in all; infinite where nothing says how many."""
+    """Bytes of memory that a device has in all, for `meta` those of the host; infinite where nothing says how many."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    if device.type == "cpu" and hasattr(os, "sysconf"):
+    if device.type in ("cpu", "meta") and hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return math.inf
 

@@ -277,11 +277,11 @@ class LanguageModel(nn.Module):
 
 
 def load(folder: str | Path) -> LanguageModel:
-    """The model that `save` wrote into `folder`, on the CPU and in evaluation mode.
+    """The model that `save` wrote into `folder`, on the CPU, in evaluation mode and in float32 whatever the file holds.
 
     Raises:
         FileNotFoundError: `folder` holds no config.json or model.safetensors.
-        ValueError: config.json describes no known model, or the weights do not fit it.
+        ValueError: config.json describes no known model, or the weights do not fit it, each misfit by name.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -320,6 +320,9 @@ def renamed(weights: Mapping, rename: Callable[[str], str | None], source: str |
     return own
 
 
+_PRECISIONS = torch.float16, torch.bfloat16, torch.float32, torch.float64  # those of 8 bits come with factors beside
+
+
 def check_numbers(weights: Mapping[str, Tensor], source: str | Path) -> None:
     """Refuse what is no plain tensor of finite floating-point numbers, finite also in the default dtype.
 
@@ -330,8 +333,8 @@ def check_numbers(weights: Mapping[str, Tensor], source: str | Path) -> None:
     def problem(tensor: object) -> str | None:
         if not isinstance(tensor, Tensor):
             return f"is {type(tensor).__name__}, expected a tensor"
-        if not tensor.is_floating_point():
-            return f"is {tensor.dtype}, expected floating-point numbers"
+        if tensor.dtype not in _PRECISIONS:
+            return f"is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
             return "is sparse, nested or without its numbers, expected a plain tensor"
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -397,12 +400,12 @@ _OBJECTS = 20_000  # bytes of Python's objects that make up a block, at least
 
 
 def _check_memory(config: LanguageModelConfig, block: type[nn.Module]) -> None:
-    place = torch.empty(0)  # a fake tensor or a meta one where shapes alone are wanted
-    if type(place) is not Tensor or place.is_meta:
-        return
+    place, needed = torch.empty(0), config.n_layers * _OBJECTS
     of_block = sum(parameter.numel() for parameter in _outline(lambda: block(config), config).parameters())
     numbers = (config.vocab_size + config.context) * config.width + config.n_layers * of_block
-    needed, room = numbers * place.element_size() + config.n_layers * _OBJECTS, memory(place.device)
+    if type(place) is Tensor and not place.is_meta:  # else shapes alone are wanted
+        needed += numbers * place.element_size()
+    room = memory(place.device)
     if needed > room:
         raise ValueError(
             f"{config} has {numbers:,} parameters, which take {needed / 2**30:,.1f} GiB; "

@@ -137,9 +137,10 @@ def test_odd_sizes_are_named_before_a_model_is_built(changed, message, tmp_path)
 def odd_tensors():
     plain = torch.zeros(64, 16)
     return {
-        "integers": (plain.long(), "is torch.int64, expected floating-point"),
-        "bool": (plain.bool(), "is torch.bool, expected floating-point"),
-        "complex": (plain.to(torch.complex64), "is torch.complex64, expected floating-point"),
+        "integers": (plain.long(), "is torch.int64, expected float16, bfloat16, float32 or float64"),
+        "bool": (plain.bool(), "is torch.bool, expected float16, bfloat16, float32 or float64"),
+        "complex": (plain.to(torch.complex64), "is torch.complex64, expected float16, bfloat16, float32 or float64"),
+        "8 bits": (plain.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, expected float16"),
         "NaN": (plain.masked_fill(torch.arange(16) < 1, torch.nan), "holds 64 numbers that are not finite"),
         "infinite": (torch.full((64, 16), -torch.inf), "holds 1024 numbers that are not finite"),
         "too large for float32": (plain.double() + 1e300, "holds 1024 numbers that are not finite"),

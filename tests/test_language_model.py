@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
@@ -404,7 +405,7 @@ def test_parameters_are_counted_exactly_before_they_are_made(model_class, config
     monkeypatch.setattr("cratelab.language_model._OBJECTS", 0)
     config = config_class.preset("toy")
     with torch.device("meta"):
-        model = model_class(config)  # needs no memory
+        model = model_class(config)  # needs no memory but for its objects
     n = model.count_parameters() - sum(parameter.numel() for parameter in model.norm.parameters())
     with pytest.raises(ValueError, match=f"has {n:,} parameters"):
         model_class(config)
@@ -442,6 +443,14 @@ def test_loading_draws_from_the_generator_as_building_does(tmp_path):
     torch.manual_seed(3)
     cl.Crate(cl.CrateConfig(**SMALL))
     assert torch.rand(1).equal(after)
+
+
+@both
+def test_so_many_layers_that_their_names_fill_the_memory_are_refused_even_as_shapes(model_class, config_class):
+    config = config_class.preset("toy", n_layers=10**8)
+    for mode in torch.device("meta"), FakeTensorMode():
+        with mode, pytest.raises(ValueError, match=r"this machine has .* GiB in all"):
+            model_class(config)
 
 
 def test_presets_are_the_sizes_of_the_paper():
