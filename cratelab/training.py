@@ -133,6 +133,7 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"a seed must be at least 0 and below 2**32, a whole number; got {seed!r}")
 
 
+@torch.enable_grad()
 def train(
     model: LanguageModel,
     training: TokenizedCorpus,
@@ -177,6 +178,8 @@ def train(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.accumulate),
     )
     recipe.check_division(accelerator.num_processes)
+    if torch.is_autocast_enabled(accelerator.device.type):  # it would also keep old weights in its cache
+        raise ValueError("train is called within torch.autocast: call it outside, with the precision in its recipe")
     length = model.config.context + 1
     held_out = validation.validation_windows(length, min(recipe.validation_windows, len(validation) // length))
     arguments = model, recipe, training, validation, accelerator, command, tokenizer
