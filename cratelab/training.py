@@ -133,6 +133,7 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"a seed must be at least 0 and below 2**32, a whole number; got {seed!r}")
 
 
+@torch.enable_grad()
 def train(
     model: LanguageModel,
     training: TokenizedCorpus,
@@ -177,6 +178,8 @@ def train(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.accumulate),
     )
     recipe.check_division(accelerator.num_processes)
+    if torch.is_autocast_enabled(accelerator.device.type):  # it would also keep old weights in its cache
+        raise ValueError("train is called within torch.autocast: call it outside, with the precision in its recipe")
     length = model.config.context + 1
     held_out = validation.validation_windows(length, min(recipe.validation_windows, len(validation) // length))
     arguments = model, recipe, training, validation, accelerator, command, tokenizer
@@ -338,6 +341,12 @@ def _check_model(model: LanguageModel) -> None:
         raise ValueError(f"train needs a model such as Crate, itself and not wrapped; got {type(model).__name__}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
+    halves = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    if halves:
+        raise ValueError(
+            f"weights of {halves.pop()} are too coarse for AdamW's updates: train model.float(), and let the recipe's "
+            'precision="bf16" lower the precision of the products'
+        )
     wrong = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if wrong:
         raise ValueError(f"the model holds numbers that are not finite, in {', '.join(wrong[:5])}")

@@ -217,6 +217,24 @@ def test_gradients_from_before_do_not_count():
     torch.testing.assert_close(weights(used), weights(fresh), rtol=0, atol=0)
 
 
+def test_trains_where_gradients_are_switched_off():
+    usual, inside = new_model(), new_model()
+    train(usual, corpus(), corpus(seed=1), recipe(steps=2, precision="no"))
+    with torch.no_grad():
+        train(inside, corpus(), corpus(seed=1), recipe(steps=2, precision="no"))
+        assert not torch.is_grad_enabled()
+    torch.testing.assert_close(weights(inside), weights(usual), rtol=0, atol=0)
+
+
+def test_the_precision_is_not_also_chosen_around_the_call():
+    device = next(new_model().parameters()).device.type
+    with (
+        torch.autocast(device, torch.bfloat16),
+        pytest.raises(ValueError, match=r"within torch.autocast: call it outside"),
+    ):
+        train(new_model(), corpus(), corpus(seed=1), recipe())
+
+
 def test_frozen_parameters_stay_frozen_and_as_they_were(tmp_path):
     model = new_model()
     model.token_embedding.weight.requires_grad_(False)
@@ -317,6 +335,12 @@ def test_a_preset_that_there_is_not_is_refused(name):
     with pytest.raises(ValueError, match=r"no preset .*; there are toy, 1L, 2L, 3L, S, B"):
         Recipe.preset(name)
     assert Recipe.preset("S") == Recipe() != Recipe.preset("toy")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_refused(dtype):
+    with pytest.raises(ValueError, match=f'weights of {dtype} are too coarse .*precision="bf16"'):
+        train(new_model().to(dtype), corpus(), corpus(), recipe())
 
 
 def test_a_model_that_is_wrapped_is_refused(quick_compile):
