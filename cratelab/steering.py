@@ -269,7 +269,7 @@ def steered_logits(
 
     Raises:
         ValueError: there is no such layer or neuron; values are not (s, m), not finite in the model's dtype or larger
-            than `LARGEST`; `by` is unknown; or the steered logits are not finite.
+            than `LARGEST`; `by` is unknown; or the steered output is not finite.
     """
     check_values(model, layer, neurons, values, by)
     device = model.token_embedding.weight.device
@@ -295,12 +295,13 @@ def steered_logits(
         x = rearrange(x, "s m b n d -> (s m b) n d").to(seen["output"].dtype)
         for above in model.blocks[layer + 1 :]:
             x = above(x)
-        logits = F.linear(model.norm(x), model.token_embedding.weight)
-        if not logits.isfinite().all():
+        x = model.norm(x)
+        if not x.isfinite().all():
             raise ValueError(
-                f"logits are not finite in {logits.dtype} when neurons {neurons[some].cpu().tolist()} of layer {layer} "
+                f"what layer {layer} leads to is not finite in {x.dtype} when neurons {neurons[some].cpu().tolist()} "
                 f"are edited ({by}) by {values[:, some].cpu().tolist()}: take smaller values"
             )
+        logits = F.linear(x, model.token_embedding.weight)
         yield some, rearrange(logits, "(s m b) n v -> s m b n v", s=len(values), b=len(tokens))
 
 
