@@ -9,6 +9,7 @@ are had together by running only the layers above again.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -51,13 +52,16 @@ class Edit:
     where: Literal["all", "last"] | Tensor = "all"
 
     def __post_init__(self):
-        self.neuron, self.value = torch.as_tensor(self.neuron).reshape(-1), torch.as_tensor(self.value)
+        try:
+            self.neuron, self.value = torch.as_tensor(self.neuron).reshape(-1), torch.as_tensor(self.value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"neuron and value must be numbers; got {self.neuron!r} and {self.value!r}") from error
         if self.by not in ("set", "add", "scale"):
             raise ValueError(f'by must be "set", "add" or "scale"; got {self.by!r}')
         _check_numbers(self.neuron)
         if len(self.neuron.unique()) != len(self.neuron):
             raise ValueError(f"neuron must be one integer or several different ones; got {self.neuron.tolist()}")
-        if not _in_range(self.value) or self.value.shape not in ((), self.neuron.shape):
+        if self.value.is_complex() or not _in_range(self.value) or self.value.shape not in ((), self.neuron.shape):
             raise ValueError(
                 f"value must be finite, at most {LARGEST:g} in size, and one number or one for each of "
                 f"{len(self.neuron)} neurons; got {self.value.tolist()}"
@@ -141,6 +145,8 @@ def _in_range(values: Tensor) -> bool:
 
 def _check_numbers(neurons: Tensor) -> None:
     """Raises ValueError unless they are (m,) integers, m at least 1."""
+    if not isinstance(neurons, Tensor):
+        raise ValueError(f"neurons must be a tensor (m,) of integers; got {neurons!r}")
     if neurons.dtype not in (torch.int32, torch.int64) or neurons.ndim != 1 or not len(neurons):
         raise ValueError(f"neurons must be one integer or several, (m,) and m at least 1; got {neurons.tolist()}")
 
@@ -156,7 +162,7 @@ def _check_neurons(model: LanguageModel, layer: int, neurons: Tensor) -> None:
     """Raises ValueError if the model has no such layer, or the layer no such neurons."""
     _check_numbers(neurons)
     check_floating(model)
-    if layer not in range(len(model.blocks)):
+    if not isinstance(layer, Integral) or layer not in range(len(model.blocks)):
         raise ValueError(f"the model has layers 0 to {len(model.blocks) - 1}; got {layer}")
     n_neurons = _count_neurons(model, layer)
     if not ((neurons >= 0) & (neurons < n_neurons)).all():
@@ -269,7 +275,7 @@ def steered_logits(
 
     Raises:
         ValueError: there is no such layer or neuron; values are not (s, m), not finite in the model's dtype or larger
-            than `LARGEST`; `by` is unknown; or the steered logits are not finite.
+            than `LARGEST`; `by` is unknown; or the steered output is not finite.
     """
     check_values(model, layer, neurons, values, by)
     device = model.token_embedding.weight.device
@@ -295,12 +301,13 @@ def steered_logits(
         x = rearrange(x, "s m b n d -> (s m b) n d").to(seen["output"].dtype)
         for above in model.blocks[layer + 1 :]:
             x = above(x)
-        logits = F.linear(model.norm(x), model.token_embedding.weight)
-        if not logits.isfinite().all():
+        x = model.norm(x)
+        if not x.isfinite().all():
             raise ValueError(
-                f"logits are not finite in {logits.dtype} when neurons {neurons[some].cpu().tolist()} of layer {layer} "
+                f"what layer {layer} leads to is not finite in {x.dtype} when neurons {neurons[some].cpu().tolist()} "
                 f"are edited ({by}) by {values[:, some].cpu().tolist()}: take smaller values"
             )
+        logits = F.linear(x, model.token_embedding.weight)
         yield some, rearrange(logits, "(s m b) n v -> s m b n v", s=len(values), b=len(tokens))
 
 

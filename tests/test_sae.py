@@ -107,6 +107,7 @@ def test_rows_start_at_unit_length_and_the_encoder_as_their_transpose():
         (dict(d_in=8, l1="much"), "l1='much'"),
         (dict(d_in=8.0), "d_in=8.0"),
         (dict(d_in=True), "d_in=True"),
+        (dict(d_in=10**400), "d_in=1000"),
         (dict(d_in=8, expansion=float("inf")), "expansion=inf"),
         (dict(d_in=8, kind=["relu"]), "kind must be one of"),
         (dict(d_in=8, kind="batchtopk", k=129), "k must be 1 to 128, the number of features; got 129"),

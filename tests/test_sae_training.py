@@ -620,6 +620,7 @@ def test_a_lost_loss_ends_training_with_a_clear_error(tmp_path):
         (dict(layers=[-1]), "layers must be some of 0 to 1"),
         (dict(layers=[0.0]), "layers must be some of 0 to 1"),
         (dict(layers=[True]), "layers must be some of 0 to 1"),
+        (dict(layers=[[0]]), "layers must be some of 0 to 1"),
         (
             dict(validation=TokenizedCorpus.from_arrays(np.arange(1), np.zeros(1, int), ["a"], 19)),
             "the first 1 tokens of the corpus hold none that follows another",
@@ -645,8 +646,9 @@ def test_what_does_not_fit_is_refused_before_work_starts(tmp_path, changes, comp
         *(dict(max_tokens=0), dict(batch=0), dict(learning_rate=0), dict(evaluations=0), dict(least_gain=0 * 1e999)),
         *(dict(max_tokens=float("nan")), dict(batch=2.0), dict(buffer=True), dict(learning_rate=float("nan"))),
         *(dict(seed=-1), dict(seed=2**32), dict(seed=0.5), dict(resample_at=[float("nan")]), dict(resample_at=[-0.1])),
+        *(dict(resample_at="a"), dict(learning_rate="x"), dict(least_gain=None)),
     ],
 )
 def test_impossible_recipes_are_refused(changes):
-    with pytest.raises(ValueError, match=r"must be (an integer|positive|shares)|less than 2\*\*32"):
+    with pytest.raises(ValueError, match=r"must be (an integer|positive|shares|a number)|less than 2\*\*32"):
         SaeRecipe(**changes)

@@ -6,7 +6,6 @@ computes with its own code; this one has to be spliced in, and x̂ ≠ x.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -49,8 +48,8 @@ class SaeConfig:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
         for name, kind in ("d_in", int), ("k", int), ("expansion", int | float), ("l1", int | float):
             value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, and d_in and k whole; got {name}={value!r}")
+            if not isinstance(value, kind) or isinstance(value, bool) or not abs(value) < 2**31:
+                raise ValueError(f"{name} must be a number below 2**31, and d_in and k whole; got {name}={value!r}")
         if self.d_in < 1 or self.n_features < 1 or not self.l1 >= 0:
             raise ValueError(
                 "an auto-encoder needs d_in and features of at least 1, and l1 >= 0; got "

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +74,11 @@ class SaeRecipe:
                 raise ValueError(f"{name} must be an integer and at least {low}; got {value!r}")
         if self.seed >= 2**32:
             raise ValueError(f"seed must be less than 2**32, since torch tells no others apart; got {self.seed}")
-        if not all(0 <= share < math.inf for share in self.resample_at):
+        if not all(isinstance(share, Real) and 0 <= share < math.inf for share in self.resample_at):
             raise ValueError(f"resample_at must be shares of max_tokens, finite and at least 0; got {self.resample_at}")
+        for name in "learning_rate", "least_gain":
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} must be a number; got {getattr(self, name)!r}")
         if not (0 < self.learning_rate < math.inf and math.isfinite(self.least_gain)):
             raise ValueError(
                 f"the learning rate must be positive and the least gain finite; got {self.learning_rate} and "
@@ -272,7 +275,7 @@ def _check(model: LanguageModel, training, validation, config: SaeConfig, layers
     if config.d_in != width:
         raise ValueError(f"the model has {width} neurons a layer, the auto-encoder reads {config.d_in}")
     known = range(len(model.blocks))
-    if not layers or len(set(layers)) < len(layers) or not all(type(i) is int and i in known for i in layers):
+    if not layers or not all(type(i) is int and i in known for i in layers) or len(set(layers)) < len(layers):
         raise ValueError(f"layers must be some of 0 to {len(model.blocks) - 1}, each once; got {layers}")
     for name, corpus in ("training", training), ("validation", validation):
         if corpus.n_vocab > model.config.vocab_size:
@@ -287,7 +290,8 @@ def _check(model: LanguageModel, training, validation, config: SaeConfig, layers
 def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
