@@ -508,6 +508,18 @@ def test_an_answer_that_is_too_large_or_wrongly_compressed_is_a_problem_and_no_e
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 90_000  # kB
 
 
+def test_the_first_requests_of_a_process_may_come_together(serve, connect):
+    endpoints._loop.cache_clear()
+    endpoint, together = connect(serve(understanding), chat=False), threading.Barrier(8)
+
+    def ask_it(n):
+        together.wait(10)
+        return endpoint.answer(Request((f"{n} cat\t",), top=5))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all("next" in answer for answer in pool.map(ask_it, range(8)))
+
+
 def test_closing_twice_is_closing(serve):
     with OpenAIEndpoint(serve(understanding).url, "tiny", chat=False) as endpoint:
         endpoint.answer(Request(("cat\t",), top=5))
