@@ -156,7 +156,7 @@ class OpenAIEndpoint:
             timeout=self._http.Timeout(None, connect=timeout / 2),
             limits=self._http.Limits(max_connections=concurrency),
         )
-        self._reached = threading.Event()
+        self._reached, self._loop = threading.Event(), _loop()
 
     @cached_property
     def all_at_once(self) -> bool:
@@ -205,7 +205,7 @@ class OpenAIEndpoint:
 
     def close(self) -> None:
         """Close the connections."""
-        asyncio.run_coroutine_threadsafe(self._client.aclose(), _loop()).result()
+        asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result()
 
     def __enter__(self) -> Self:
         return self
@@ -288,7 +288,7 @@ class OpenAIEndpoint:
                         break
                 return reply
 
-        return asyncio.run_coroutine_threadsafe(exchange(), _loop()).result()
+        return asyncio.run_coroutine_threadsafe(exchange(), self._loop).result()
 
     def _refusal(self, status: int, failure: str) -> Exception:
         if status in (401, 403):

@@ -29,6 +29,7 @@ from cratelab.storage import read_json, write_json
 Neuron = tuple[int, int]
 Place = tuple[int, int, int]  # neuron, excerpt, token
 
+LONGEST_SENTENCE = 2000  # characters
 NO_NUMBER = "no number among the likeliest tokens"
 
 
@@ -283,8 +284,11 @@ def number_masses(pairs: Iterable[tuple[str, float]], most: int) -> Tensor:
 
 
 def first_line(text: str) -> str:
-    """The first line of an answer that is not blank, without quotation marks around it and what does not print."""
-    return printable(text.strip().partition("\n")[0]).strip('"“”')
+    """The first line of an answer that is not blank, without quotation marks around it and what does not print.
+
+    It is cut where no sentence is so long: every token that is simulated is asked for with the explanation before it.
+    """
+    return printable(text.strip().partition("\n")[0]).strip('"“”')[:LONGEST_SENTENCE]
 
 
 def select_neurons(excerpts: Excerpts, neurons: Sequence[Neuron]) -> Excerpts:

@@ -442,7 +442,17 @@ def test_a_server_that_keeps_failing_ends_the_run(serve, connect):
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [("2", 2), ("nan", 0), ("-1", 0), (None, 0), ("soon", 0), ("inf", math.inf), ("Wed, 21 Oct 2015 07:28:00", 0)],
+    [
+        ("2", 2),
+        ("1e999", math.inf),
+        ("Wed, 21 Oct 99999 07:28:00 -9999", 0),
+        ("nan", 0),
+        ("-1", 0),
+        (None, 0),
+        ("soon", 0),
+        ("inf", math.inf),
+        ("Wed, 21 Oct 2015 07:28:00", 0),
+    ],
 )
 def test_retry_after(header, seconds):
     assert endpoints._retry_after(header) == seconds
@@ -496,6 +506,18 @@ def test_an_answer_that_is_too_large_or_wrongly_compressed_is_a_problem_and_no_e
     answer = connect(server, chat=False).answer(Request(("cat\t",), top=5))
     assert problem in answer["problem"] and len(server.requests) == 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 90_000  # kB
+
+
+def test_the_first_requests_of_a_process_may_come_together(serve, connect):
+    endpoints._loop.cache_clear()
+    endpoint, together = connect(serve(understanding), chat=False), threading.Barrier(8)
+
+    def ask_it(n):
+        together.wait(10)
+        return endpoint.answer(Request((f"{n} cat\t",), top=5))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all("next" in answer for answer in pool.map(ask_it, range(8)))
 
 
 def test_closing_twice_is_closing(serve):
@@ -601,6 +623,8 @@ def test_an_explanation_holds_only_what_prints(serve, connect):
     server = serve(lambda *request: (200, {}, written("\x1b[2J cats\u202e\ud800 and\tdogs\x07")))
     explainer = LanguageModelExplainer(connect(server), announce=quiet)
     assert explainer.explain(STRONG, Words(), [(0, 0)]).texts == ["[2J cats and dogs"]
+    endless = LanguageModelExplainer(connect(serve(lambda *request: (200, {}, written("so " * 10**6)))), announce=quiet)
+    assert len(endless.explain(STRONG, Words(), [(0, 0)]).texts[0]) == 2000
 
 
 def test_nobody_there(connect):
