@@ -388,7 +388,7 @@ class Reproduce:
             print_table(make_reference_models(folder, self.seeds, self.text, self.steps or 1500, say, _report), None)
             say(f"{folder}/packed is what cratelab/reference holds")
         else:
-            steps = (self.steps, self.steps) if self.steps else (2000, 1500)
+            steps = (2000, 1500) if self.steps is None else (self.steps, self.steps)
             folder = self.out or Path("runs/chapter-9")
             table = reproduce_chapter_9(folder, self.reference, self.seeds, steps, say, _report)
             say(f"{table} is what cratelab/reference holds")

@@ -135,10 +135,10 @@ class RunDirectory:
                 with run._writing():
                     run._clean()
                     if not file.is_file():
-                        if tokenizer:
-                            tokens.save(tokenizer, run.path / "tokenizer.json")
                         about = {"command": command, "provenance": provenance(processes=accelerator.num_processes)}
                         write_json(file, facts | {"start": start} | about)
+                    if tokenizer and not (run.path / "tokenizer.json").is_file():
+                        tokens.save(tokenizer, run.path / "tokenizer.json")
             accelerator.wait_for_everyone()
             yield run
 
@@ -313,12 +313,16 @@ def _moments(state: dict) -> dict[str, Tensor]:
     return {f"{parameter}.{name}": held[name] for parameter, held in state["state"].items() for name in held}
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
 def read_metrics(path: str | Path) -> list[dict]:
     """The metrics of a run, one dict a step, up to the first line that a kill or a loss of power has spoiled."""
     file, metrics = Path(path) / "metrics.jsonl", []
     for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else []:
         with suppress(ValueError, RecursionError):
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_refuse)
             if line.endswith(b"\n") and isinstance(row, dict):
                 metrics.append(row)
                 continue

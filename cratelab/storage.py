@@ -52,7 +52,7 @@ def remove_leftovers(path: str | Path) -> None:
     """Remove what killed writers of `path` have left beside it. Only for who knows that nobody is writing it now."""
     path = Path(path)
     for entry in path.parent.glob("*.part"):
-        if re.fullmatch(re.escape(path.name) + r"(\.\d+-[0-9a-f]{8})?\.part", entry.name):
+        if re.fullmatch(re.escape(path.name) + r"\.\d+-[0-9a-f]{8}\.part", entry.name):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 

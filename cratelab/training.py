@@ -337,6 +337,12 @@ def _check_model(model: LanguageModel) -> None:
         raise ValueError(f"train needs a model such as Crate, itself and not wrapped; got {type(model).__name__}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
+    halves = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    if halves:
+        raise ValueError(
+            f"weights of {halves.pop()} are too coarse for AdamW's updates: train model.float(), and let the recipe's "
+            'precision="bf16" lower the precision of the products'
+        )
     wrong = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if wrong:
         raise ValueError(f"the model holds numbers that are not finite, in {', '.join(wrong[:5])}")

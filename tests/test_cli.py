@@ -136,7 +136,7 @@ def test_another_corpus_is_read_with_the_tokenizer_of_the_run(tmp_path, monkeypa
     monkeypatch.setenv("CRATELAB_CACHE", str(tmp_path / "cache"))
     for name, letters in ("a", "abcdef"), ("b", "uvwxyz"):
         write_text(tmp_path / f"{name}", letters)
-    run, options = str(tmp_path / "run"), ["--context", "80", "--steps", "2", "--batch", "2", "--tokenizer", "bytes"]
+    run, options = str(tmp_path / "run"), ["--context", "96", "--steps", "2", "--batch", "2", "--tokenizer", "bytes"]
     main(["train", "--run-dir", run, "--corpus", str(tmp_path / "a"), *options])
     main(["steer", run, "--corpus", str(tmp_path / "b"), "--n-new", "2", "--n-tokens", "64"])
     with pytest.raises(SystemExit, match=r"trained on other tokens \(bytes, 257 of them\)"):

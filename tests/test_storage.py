@@ -71,8 +71,8 @@ def test_a_full_disk_is_an_oserror_that_names_the_file(tmp_path, monkeypatch):
 
 
 def test_only_what_was_written_beside_a_file_is_removed(tmp_path):
-    left = ["a.json.12-0123abcd.part", "a.json.part"]
-    others = ["a.json", "b.json.12-0123abcd.part", "a.json.12-0123abcd.part.txt", "a.json.mine.part", "axjson.part"]
+    left, others = ["a.json.12-0123abcd.part"], ["a.json", "a.json.part"]
+    others += ["b.json.12-0123abcd.part", "a.json.12-0123abcd.part.txt", "a.json.mine.part", "axjson.12-0123abcd.part"]
     for name in [*left, *others]:
         (tmp_path / name).write_text("")
     (tmp_path / "a.json.7-89abcdef.part").mkdir()

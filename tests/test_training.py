@@ -319,7 +319,13 @@ def test_a_preset_that_there_is_not_is_refused(name):
     assert Recipe.preset("S") == Recipe() != Recipe.preset("toy")
 
 
-def test_a_model_that_is_wrapped_is_refused():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_refused(dtype):
+    with pytest.raises(ValueError, match=f'weights of {dtype} are too coarse .*precision="bf16"'):
+        train(new_model().to(dtype), corpus(), corpus(), recipe())
+
+
+def test_a_model_that_is_wrapped_is_refused(quick_compile):
     with pytest.raises(ValueError, match="itself and not wrapped; got OptimizedModule"):
         train(torch.compile(new_model()), corpus(), corpus(), recipe())
 
