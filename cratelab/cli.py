@@ -386,12 +386,7 @@ class Reproduce:
         _use_one_thread(128)
         if self.what == "reference":
             folder = self.out or self.reference
-            print_table(
-                make_reference_models(
-                    folder, self.seeds, self.text, 1500 if self.steps is None else self.steps, say, _report
-                ),
-                None,
-            )
+            print_table(make_reference_models(folder, self.seeds, self.text, self.steps or 1500, say, _report), None)
             say(f"{folder}/packed is what cratelab/reference holds")
         else:
             steps = (2000, 1500) if self.steps is None else (self.steps, self.steps)
