@@ -12,7 +12,6 @@ from types import ModuleType
 
 SPLITS = "train", "validation", "test"
 FRACTIONS = 0.9, 0.05, 0.05
-FRACTIONS = 0.9, 0.05, 0.05
 
 
 @dataclass

@@ -25,12 +25,15 @@ KINDS = (*_JSONL, *_TEXT, ".parquet")
 
 # What a file or folder is for, by the words of its name; of several the first that applies.
 _WORDS_OF_SPLITS = {
-    "test": {"test", "testing", "tests", "heldout", "holdout"},
-    "validation": {"validation", "valid", "val", "dev", "devel", "development", "eval", "evaluation"},
+    "test": {"test", "testing", "tests", "tst", "devtest", "valtest", "heldout", "holdout"},
+    "validation": {"validation", "validate", "valid", "val", "dev", "devel", "development", "eval", "evaluation"},
     "train": {"train", "training"},
 }
-# What stands beside a data set, to be read by people or by the hub.
-_ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|datasheet|dataset_(card|infos?))(?![a-z])")
+# What stands beside a data set, to be read by people or by the hub: README_2.md, readme.md; not notice_of_appeal.txt.
+_ABOUT = re.compile(
+    r"(README|LICEN[CS]E|COPYING|NOTICE|CITATION|CHANGELOG|DATASHEET)(?![A-Za-z])"
+    r"|(?i:readme|licen[cs]e|copying|notice|citation|changelog|datasheet|dataset_(card|infos?))\."
+)
 
 TEXT_DOCUMENT = 4096  # characters of a text file after which a document ends with its paragraph
 _LONGEST_LINE = 2**25  # bytes: 32 MiB, ten times War and Peace
@@ -189,8 +192,9 @@ def split_named_by(path: str | Path) -> str | None:
 
     Letters that stand together are a word, whatever their case, so `wiki.train.raw`, `train_0.txt`, `owt_valid` and
     `Test-00000-of-00002` name one, `latest` and `contest` none; "set", "data" or "split" may follow without a break.
-    Known are train, training; validation, valid, val, dev, devel, development, eval, evaluation; test, testing, tests,
-    heldout, holdout. What is named for test is test whatever else it is named for, and so is then validation.
+    Known are train, training; validation, validate, valid, val, dev, devel, development, eval, evaluation; test,
+    testing, tests, tst, devtest, valtest, heldout, holdout. What is named for test is test whatever else it is named
+    for, and so is then validation.
     """
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(path))
     name = re.sub(r"(held|hold)[ _.-]?out", "heldout", name.lower())
@@ -233,7 +237,7 @@ def _find(path: Path, split: str | None) -> list[Path]:
 
 def _is_about(file: Path) -> bool:
     """Whether it stands beside a data set, for people or for the hub to read."""
-    return _kind(file) in (*_TEXT, ".json") and _ABOUT.match(file.name.lower()) is not None
+    return _kind(file) in (*_TEXT, ".json") and _ABOUT.match(file.name) is not None
 
 
 def _walk(folder: Path) -> Iterator[Path]:

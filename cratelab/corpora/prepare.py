@@ -14,8 +14,8 @@ Several of text are joined by `+`: `pydocs+packages`, `pydocs+./essays`. A name 
 could also belong to a path, the longest path that exists is meant.
 
 **Splits.** Of a folder in which files or folders are named for a split (`cratelab.corpora.files.split_named_by`), these
-are it, and likewise of several files that are joined: what is named for validation or test is never trained on. Without
-such names, and for validation where only training and test have theirs, the hash of each text decides
+are it, and likewise of several files or folders that are joined: what is named for validation or test is never trained
+on. Without such names, and for validation where only training and test have theirs, the hash of each text decides
 (`cratelab.corpora.documents.split_of`); a corpus so small that none is left to validate on gives the text of the lowest
 hash. A text that is held out anywhere is left out of training everywhere, except for the test split of a data set on
 the hub, which is not read; blank documents are left out altogether.
@@ -110,6 +110,7 @@ def prepare(
         "edition": _EDITION,
         "format": FORMAT,
         "corpus": [identity(part) for part in parts],
+        "splits": text.splits,
         "fractions": list(FRACTIONS),
         "tokenizer": tokenizer,
         "characters": characters,

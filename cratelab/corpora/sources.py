@@ -4,6 +4,7 @@ The rules are stated in `cratelab.corpora.prepare`.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,13 +31,22 @@ class Text:
 
     def __init__(self, parts: list[str], characters: int):
         self.characters = characters
-        self.parts = [_Part(part, *_splits_of(part)) for part in parts]
-        files = [part for part in self.parts if os.path.isfile(part.name) and part.name not in (*HUB, *PYTHON)]
-        named = {part.name: split_named_by(Path(part.name).name) for part in files}
-        if len(parts) > 1 and {"validation", "test"} & set(named.values()):  # as if they were in one folder
-            for part in files:
-                part.own = {named[part.name] or "train"}
-                part.cut = part.own == {"train"} and "validation" not in named.values()
+        named = {  # of parts that are joined, as if they were in one folder
+            part: split_named_by(Path(os.path.abspath(part)).name)
+            for part in parts
+            if len(parts) > 1 and part not in (*HUB, *PYTHON)
+        }
+        held_out = {split for split in named.values() if split in ("validation", "test")}
+        self.parts = []
+        for name in parts:
+            if named.get(name) in held_out:
+                self.parts.append(_Part(name, {named[name]}, cut=False, whole=True))
+                continue
+            part = _Part(name, *_splits_of(name))
+            if held_out and name in named:
+                part.whole = not part.own
+                part.own, part.cut = part.own or {"train"}, part.cut and "validation" not in held_out
+            self.parts.append(part)
 
     def training(self) -> Iterator[Document]:
         kept = (document for document in self._of("train") if _digest(document) not in self._held_out)
@@ -47,6 +57,11 @@ class Text:
         if self._substitute:
             documents = (document for document in self._by_hash() if _digest(document) == self._substitute)
         return self._some(first_characters(documents, self._validation_characters), "validate")
+
+    @property
+    def splits(self) -> list:
+        """What was decided about each of the parts, for their identity: by the name of a folder, too."""
+        return [[sorted(part.own), part.cut, part.whole] for part in self.parts]
 
     @property
     def _validation_characters(self) -> int:
@@ -99,15 +114,17 @@ class _Part:
         name: or path.
         own: the splits that it has by itself; none where the hash decides about all of it.
         cut: whether the hash divides what it has to train on.
+        whole: whether all of it is its only split, whatever its files are named.
     """
 
     name: str
     own: set[str]
     cut: bool
+    whole: bool = False
 
     def documents(self, split: str) -> Iterator[Document]:
         if split != "train" and split in self.own:
-            return iter(HUB[self.name](split) if self.name in HUB else LocalDocuments(self.name, split))
+            return iter(HUB[self.name](split) if self.name in HUB else self._local(split))
         if self.cut:
             return select(self.all_for_training(), split)
         return self.all_for_training() if split == "train" else iter(())
@@ -119,7 +136,10 @@ class _Part:
             return iter(HUB[self.name]("train"))
         if self.name in PYTHON:
             return iter(PYTHON[self.name]())
-        return iter(LocalDocuments(self.name, "train" if self.own else None))
+        return iter(self._local("train" if self.own else None))
+
+    def _local(self, split: str | None) -> LocalDocuments:
+        return LocalDocuments(self.name, None if self.whole else split)
 
 
 def _splits_of(part: str) -> tuple[set[str], bool]:
@@ -128,11 +148,17 @@ def _splits_of(part: str) -> tuple[set[str], bool]:
         return {"train", "validation"}, False
     if part in PYTHON or not os.path.isdir(part):
         return set(), True
-    own = {split_named_by(file.relative_to(part)) for file in LocalDocuments(part).files} - {None}
+    named = {file: split_named_by(file.relative_to(part)) for file in LocalDocuments(part).files}
+    own = set(named.values()) - {None}
     if own:
         LocalDocuments(part, "train")  # raises if there is none
-        own.add("train")
-    return own, "validation" not in own
+    if "train" in own and (left_out := [file for file, split in named.items() if split is None]):
+        warnings.warn(
+            f"{part}: {len(left_out)} files that are named for no split are left out, such as {left_out[0].name}, "
+            f"since {next(file.name for file in named if named[file] == 'train')} is named for training",
+            stacklevel=4,
+        )
+    return own | ({"train"} if own else set()), "validation" not in own
 
 
 def identity(part: str) -> object:

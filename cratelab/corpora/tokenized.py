@@ -66,12 +66,18 @@ class TokenizedCorpus:
             raise ValueError(f"tokens and document must be integers, at least 0; got {tokens.dtype}, {document.dtype}")
         if (tokens >= n_vocab).any():
             raise ValueError(f"tokens must be below n_vocab = {n_vocab}; got {tokens.max()}")
-        lengths = np.bincount(document)
-        if tokens.shape != document.shape or (document[1:] < document[:-1]).any() or len(lengths) != len(domains):
+        n_documents = int(document.max()) + 1 if document.size else 0
+        if (
+            tokens.ndim != 1
+            or tokens.shape != document.shape
+            or (document[1:] < document[:-1]).any()
+            or n_documents != len(domains)
+        ):
             raise ValueError(
                 "tokens and document must be (n,) each, document ascending, with a domain for each; got "
-                f"{tokens.shape}, {document.shape}, {len(lengths)} documents and {len(domains)} domains"
+                f"{tokens.shape}, {document.shape}, {n_documents} documents and {len(domains)} domains"
             )
+        lengths = np.bincount(document.astype(np.int64))
         names = sorted(set(domains))
         table = np.stack([lengths, [names.index(domain) for domain in domains]], 1)
         return cls([tokens], [table], [names], n_vocab, {"n_tokens": len(tokens), "n_documents": len(domains)})

@@ -61,8 +61,10 @@ def tokenize(
             tokenizer cannot encode a document, which is named, or gives a token that is not in its vocabulary.
         OSError: a file cannot be written. What was finished stays, and the next run goes on from there.
     """
-    if not shard_characters >= 1 or not (workers is None or workers >= 1):
-        raise ValueError(f"workers and shard_characters must be at least 1; got {workers} and {shard_characters}")
+    if any(type(number) is not int or number < 1 for number in (shard_characters, 1 if workers is None else workers)):
+        raise ValueError(
+            f"workers and shard_characters must be integers, at least 1; got {workers} and {shard_characters}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock"):

@@ -292,7 +292,9 @@ def load(path: str | Path) -> Tokenizer:
 
 def _check_pattern(encoding: "tiktoken.Encoding") -> None:
     """Raises ValueError if a pattern leaves text out, or is more than tiktoken can do."""
-    text = "".join(map(chr, range(0x250))) + "Don't  stop 1999 \n\n\u3000日本語 🙂\u0301 " + "a" * 200 + " " * 200
+    text = (
+        " ".join(map(chr, (*range(0xD800), *range(0xE000, 0x20000)))) + "Don't  stop 1999 \n\n" + "a" * 200 + " " * 200
+    )
     if encoding.decode(encode(encoding, text).tolist()) != text:
         raise ValueError("its pattern leaves characters out")
 
@@ -322,6 +324,10 @@ def _facts(tokenizer: Tokenizer) -> dict:
     if isinstance(tokenizer, WordEncoding):
         end = tokenizer.vocabulary[tokenizer.eot_token]
         return {"kind": "words", "name": tokenizer.name, "tokens": tokenizer.vocabulary, "end_of_text": end}
+    if not hasattr(tokenizer, "_mergeable_ranks"):
+        raise ValueError(
+            f"{tokenizer.name!r} is no tokenizer of cratelab.corpora.tokens, but {type(tokenizer).__name__}"
+        )
     # tiktoken's documentation names these three as the way to extend an encoding
     ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
     tokens = sorted(ranks, key=ranks.get)

@@ -197,7 +197,11 @@ def test_real_files_in_the_form_of_the_pile():
         ],
         *[(name, "train") for name in ("training/a.txt", "trainset2.jsonl", "trainData.json", "a train.txt", "train0")],
         *[(name, "validation") for name in ("valid.txt", "owt_valid.jsonl", "Val/00.txt", "x-dev.jsonl.gz", "eval1")],
-        *[(name, "validation") for name in ("validation-00000-of-00001.parquet", "train/val.txt", "dev_set.txt")],
+        *[(name, "test") for name in ("flores.devtest", "tst2013.txt", "valtest.jsonl")],
+        *[
+            (name, "validation")
+            for name in ("validate.jsonl", "validation-00000-of-00001.parquet", "train/val.txt", "dev_set.txt")
+        ],
         *[
             (name, "test")
             for name in ("test.jsonl", "wiki.test.raw", "a/testing/b.txt", "testset.txt", "x_test_3.json")
@@ -229,6 +233,15 @@ def test_links_are_followed_and_what_is_hidden_or_about_the_data_is_left_out(tmp
     folder = tmp_path / "corpus"
     for name in ("a/one.txt", "README.md", "a/LICENSE-MIT.txt", "dataset_infos.json", ".b/two.txt", "a/.c.txt"):
         as_written(folder / name, b"x")
+    for name in (
+        "a/notice_of_appeal.txt",
+        "citations.md",
+        "a/readme.md",
+        "LICENSE_2.md",
+        "a/license.txt",
+        "license_plates.md",
+    ):
+        as_written(folder / name, b"x")
     as_written(folder / ".ipynb_checkpoints" / "one-checkpoint.txt", b"x")
     as_written(tmp_path / "elsewhere" / "three.txt", b"x")
     as_written(tmp_path / "four.bin", b"x")
@@ -239,7 +252,8 @@ def test_links_are_followed_and_what_is_hidden_or_about_the_data_is_left_out(tmp
     (folder / "loop.txt").symlink_to(folder / "loop.txt")
     (folder / "gone.txt").symlink_to(folder / "removed")
     found = [file.relative_to(folder).as_posix() for file in LocalDocuments(folder).files]
-    assert found == ["a/one.txt", "four.txt", "linked/three.txt"]
+    prose = "a/notice_of_appeal.txt", "citations.md", "license_plates.md"
+    assert found == sorted(["a/one.txt", "four.txt", "linked/three.txt", *prose])
     as_written(tmp_path / "docs" / "README.md", b"x")
     assert len(LocalDocuments(tmp_path / "docs").files) == 1, "there is no other"
 

@@ -358,3 +358,39 @@ def test_of_an_installed_package_the_sources_tell(tmp_path, monkeypatch):
         (tmp_path / "mine" / "__init__.py").touch()
         corpus = prepare("packages", "bytes", cache=tmp_path / "cache")
         assert {text[0] for text in decoded(corpus.training, corpus.tokenizer)} == {letter}
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train/", "val/"), ("a", "val"), ("a", "val/val_0.jsonl")])
+def test_folders_that_are_joined_are_as_in_one_folder(tmp_path, monkeypatch, names):
+    monkeypatch.chdir(tmp_path)
+    for folder in "train", "a":
+        held(tmp_path / folder, "part.jsonl", texts(300))
+    held(tmp_path / "val", "val_0.jsonl", texts(330)[290:])
+    assert splits("+".join(names), tmp_path) == (texts(290), texts(330)[290:])
+    (tmp_path / "val").rename(tmp_path / "test")
+    training, validation = splits(f"{names[0]}+test", tmp_path)
+    assert (training, validation) == (hashed(texts(290), "train"), hashed(texts(300), "validation"))
+
+
+def test_a_folder_of_splits_that_is_joined_keeps_them(tmp_path):
+    for name, rows in {"train.jsonl": texts(300), "dev.jsonl": texts(310)[300:], "test.jsonl": texts(10)}.items():
+        held(tmp_path / "c", name, rows)
+    held(tmp_path / "test", "part.jsonl", texts(20))
+    expected = texts(300)[20:], texts(310)[300:]
+    assert splits(f"{tmp_path / 'c'}+{tmp_path / 'test'}", tmp_path) == expected
+
+
+def test_files_that_are_left_out_beside_those_for_training_are_named(tmp_path):
+    held(tmp_path / "c", "training_plan.jsonl", texts(50))
+    held(tmp_path / "c", "diary.jsonl", texts(90)[50:])
+    with pytest.warns(UserWarning, match=r"1 files .* named for no split are left out, such as diary.jsonl"):
+        training, validation = splits(tmp_path / "c", tmp_path)
+    assert not set(training + validation) & set(texts(90)[50:])
+
+
+def test_other_names_of_a_joined_folder_are_other_tokens(tmp_path):
+    held(tmp_path / "a", "part.jsonl", texts(300))
+    held(tmp_path / "val", "part.jsonl", texts(330)[300:])
+    assert splits(f"{tmp_path / 'a'}+{tmp_path / 'val'}", tmp_path)[1] == texts(330)[300:]
+    (tmp_path / "val").rename(tmp_path / "b")
+    assert splits(f"{tmp_path / 'a'}+{tmp_path / 'b'}", tmp_path)[1] == hashed(texts(330), "validation")

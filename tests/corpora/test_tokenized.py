@@ -427,11 +427,29 @@ def test_of_a_changed_corpus_only_errors_that_name_the_file_come_out(made, tmp_p
         ([True, True], [0, 0]),
         ([0, 1], [-1, 0]),
         ([0, 1], [0.0, 0]),
+        ([0, 1], [0, 10**12]),
+        ([[0, 1]], [[0, 0]]),
+        ([], []),
     ],
 )
 def test_arrays_that_hold_no_tokens_are_refused(tokens_, document):
-    with pytest.raises(ValueError, match=r"must be integers, at least 0|below n_vocab = 5"):
+    with pytest.raises(ValueError, match=r"must be integers, at least 0|below n_vocab = 5|must be \(n,\)"):
         TokenizedCorpus.from_arrays(np.array(tokens_), np.array(document), ["d"], 5)
+
+
+@pytest.mark.parametrize("options", [{"shard_characters": n} for n in (0, 1.5, np.inf, True)] + [{"workers": np.nan}])
+def test_sizes_of_shards_are_integers(tmp_path, options):
+    with pytest.raises(ValueError, match=r"must be integers, at least 1"):
+        tokenize(corpus(), tmp_path / "a", BYTES, **options)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_foreign_tokenizer_is_refused_by_name(tmp_path):
+    class Foreign:
+        name, n_vocab, eot_token = "sentences", 3, 2
+
+    with pytest.raises(ValueError, match=r"'sentences'.* is no tokenizer of cratelab.corpora.tokens"):
+        tokenize(corpus(), tmp_path / "a", Foreign())
 
 
 def test_what_a_larger_corpus_left_unfinished_is_no_part_of_a_smaller(tmp_path):

@@ -352,7 +352,9 @@ def test_training_and_tokenising_can_be_interrupted(monkeypatch, tmp_path):
     assert n == len(encoded) < 1000, "the thread that encodes has stopped, too"
 
 
-@pytest.mark.parametrize("pattern", ["", "(", r"(?<=a*)b", "a+", r"\w+", r"\p{Foo}", "(a|b)*\\1", r"\S+|\s+(?!\S)"])
+@pytest.mark.parametrize(
+    "pattern", ["", "(", r"(?<=a*)b", "a+", r"\w+", r"\p{Foo}", "(a|b)*\\1", r"\S+|\s+(?!\S)", "[^Ж]", "[^🙂]"]
+)
 def test_a_pattern_that_a_library_cannot_use_or_that_loses_text_is_refused(tmp_path, pattern):
     tokens.save(tokens.byte_encoding(), tmp_path / "t.json")
     facts = json.loads((tmp_path / "t.json").read_text())
