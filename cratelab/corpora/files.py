@@ -147,7 +147,7 @@ class LocalDocuments:
                 raise MalformedLine(
                     f"{file}: a row has no text: the field {self.text!r} is missing among {', '.join(names)}"
                 )
-            for batch in table.iter_batches(batch_size=256):
+            for batch in table.iter_batches(batch_size=16):
                 for row in batch.to_pylist():
                     number += 1
                     try:

@@ -299,6 +299,18 @@ def test_a_text_that_unpacks_without_end_is_streamed(tmp_path):
         tracemalloc.stop()
 
 
+def test_rows_of_parquet_are_unpacked_a_few_at_a_time(tmp_path):
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": ["x" * 100_000] * 600}), tmp_path / "bomb.parquet")
+    tracemalloc.start()
+    try:
+        assert sum(len(document.text) for document in LocalDocuments(tmp_path)) == 60_000_000
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_line_without_end_is_a_malformed_one(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_LONGEST_LINE", 1000)
     as_written(tmp_path / "rows.jsonl.gz", jsonl() + b"[" * 200_000 + b"\n" + jsonl() + b'{"text": "' + b"a" * 5000)
