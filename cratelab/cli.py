@@ -27,6 +27,7 @@ from cratelab.cli_checks import (
 from cratelab.comparison import check_ladder, compare, new_model, summarise
 from cratelab.corpora.prepare import PreparedCorpus, prepare, vocabulary_size
 from cratelab.corpora.tokenized import tokenizer_facts
+from cratelab.corpora.tokens import encode
 from cratelab.devices import best_device
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
 from cratelab.interpret.crate_against_gpt2 import reproduce_chapter_9
@@ -302,7 +303,7 @@ class Steer(TrainedModel):
         text, tokenizer, device = corpus.validation, corpus.tokenizer, best_device()
         if not len(text):
             raise ValueError("the corpus has no validation text to steer on: give a longer --corpus")
-        prompt = text[:12].tolist() if self.prompt is None else tokenizer.encode_ordinary(self.prompt)
+        prompt = text[:12].tolist() if self.prompt is None else encode(tokenizer, self.prompt).tolist()
         if not prompt:
             raise ValueError("--prompt has no token: leave it out to begin as the validation text does")
         layer = len(model.blocks) - 1 if self.layer is None else self.layer

@@ -468,6 +468,18 @@ def test_steer_takes_a_prompt_longer_than_the_context_and_adds_nothing_if_nothin
     assert capsys.readouterr().out.endswith("without: the dog\nwith: the dog\n")
 
 
+def test_a_prompt_that_the_tokenizer_gives_up_on_is_named(run, monkeypatch):
+    class PanicException(BaseException):
+        """As tiktoken's, which derives from no Exception."""
+
+    def panic(*_):
+        raise PanicException("its pattern")
+
+    monkeypatch.setattr("cratelab.corpora.tokens.WordEncoding.encode_ordinary", panic)
+    with pytest.raises(SystemExit, match="gave up on 7 characters that begin 'the dog': its pattern"):
+        main(["steer", str(run), "--n-tokens", "200", "--prompt", "the dog"])
+
+
 @pytest.mark.parametrize("value", ["1e15", "-1e15", "0"])
 @pytest.mark.parametrize("by", ["set", "add", "scale"])
 def test_steer_gives_finite_numbers_up_to_the_largest_values(value, by, run, capsys):

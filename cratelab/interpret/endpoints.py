@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -33,6 +33,8 @@ from cratelab.interpret.prompts import printable, simulation_prompt
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is given up, since a run can be taken up again later
 LARGEST_ANSWER = 2**24  # bytes, decompressed; the log-probabilities of a prompt of 8,000 tokens are about as many
+
+ROUNDING = 0.01  # how far above 0 a server may round a log-probability
 
 Answer = dict  # "text", or "next": for each piece of the prompt [[token, log-probability], …]; or "problem": why not
 
@@ -132,11 +134,17 @@ class OpenAIEndpoint:
                 "OpenAIEndpoint needs concurrency >= 1, timeout > 0, retries >= 0 and backoff >= 0; "
                 f"got {concurrency}, {timeout}, {retries}, {backoff}"
             )
+        try:
+            json.dumps(dict(extra or {}), allow_nan=False, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"extra must be a dict that JSON can hold; got {extra!r}: {error}") from error
         self._http = require("httpx2", "interpret")
         try:
             url = self._http.URL(base_url)
         except self._http.InvalidURL as error:
             raise ValueError(f"base_url {_without_user(base_url)!r} is no address: {error}") from None
+        if not 0 < (1 if url.port is None else url.port) < 2**16:
+            raise ValueError(f"base_url {_without_user(base_url)!r} names a port that is none")
         if url.query or url.fragment:
             raise ValueError(f"base_url must end in the version, without ? or #; got {_without_user(base_url)!r}")
         self.url = str(url.copy_with(userinfo=b"")).rstrip("/")
@@ -384,7 +392,14 @@ def _read_next(choice: dict) -> Answer:
         pairs = [[entry["token"], entry["logprob"]] for entry in logprobs["content"][0]["top_logprobs"]]
     else:
         pairs = logprobs["top_logprobs"][0].items()
-    return {"next": [[[str(token), float(value)] for token, value in pairs]]}
+    return _next_or_problem([pairs])
+
+
+def _next_or_problem(places: Iterable[Iterable[tuple[str, float]]]) -> Answer:
+    found = [[[str(token), float(value)] for token, value in pairs] for pairs in places]
+    if not all(value <= ROUNDING for pairs in found for _, value in pairs):  # NaN is not, either
+        return {"problem": "a log-probability that is none"}
+    return {"next": found}
 
 
 def _read_echoed(choice: dict, pieces: Sequence[str]) -> Answer:
@@ -404,7 +419,7 @@ def _read_echoed(choice: dict, pieces: Sequence[str]) -> Answer:
     found = [logprobs["top_logprobs"][place] for place in places]
     if None in found:
         return {"problem": "the answer has no log-probabilities"}
-    return {"next": [[[str(token), float(value)] for token, value in pairs.items()] for pairs in found]}
+    return _next_or_problem(pairs.items() for pairs in found)
 
 
 def _retry_after(header: str | None) -> float:

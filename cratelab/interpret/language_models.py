@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.answers import Asker, Cost
-from cratelab.interpret.endpoints import Request
+from cratelab.interpret.endpoints import ROUNDING, Request
 from cratelab.interpret.explainers import discretise
 from cratelab.interpret.prompts import as_question, explanation_prompt, printable, simulation_prompt, token_writer
 from cratelab.interpret.reading import NO_TOKEN, check_seed
@@ -276,7 +276,7 @@ def number_masses(pairs: Iterable[tuple[str, float]], most: int) -> Tensor:
     numbers = {str(n): n for n in range(most + 1)}
     masses = torch.zeros(most + 1, dtype=torch.float64, device="cpu")
     for token, log_probability in pairs:
-        if not log_probability <= 0.01:  # some servers round to just above 0
+        if not log_probability <= ROUNDING:
             raise ValueError("a log-probability that is none")
         if (number := token.strip(" \t\n▁Ġ")) in numbers:
             masses[numbers[number]] += math.exp(log_probability)

@@ -76,7 +76,10 @@ def read_neuron_record(path: str | Path, tokenizer: Tokenizer) -> tuple[Excerpts
         if content["dataclass_name"] != "NeuronRecord":
             raise KeyError("dataclass_name")
         parts = [
-            [(_list_of(str, record["tokens"]), _list_of((int, float), record["activations"])) for record in held]
+            [
+                (_list_of(str, record["tokens"]), _list_of((int, float), record["activations"]))
+                for record in _list_of(dict, held)
+            ]
             for held in (content["most_positive_activation_records"], content["random_sample"])
         ]
     except (LookupError, TypeError, ValueError) as error:

@@ -508,6 +508,27 @@ def test_an_answer_that_is_too_large_or_wrongly_compressed_is_a_problem_and_no_e
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 90_000  # kB
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        *[({"base_url": f"http://localhost:{port}/v1"}, "a port that is none") for port in (0, 65536, 99999, -1)],
+        *[({"extra": x}, "a dict that JSON can hold") for x in ({"a": math.nan}, {"a": 1, 2: 3}, [1], {"a": {1}})],
+    ],
+)
+def test_an_endpoint_that_could_ask_nobody_is_refused_before_it_asks(given, message):
+    with pytest.raises(ValueError, match=message):
+        OpenAIEndpoint(**{"base_url": "http://localhost:8000/v1", "model": "m"} | given)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3.0])
+def test_log_probabilities_that_are_none_are_not_kept(serve, connect, tmp_path, value):
+    server = serve(lambda *request: (200, {}, {"choices": [{"logprobs": {"top_logprobs": [{"7": value, "8": -1.0}]}}]}))
+    for _ in range(2):
+        (answer,) = ask(connect(server, chat=False), [Request(("x\t",), top=5)], tmp_path / "answers.sqlite")
+        assert answer == {"problem": "a log-probability that is none"}
+    assert len(server.requests) == 2
+
+
 def test_the_first_requests_of_a_process_may_come_together(serve, connect):
     endpoints._loop.cache_clear()
     endpoint, together = connect(serve(understanding), chat=False), threading.Barrier(8)

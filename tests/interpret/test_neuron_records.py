@@ -175,6 +175,7 @@ def record(tokens, activations):
         ("w1", "is no NeuronRecord"),
         (None, "is no NeuronRecord"),
         (3, "is no NeuronRecord"),
+        ({}, "is no NeuronRecord"),
         ([record(["w1"], [1.0, 2.0])], "1 tokens with 2 activations"),
         ([record([], [])], "0 tokens with 0 activations"),
         ([record(["w1"], [10**400])], "too large for single precision"),
