@@ -229,6 +229,9 @@ def _tokenizer(name: str, text: Text, folder: Path, facts: dict) -> tokens.Token
                     encoding = tokens.gpt2() if name == "gpt2" else tokens.byte_encoding()
                 write_json(made_of, facts)
                 tokens.save(encoding, file)
-    if read_json(made_of) != facts:
-        raise ValueError(f"{folder} was made of something else, as its {made_of.name} says: remove it")
-    return tokens.load(file)
+    try:
+        if read_json(made_of) != facts:
+            raise ValueError(f"{made_of} tells of something else")
+        return tokens.load(file)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{folder} was not made of this corpus, or is damaged: {error}. Remove it") from error

@@ -302,8 +302,14 @@ def test_a_folder_in_the_cache_that_was_made_of_something_else_is_refused(tmp_pa
     held(tmp_path / "c", "rows.jsonl", texts())
     splits(tmp_path / "c", tmp_path)
     (file,) = (tmp_path / "cache").glob("*/made_of.json")
-    file.write_text(file.read_text().replace('"edition": ', '"edition": 1'))
-    with pytest.raises(ValueError, match=r"was made of something else, as its made_of.json says"):
+    was = file.read_text()
+    for spoilt in was.replace('"edition": ', '"edition": 1'), was[:50], None:
+        file.unlink() if spoilt is None else file.write_text(spoilt)
+        with pytest.raises(ValueError, match=rf"{file.parent.name} was not made of .*made_of.json.* Remove it"):
+            splits(tmp_path / "c", tmp_path)
+    file.write_text(was)
+    file.with_name("tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"{file.parent.name} was not made of .*tokenizer.json.* Remove it"):
         splits(tmp_path / "c", tmp_path)
 
 
