@@ -201,7 +201,8 @@ class LanguageModelSimulator(Asker):
                 mass[place][1], mass[place][10] = one * (1 - zero), one * zero
         self.problems = [+counted for counted in self.problems]  # without what occurred 0 times
         numbers = torch.arange(self.most + 1, dtype=torch.float64, device="cpu")
-        simulated = mass @ numbers / mass.sum(-1).clamp(min=1e-300)
+        total = mass.sum(-1)
+        simulated = mass @ numbers / total.where(total > 0, 1)
         for j, text in enumerate(explanations.texts):
             if text is None:
                 simulated[j] = torch.nan
@@ -258,8 +259,8 @@ class LanguageModelSimulator(Asker):
             problem = answer.get("problem")
             for i, place in enumerate(places):
                 try:
-                    if problem:
-                        raise ValueError(problem)
+                    if problem or i >= len(answer.get("next", [])):
+                        raise ValueError(problem or "the answer says nothing of this place")
                     yield place, number_masses(answer["next"][i], most)
                 except ValueError as error:
                     self.problems[place[0]][str(error)] += 1

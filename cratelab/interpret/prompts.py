@@ -38,7 +38,7 @@ _REPLY = "?\n\nWhich number stands in place of the question mark? Answer with th
 def escape(text: str) -> str:
     """`text` in one line without tabs, surrogates or special tokens; what prints stays, backslashes are doubled."""
     printed = "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text)
-    return re.sub(r"(<[^>]*)>", r"\1\\>", printed)
+    return re.sub(r"(<[^<>]*)>", r"\1\\>", printed)
 
 
 def printable(text: str) -> str:

@@ -72,11 +72,13 @@ class Excerpts:
         return self.activations.gather(3, self.offsets[..., None])[..., 0]
 
 
-KINDS = {  # of an excerpt's fields: type, least value, and what is above every value
+STATISTIC = torch.float64, -torch.inf, torch.inf
+KINDS = {  # of an excerpt's fields, and of what is no usual statistic: type, least value, and what is above every value
     "tokens": (torch.int32, NO_TOKEN, torch.inf),
     "activations": (torch.float32, -torch.inf, torch.inf),
     "starts": (torch.int64, -1, torch.inf),
     "offsets": (torch.int64, 0, None),  # the window
+    "density": (torch.float64, 0, 1 + 1e-9),
 }
 
 
@@ -152,7 +154,7 @@ class Records:
         n_layers, h, window = *self.random.tokens.shape[:2], facts["window"]
         for name, tensor in self._tensors().items():
             kind, _, field = name.rpartition(".")
-            dtype, least, below = KINDS[field] if kind else (torch.float64, -torch.inf, torch.inf)
+            dtype, least, below = KINDS.get(field, STATISTIC)
             below = window if field == "offsets" else below
             shape = (n_layers, h, getattr(self, kind).starts.shape[2]) if kind else (n_layers, h)
             shape += (window,) if field in ("tokens", "activations") else ()

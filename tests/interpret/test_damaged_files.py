@@ -152,6 +152,7 @@ def with_value(value):
         ("active.offsets", lambda tensor: tensor[0], "active.offsets must be"),
         ("random.tokens", lambda tensor: tensor[..., :5], "random.tokens must be"),
         ("random.tokens", lambda tensor: tensor.flatten(), "holds no complete records"),
+        ("density", with_value(5), "density holds 5"),
         ("density", lambda tensor: tensor[:, :3], "density must be"),
         ("density", lambda tensor: tensor.sum(), "density must be"),
     ],

@@ -259,6 +259,27 @@ def test_an_answer_that_says_nothing_is_counted_and_not_guessed(serve, connect, 
     assert simulator.problems == [{reason: 1}, {reason: 1}]
 
 
+def test_a_kept_answer_of_another_length_is_counted_and_not_guessed(serve, connect, tmp_path):
+    """An answer file from elsewhere may hold anything under the right key."""
+    server, cache = serve(lambda *request: (200, {}, next_token(LOW))), tmp_path / "answers.sqlite"
+    simulator = LanguageModelSimulator(connect(server, chat=False), cache, announce=quiet)
+    simulated = simulator.simulate(said("one"), TEXT, Words())
+    with contextlib.closing(sqlite3.connect(cache)) as file, file:
+        for (key,), odd in zip(
+            file.execute("SELECT key FROM answers").fetchall(), ['{"next": []}', "{}"], strict=False
+        ):
+            file.execute("UPDATE answers SET answer = ? WHERE key = ?", (odd, key))
+    again = simulator.simulate(said("one"), TEXT, Words())
+    assert int((again == 0).sum()) == int((simulated == 0).sum()) + 2
+    assert simulator.problems == [{"the answer says nothing of this place": 2}]
+
+
+def test_numbers_that_are_almost_impossible_still_have_an_expectation(serve, connect):
+    server = serve(lambda *request: (200, {}, {"choices": [{"logprobs": {"top_logprobs": [{"7": -700.0}]}}]}))
+    simulator = LanguageModelSimulator(connect(server, chat=False), announce=quiet)
+    assert float(simulator.simulate(said("one"), TEXT, Words()).max()) == pytest.approx(7)
+
+
 def test_a_neuron_without_explanation_is_undefined_and_not_asked_about(serve, connect):
     server = serve(understanding)
     simulator = LanguageModelSimulator(connect(server), announce=quiet)
