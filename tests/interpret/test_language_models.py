@@ -224,6 +224,8 @@ def test_hostile_tokens_stay_in_their_row(serve, connect):
         ("\\n", r"\\n"),
         ("<|endoftext|>", r"<|endoftext|\>"),
         ("<a><b>", r"<a\><b\>"),
+        ("a> <<b c>>", r"a> <<b c\>>"),
+        pytest.param("<" * 300_000, "<" * 300_000, id="in linear time"),
         ("a > b -> 漢é ", "a > b -> 漢é "),
     ],
 )
