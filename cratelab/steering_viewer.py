@@ -80,8 +80,9 @@ def steering_viewer(
     if not bool(values.isfinite().all()):
         raise ValueError(f"maxima and strengths must be finite; got {maxima.tolist()} and {list(strengths)}")
     shown_vocabulary = min(model.config.vocab_size, tokenizer.n_vocab)
-    if targets.shape[1] < shown_vocabulary:
-        raise ValueError(f"targets must mark all {shown_vocabulary} tokens; got {targets.shape[1]}")
+    if targets.dtype != torch.bool or targets.shape[1] < shown_vocabulary:
+        given = f"{targets.dtype} of {targets.shape[1]}"
+        raise ValueError(f"targets must be torch.bool, and mark all {shown_vocabulary} tokens; got {given}")
     targets = targets[:, :shown_vocabulary]
     chances = torch.empty(1 + len(values), m, len(prompts), shown_vocabulary, device="cpu")
     chances[0] = model(prompts)[:, -1].float().softmax(-1)[..., :shown_vocabulary]

@@ -95,8 +95,9 @@ def test_what_does_not_fit_is_refused(pushed):
     words = WordEncoding([f"w{i}" for i in range(VOCAB)])
     with pytest.raises(ValueError, match="2 neurons need as many"):
         steering_viewer(model, words, *given[:-1], ["one"], STRENGTHS)
-    with pytest.raises(ValueError, match="targets must mark all 19 tokens; got 18"):
-        steering_viewer(model, words, *given[:4], given[4][:, 1:], *given[5:], STRENGTHS)
+    for targets in given[4][:, 1:], given[4].int():  # integers would pick tokens instead
+        with pytest.raises(ValueError, match=r"targets must be torch.bool, and mark all 19 tokens; got torch.* of 1"):
+            steering_viewer(model, words, *given[:4], targets, *given[5:], STRENGTHS)
     with pytest.raises(ValueError, match="3 strengths were given, and 2 measured"):
         steering_viewer(model, words, *given, (1.0, 2.0, 3.0))
     with pytest.raises(ValueError, match="colour must be #rrggbb"):
