@@ -237,6 +237,8 @@ class Ista(nn.Module):
         Second derivatives, forward-mode AD and `torch.func`'s transforms are those of `ista`, as is what they cost.
         """
         _check(z, self.D, self.step_size, self.lam, self.n_steps)
+        if torch.compiler.is_compiling():  # the compiler fuses and saves by itself; torch 2.11 got `_Encode` wrong
+            return ista(z, self.D, self.step_size, self.lam, self.n_steps)
         weight, device = self.weight, z.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast and z.dtype != torch.float64:  # what autocast does for plain products

@@ -299,8 +299,8 @@ def _check_start(file: Path, ours: dict[str, float]) -> None:
     differing = [name for name in ours if not _close(ours[name], theirs[name])]
     if differing:
         raise ValueError(
-            f"{file.parent} holds a run that began with other weights ({', '.join(differing[:3])}): make the model "
-            "anew as it was then, or choose another folder"
+            f"{file.parent} holds a run that began with other weights ({', '.join(differing[:3])}) than this model "
+            "has now: make it anew as it was then, with the same seed and untrained, or choose another folder"
         )
 
 

@@ -90,10 +90,11 @@ def steering_viewer(
         chances[1:, some] = logits[..., -1, :].float().softmax(-1)[..., :shown_vocabulary].cpu()
     if not chances.isfinite().all():
         raise ValueError("the model's logits are NaN or infinite, as it is or with a neuron set")
-    plain = model.generate(prompts, n_new, temperature=0)[:, prompts.shape[1] :]
+    sampling = dict(temperature=0, n_vocab=shown_vocabulary)
+    plain = model.generate(prompts, n_new, **sampling)[:, prompts.shape[1] :]
     texts = torch.stack(
         [plain.expand(m, -1, -1)]
-        + [generate_when_set(model, prompts, layer, neurons, value, n_new, temperature=0) for value in values]
+        + [generate_when_set(model, prompts, layer, neurons, value, n_new, **sampling) for value in values]
     )
     top = chances.topk(min(n_tokens, shown_vocabulary), -1)
 
@@ -127,7 +128,7 @@ def steering_viewer(
         "neurons": shown,
     }
     data["tokens"] = [
-        _token_text(tokenizer, token) if token < tokenizer.n_vocab else f"[{token}]"  # a continuation may hold any
+        _token_text(tokenizer, token) if token < tokenizer.n_vocab else f"[{token}]"  # a prompt may hold any
         for token in table
     ]
     data["gap"] = " " if tokenizer.decode([0, 0]) != 2 * tokenizer.decode([0]) else ""

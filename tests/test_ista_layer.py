@@ -83,6 +83,7 @@ def test_what_is_frozen_costs_no_products(n_steps, frozen):
 @pytest.mark.parametrize("n_steps", [1, 2, 3])
 def test_products_of_a_training_step(n_steps):
     """2T forward with the decoding, twice that backward, and T − 1 to recompute codes."""
+    torch.compiler.reset()
     module, z = layer(n_steps), tokens(2).requires_grad_()
     with FlopCounterMode(display=False) as counter:
         module(z).sum().backward()
@@ -153,8 +154,10 @@ def test_a_block_saves_at_most_four_fifths_of_the_official_one():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own doing
-def test_torch_compile_takes_the_layer_whole():
-    module, z = layer(), tokens(2).requires_grad_()
+@pytest.mark.parametrize("n_steps", [1, 2, 3])
+def test_torch_compile_takes_the_layer_whole(n_steps):
+    torch.compiler.reset()
+    module, z = layer(n_steps), tokens(2).requires_grad_()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     grad = torch.randn(2, 10, 8, dtype=torch.float64)
     for way in torch.autocast(z.device.type, enabled=False), torch.autocast(z.device.type, torch.bfloat16):

@@ -138,7 +138,7 @@ def test_a_corpus_with_tokens_above_its_own_vocabulary_is_named(setting):
     model, text, concepts = setting
     tokens = text[:].copy()
     tokens[17] = 40
-    document = np.repeat(np.arange(text.n_documents), [len(text.document(i)) for i in range(text.n_documents)])
-    wrong = TokenizedCorpus.from_arrays(tokens, document, ["a"] * text.n_documents, 19)
+    lengths = [len(text.document(i)) for i in range(text.n_documents)]
+    wrong = TokenizedCorpus([tokens], [np.stack([lengths, np.zeros_like(lengths)], 1)], [["a"]], 19)
     with pytest.raises(ValueError, match="the corpus holds token 40, the model knows 19"):
         match_concepts(model, wrong, concepts)
