@@ -1,6 +1,7 @@
 """Language models that answer requests on this machine, from a Hugging Face folder."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -123,10 +124,10 @@ class HuggingFaceEndpoint:
 
 
 def _check_size(path: Path, files: list[Path]) -> None:
-    """No more layers than there are tensors: transformers builds them all before it reads a weight."""
-    n_tensors = sum(len(tensor_shapes(file)) for file in files)
-    config = read_json(path / "config.json")
-    names = "num_hidden_layers", "n_layer", "n_layers", "num_layers"
-    wrong = [name for name in names if isinstance(config.get(name), int) and config[name] > n_tensors]
-    if wrong:
-        raise ValueError(f"{path} promises more layers than its weights hold: {wrong[0]}={config[wrong[0]]}")
+    """Raises ValueError if a size is above what all weights hold: transformers makes room before it reads any."""
+    shapes = [shape for file in files for shape in tensor_shapes(file).values()]
+    most = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), len(shapes))
+    most |= dict.fromkeys(("vocab_size", "hidden_size", "n_embd", "n_positions"), sum(map(math.prod, shapes)))
+    for name, value in read_json(path / "config.json").items():
+        if type(value) is int and value > most.get(name, math.inf):
+            raise ValueError(f"{path} promises more than its weights hold: {name}={value}")

@@ -267,9 +267,8 @@ def test_a_kept_answer_of_another_length_is_counted_and_not_guessed(serve, conne
     simulator = LanguageModelSimulator(connect(server, chat=False), cache, announce=quiet)
     simulated = simulator.simulate(said("one"), TEXT, Words())
     with contextlib.closing(sqlite3.connect(cache)) as file, file:
-        for (key,), odd in zip(
-            file.execute("SELECT key FROM answers").fetchall(), ['{"next": []}', "{}"], strict=False
-        ):
+        keys = file.execute("SELECT key FROM answers LIMIT 2").fetchall()
+        for (key,), odd in zip(keys, ['{"next": []}', "{}"], strict=True):
             file.execute("UPDATE answers SET answer = ? WHERE key = ?", (odd, key))
     again = simulator.simulate(said("one"), TEXT, Words())
     assert int((again == 0).sum()) == int((simulated == 0).sum()) + 2
@@ -1297,7 +1296,8 @@ def without_a_weight(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (edit_config(num_hidden_layers=10**8), "more layers than its weights"),
+        (edit_config(num_hidden_layers=10**8), "more than its weights hold: num_hidden_layers"),
+        (edit_config(vocab_size=10**8), "more than its weights hold: vocab_size"),
         (edit_config(num_hidden_layers=3), "lack"),
         (edit_config(hidden_size=None), "no causal language model"),
         (edit_config(num_hidden_layers="two"), "no causal language model"),
