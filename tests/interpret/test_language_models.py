@@ -281,6 +281,12 @@ def test_numbers_that_are_almost_impossible_still_have_an_expectation(serve, con
     assert float(simulator.simulate(said("one"), TEXT, Words()).max()) == pytest.approx(7)
 
 
+def test_no_name_is_no_file_of_answers():
+    """SQLite would take it for a file that it removes at the end."""
+    with pytest.raises(OSError, match=r"the answers in  cannot be read or written"):
+        AnswerCache("")
+
+
 def test_a_neuron_without_explanation_is_undefined_and_not_asked_about(serve, connect):
     server = serve(understanding)
     simulator = LanguageModelSimulator(connect(server), announce=quiet)
