@@ -453,9 +453,11 @@ def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: to
         return logits.argmax(-1)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
-        above, equal = logits > least, logits == least
-        room = top_k - above.sum(-1, keepdim=True)
-        logits = logits.masked_fill(~(above | equal & (equal.cumsum(-1) <= room)), -torch.inf)
+        out = logits < least
+        if out.sum() < out.numel() - top_k * len(out):  # too many are left: some are equal
+            equal, room = logits == least, top_k - (logits > least).sum(-1, keepdim=True)
+            out |= equal & (equal.cumsum(-1) > room)
+        logits = logits.masked_fill(out, -torch.inf)
     # The highest becomes 0, which a temperature near 0 leaves as it is while all others go to −∞.
     scaled = (logits - highest).float() * min(1 / temperature, torch.finfo(torch.float32).max)
     return torch.multinomial(scaled.softmax(-1), 1, generator=generator).squeeze(-1)

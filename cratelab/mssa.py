@@ -13,7 +13,6 @@ round once.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -160,8 +159,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
     backward pass through a first (`create_graph=True`) compute the model under
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
-    with sdpa_kernel(SDPBackend.MATH) if is_transformed(query, key, value) else nullcontext():
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+    if is_transformed(query, key, value):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
 
 
 def attention_step(

@@ -656,5 +656,5 @@ def test_what_does_not_fit_is_refused_before_work_starts(tmp_path, changes, comp
     ],
 )
 def test_impossible_recipes_are_refused(changes):
-    with pytest.raises(ValueError, match="must be (at least|from 0 to|positive|shares|a number)"):
+    with pytest.raises(ValueError, match=r"must be (at least|from 0 to|positive|shares|a number)"):
         SaeRecipe(**changes)

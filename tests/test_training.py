@@ -325,7 +325,7 @@ def test_a_recipe_out_of_range_is_refused(wrong, message):
 
 @pytest.mark.parametrize(("n", "batch"), [(0, 16), (2, 0), (2, math.nan)])
 def test_a_loss_over_no_window_is_refused(n, batch):
-    with pytest.raises(ValueError, match="one window or more|batch must be at least 1"):
+    with pytest.raises(ValueError, match=r"one window or more|batch must be at least 1"):
         validation_loss(new_model(), torch.zeros(n, 5, dtype=torch.long), batch)
 
 
