@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cratelab.devices import best_device as best_device  # also known by this module's name
-from cratelab.devices import memory
+from cratelab.devices import all_finite, memory
 from cratelab.storage import read_json, read_tensors, replacing, write_json, write_tensors
 
 
@@ -447,7 +447,7 @@ def _check_options(
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     highest = logits.amax(-1, keepdim=True)
-    if not highest.isfinite().all():
+    if not all_finite(highest):
         raise ValueError("the logits are not finite: the model's weights are not, or activations overflowed")
     if temperature == 0:
         return logits.argmax(-1)

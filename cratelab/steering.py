@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cratelab.arguments import check_whole
 from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.devices import check_floating, exact_sum, single
+from cratelab.devices import all_finite, check_floating, exact_sum, single
 from cratelab.interpret.reading import watch_neurons
 from cratelab.language_model import LanguageModel
 
@@ -133,7 +133,7 @@ def steer(model: LanguageModel, *edits: Edit, **edit) -> Iterator[None]:
 
 
 def _check_output(edit: Edit, output: Tensor) -> None:
-    if not output.isfinite().all():
+    if not all_finite(output):
         raise ValueError(
             f"layer {edit.layer}: after {edit.by} {edit.value.tolist()} of neurons {edit.neuron.tolist()} its output "
             f"is not finite in {output.dtype}: take smaller values, if it is without them"
@@ -288,7 +288,7 @@ def steered_logits(
     finally:
         for hook in hooks:
             hook.remove()
-    if not seen["output"].isfinite().all():
+    if not all_finite(seen["output"]):
         raise ValueError(
             f"layer {layer} has outputs that are not finite before anything is edited: is the model damaged, or did "
             "its training diverge?"
@@ -304,7 +304,7 @@ def steered_logits(
         for above in model.blocks[layer + 1 :]:
             x = above(x)
         x = model.norm(x)
-        if not x.isfinite().all():
+        if not all_finite(x):
             raise ValueError(
                 f"what layer {layer} leads to is not finite in {x.dtype} when neurons {neurons[some].cpu().tolist()} "
                 f"are edited ({by}) by {values[:, some].cpu().tolist()}: take smaller values"
