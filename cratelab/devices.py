@@ -43,7 +43,7 @@ def all_finite(x: Tensor) -> bool:
 
     Numbers so large that their sum is infinite are taken for infinite, too.
     """
-    return math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))
+    return math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
 
 
 def memory(device: torch.device) -> float:
