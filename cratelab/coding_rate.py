@@ -167,9 +167,14 @@ def _check_tokens(z: Tensor, eps: float) -> None:
         raise ValueError(
             f"tokens must be floating point, (..., n, d) with n and d at least 1; got {z.dtype} {tuple(z.shape)}"
         )
-    if not 1e-100 <= eps <= 1e100:  # so that its square is neither 0 nor infinite
-        raise ValueError(f"the precision eps must be positive, from 1e-100 to 1e100; got {eps}")
+    check_precision(eps)
     _check_finite("tokens", z)
+
+
+def check_precision(eps: float) -> None:
+    """Raises ValueError unless ε is positive, and its square neither 0 nor infinite."""
+    if not 1e-100 <= eps <= 1e100:
+        raise ValueError(f"the precision eps must be positive, from 1e-100 to 1e100; got {eps}")
 
 
 def _check_finite(name: str, z: Tensor) -> None:

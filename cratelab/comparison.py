@@ -7,11 +7,12 @@ from statistics import mean, stdev
 
 import torch
 
+from cratelab.arguments import check_seed
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.crate import Crate, CrateConfig
 from cratelab.gpt2 import Gpt2, Gpt2Config
 from cratelab.language_model import LanguageModel, LanguageModelConfig
-from cratelab.training import Recipe, check_seed, train
+from cratelab.training import Recipe, train
 
 MODELS: dict[str, tuple[type[LanguageModel], type]] = {"crate": (Crate, CrateConfig), "gpt2": (Gpt2, Gpt2Config)}
 

@@ -38,6 +38,14 @@ def single(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether all numbers are finite, by one sum in float32 or better: a fraction of what it costs to ask each one.
+
+    Numbers so large that their sum is infinite are taken for infinite, too.
+    """
+    return math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
+
+
 def memory(device: torch.device) -> float:
     """Bytes of memory that a device has in all, for `meta` those of the host; infinite where nothing says how many."""
     if device.type == "cuda":

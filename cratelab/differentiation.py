@@ -10,16 +10,17 @@ def is_transformed(*tensors: Tensor) -> bool:
 
     Operations whose gradient is written by hand cannot follow there; the plain ones they stand for can.
     """
-    # PyTorch has no public names for the first, nor for the batches of `torch.autograd.grad(…, is_grads_batched=True)`.
-    if torch._C._are_functorch_transforms_active() or _is_exporting():
+    if _is_transforming() or _is_exporting():
         return True
     if torch.compiler.is_compiling():
         return False
-    return any(
-        torch._C._functorch.is_legacy_batchedtensor(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
-        for tensor in tensors
-    )
+    return any(_is_batched(tensor) or forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
+
+# PyTorch has no public names for `torch.func`'s transforms, nor for the batches of `torch.autograd.grad(…,
+# is_grads_batched=True)`. Should it rename its own, these two fail with its message, and all else goes on.
+_is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 # Older versions of PyTorch cannot tell it from compiling, where the plain operations are right as well.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)

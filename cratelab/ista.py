@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from cratelab.arguments import check_whole
 from cratelab.devices import exact
 from cratelab.differentiation import is_transformed
 
@@ -40,10 +41,15 @@ def lasso_objective(z: Tensor, code: Tensor, D: Tensor, lam: float) -> Tensor:
         (..., n), computed in float64 and rounded to the dtype of `z`, at least to float32.
 
     Raises:
-        ValueError: `lam` is negative or not finite.
+        ValueError: `lam` is negative or not finite, or the shapes do not fit.
     """
     if not 0 <= lam < torch.inf:
         raise ValueError(f"the sparsity weight lam must be finite and at least 0; got {lam}")
+    if D.ndim != 2 or z.shape[-1:] != D.shape[:1] or code.shape[-1:] != D.shape[1:]:
+        raise ValueError(
+            "tokens z (..., n, d) and codes (..., n, h) must fit the dictionary D (d, h); "
+            f"got z {tuple(z.shape)}, code {tuple(code.shape)} and D {tuple(D.shape)}"
+        )
     dtype, device = torch.promote_types(z.dtype, torch.float32), z.device
     z, code, D = exact(z), exact(code), exact(D)
     objective = 0.5 * (z - code @ D.mT).square().sum(-1) + lam * code.abs().sum(-1)
@@ -121,11 +127,9 @@ def _check(z: Tensor, D: Tensor, step_size: float, lam: float, n_steps: int) -> 
 
 
 def _check_constants(step_size: float, lam: float, n_steps: int) -> None:
-    if not (0 < step_size < torch.inf and 0 <= lam < torch.inf and n_steps >= 1):
-        raise ValueError(
-            "ISTA needs step_size > 0, lam >= 0, both finite, and n_steps >= 1; "
-            f"got step_size={step_size}, lam={lam}, n_steps={n_steps}"
-        )
+    if not (0 < step_size < torch.inf and 0 <= lam < torch.inf):
+        raise ValueError(f"ISTA needs step_size > 0 and lam >= 0, both finite; got step_size={step_size}, lam={lam}")
+    check_whole("n_steps", n_steps)
 
 
 class _Encode(torch.autograd.Function):
@@ -220,8 +224,8 @@ class Ista(nn.Module):
     def __init__(self, width: int, expansion: int = 4, step_size: float = 0.1, lam: float = 0.1, n_steps: int = 2):
         super().__init__()
         _check_constants(step_size, lam, n_steps)
-        if width < 1 or expansion < 1:
-            raise ValueError(f"width and expansion must be at least 1; got width={width}, expansion={expansion}")
+        check_whole("width", width)
+        check_whole("expansion", expansion)
         self.step_size, self.lam, self.n_steps = step_size, lam, n_steps
         self.weight = nn.Parameter(torch.empty(expansion * width, width))
         nn.init.kaiming_uniform_(self.weight)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cratelab.devices import all_finite, memory
 from cratelab.devices import best_device as best_device  # also known by this module's name
-from cratelab.devices import memory
 from cratelab.storage import read_json, read_tensors, replacing, write_json, write_tensors
 
 
@@ -123,7 +123,8 @@ class LanguageModel(nn.Module):
         `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, since PyTorch's fast attention has first derivatives alone.
 
         Raises:
-            ValueError: the tokens are not (b, n) integers, reach past the context, or follow a cache in bulk.
+            ValueError: the tokens are not (b, n) integers, reach past the context, or follow a cache in bulk; on the
+                CPU also if one is not in the vocabulary, which a GPU reports in a way of its own.
         """
         _check_tokens(tokens)
         n = tokens.shape[1]
@@ -134,7 +135,10 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"position > 0 needs a cache and takes one token at a time; got {n} at {position} {with_cache}"
             )
-        x = self.token_embedding(tokens)
+        try:
+            x = self.token_embedding(tokens)
+        except IndexError as error:
+            raise ValueError(f"tokens must lie in [0, {self.config.vocab_size}); some do not") from error
         x = x + self.position_embedding.weight[position : position + n]
         for i, block in enumerate(self.blocks):
             x = block(x, cache[i] if cache else None, position)
@@ -205,7 +209,7 @@ class LanguageModel(nn.Module):
                 stacklevel=2,
             )
         tokens = tokens.to(self.token_embedding.weight.device)
-        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(int(seed))
         cache = self.new_cache(len(tokens))
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         cached = 0
@@ -245,9 +249,10 @@ class LanguageModel(nn.Module):
             ValueError: keys are missing, left over or of another shape, or tensors hold something else than finite
                 floating-point numbers; each is named, with `source`.
 
-        Numbers of another precision are converted to that of the parameters.
+        Numbers of another precision are converted to that of the parameters; the names may be those of a compiled or
+        distributed model.
         """
-        check_numbers(weights, source)
+        weights = renamed(weights, str, source)
         try:
             _check_shapes(weights, self.state_dict(), self.config)
         except ValueError as error:
@@ -261,7 +266,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: as for `load_weights`.
         """
-        check_numbers(weights, source)
+        weights = renamed(weights, str, source)
         try:
             own = _outline(lambda: cls(replace(config, n_layers=1)), config).state_dict()
             block = [name.removeprefix("blocks.0.") for name in own if name.startswith("blocks.0.")]
@@ -442,15 +447,17 @@ def _check_options(
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     highest = logits.amax(-1, keepdim=True)
-    if not highest.isfinite().all():
+    if not all_finite(highest):
         raise ValueError("the logits are not finite: the model's weights are not, or activations overflowed")
     if temperature == 0:
         return logits.argmax(-1)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
-        above, equal = logits > least, logits == least
-        room = top_k - above.sum(-1, keepdim=True)
-        logits = logits.masked_fill(~(above | equal & (equal.cumsum(-1) <= room)), -torch.inf)
+        out = logits < least
+        if out.sum() < out.numel() - top_k * len(out):  # too many are left: some are equal
+            equal, room = logits == least, top_k - (logits > least).sum(-1, keepdim=True)
+            out |= equal & (equal.cumsum(-1) > room)
+        logits = logits.masked_fill(out, -torch.inf)
     # The highest becomes 0, which a temperature near 0 leaves as it is while all others go to −∞.
     scaled = (logits - highest).float() * min(1 / temperature, torch.finfo(torch.float32).max)
     return torch.multinomial(scaled.softmax(-1), 1, generator=generator).squeeze(-1)

@@ -12,7 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cratelab.coding_rate import coding_rate, subspace_rate
+from cratelab.arguments import check_whole
+from cratelab.coding_rate import check_precision, coding_rate, subspace_rate
 from cratelab.crate import Crate
 from cratelab.devices import exact, single
 from cratelab.ista import ista, lasso_objective
@@ -50,13 +51,13 @@ def layer_statistics(
         lasso objective" and "lasso active", the share above 1e-6 there.
 
     Raises:
-        ValueError: `batches` is empty or holds what are no tokens of the model's, `lasso_steps` is negative or given
-            for a model without ISTA, or `eps` is not positive.
+        ValueError: `batches` is empty or holds what are no tokens of the model's, `lasso_steps` is negative or no
+            whole number, or given for a model without ISTA, or `eps` is not positive (from 1e-100 to 1e100).
 
     Source: the layer-wise figures of Yu et al. (2023), on the tokens that U sees.
     """
-    if lasso_steps < 0 or not eps > 0:
-        raise ValueError(f"layer_statistics needs lasso_steps >= 0 and eps > 0; got {lasso_steps} and {eps}")
+    check_whole("lasso_steps", lasso_steps, 0)
+    check_precision(eps)
     if lasso_steps and not isinstance(model, Crate):
         raise ValueError(f"lasso_steps needs a model with ISTA layers; got {type(model).__name__}")
     learned = subspaces(model)
@@ -83,7 +84,8 @@ def layer_statistics(
             add(layer, "active", code > 0)
             if lasso_steps:
                 D, lam, target = single(block.ista.D), block.ista.lam, single(inputs["target"])
-                step_size = 1 / float(torch.linalg.matrix_norm(D.cpu().float(), 2)) ** 2  # not on every device
+                norm = float(torch.linalg.matrix_norm(D.cpu().float(), 2))  # not on every device
+                step_size = 1 / (norm**2 or 1.0)  # a dictionary of zeros has no scale
                 converged = ista(target, D, step_size, lam, lasso_steps)
                 add(layer, "lasso objective", lasso_objective(target, single(code), D, lam))
                 add(layer, "converged lasso objective", lasso_objective(target, converged, D, lam))

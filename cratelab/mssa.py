@@ -13,7 +13,6 @@ round once.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,9 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cratelab.coding_rate import project, subspace_rate_gradient
+from cratelab.arguments import check_whole
+from cratelab.coding_rate import check_precision, project, subspace_rate_gradient
+from cratelab.devices import single
 from cratelab.differentiation import is_transformed
 
 
@@ -62,15 +63,13 @@ def neumann_gradient(z: Tensor, U: Tensor, eps: float = 0.5, order: int = 1) -> 
         The approximate gradient, (..., n, d).
 
     Raises:
-        ValueError: `order` is negative, `eps` is not positive, or the shapes do not fit.
+        ValueError: `order` is negative or no whole number, `eps` is not positive, or the shapes do not fit.
 
     Source: Yu et al. (2023).
     """
-    if not order >= 0 or not 1e-100 <= eps <= 1e100:
-        raise ValueError(
-            f"neumann_gradient needs order >= 0 and eps > 0 (from 1e-100 to 1e100); got order={order}, eps={eps}"
-        )
-    dtype, z, U = z.dtype, *_wide(z, U)
+    check_whole("order", order, 0)
+    check_precision(eps)
+    dtype, z, U = z.dtype, single(z), single(U)
     w = project(z, U)
     n, p = w.shape[-2:]
     scale = p / (n * eps**2)
@@ -95,7 +94,7 @@ def gram_attention(z: Tensor, U: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    dtype, z, U = z.dtype, *_wide(z, U)
+    dtype, z, U = z.dtype, single(z), single(U)
     w = project(z, U)
     n, p = w.shape[-2:]
     attended = w @ (w.mT @ w) if p < n else (w @ w.mT) @ w
@@ -115,9 +114,10 @@ def attention_map(z: Tensor, U: Tensor, causal: bool = False, scale: float | Non
         (..., k, n, n); rows (queries) sum to 1 over the last axis (keys).
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or `scale` is not finite.
     """
-    dtype, w = z.dtype, project(*_wide(z, U))
+    _check_scale(scale)
+    dtype, w = z.dtype, project(single(z), single(U))
     n, p = w.shape[-2:]
     similarity = (p**-0.5 if scale is None else scale) * w @ w.mT
     if causal:
@@ -141,11 +141,12 @@ def mssa(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None)
         (..., n, d).
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or `scale` is not finite.
 
     Source: Yu et al. (2023).
     """
-    dtype, z, U = z.dtype, *_wide(z, U)
+    _check_scale(scale)
+    dtype, z, U = z.dtype, single(z), single(U)
     w = project(z, U)
     attended = attend(w, w, w, causal, scale)
     return einsum(attended, U, "... k n p, k d p -> ... n d").to(dtype)
@@ -158,8 +159,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
     backward pass through a first (`create_graph=True`) compute the model under
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
-    with sdpa_kernel(SDPBackend.MATH) if is_transformed(query, key, value) else nullcontext():
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+    if is_transformed(query, key, value):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
 
 
 def attention_step(
@@ -182,10 +185,9 @@ def attention_step(
 
     Source: Yu et al. (2023).
     """
-    if not 1e-100 <= eps <= 1e100:
-        raise ValueError(f"the precision eps must be positive, from 1e-100 to 1e100; got {eps}")
+    check_precision(eps)
     _check_step_size(step_size)
-    dtype, z, U = z.dtype, *_wide(z, U)
+    dtype, z, U = z.dtype, single(z), single(U)
     attended = attention(z, U)
     scale = U.shape[-1] / (z.shape[-2] * eps**2)
     return ((1 - step_size * scale) * z + step_size * scale**2 * attended).to(dtype)
@@ -196,9 +198,9 @@ def _check_step_size(step_size: float) -> None:
         raise ValueError(f"the step size must be finite and at least 0; got {step_size}")
 
 
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, those of half precision in float32."""
-    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+def _check_scale(scale: float | None) -> None:
+    if scale is not None and not -torch.inf < scale < torch.inf:
+        raise ValueError(f"the scale of the inner products must be finite; got {scale}")
 
 
 class Mssa(nn.Module):

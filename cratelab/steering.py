@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from cratelab.arguments import check_whole
 from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.devices import check_floating, exact_sum, single
+from cratelab.devices import all_finite, check_floating, exact_sum, single
 from cratelab.interpret.reading import watch_neurons
 from cratelab.language_model import LanguageModel
 
@@ -67,7 +68,7 @@ class Edit:
                 f"{len(self.neuron)} neurons; got {self.value.tolist()}"
             )
         is_mask = isinstance(self.where, Tensor) and self.where.dtype == torch.bool and self.where.ndim == 2
-        if not is_mask and (isinstance(self.where, Tensor) or self.where not in ("all", "last")):
+        if not is_mask and not (isinstance(self.where, str) and self.where in ("all", "last")):
             got = f"{self.where.dtype} {tuple(self.where.shape)}" if isinstance(self.where, Tensor) else self.where
             raise ValueError(f'where must be "all", "last" or a (b, n) mask of bool; got {got!r}')
 
@@ -132,10 +133,10 @@ def steer(model: LanguageModel, *edits: Edit, **edit) -> Iterator[None]:
 
 
 def _check_output(edit: Edit, output: Tensor) -> None:
-    if not output.isfinite().all():
+    if not all_finite(output):
         raise ValueError(
             f"layer {edit.layer}: after {edit.by} {edit.value.tolist()} of neurons {edit.neuron.tolist()} its output "
-            f"is not finite in {output.dtype}: take smaller values"
+            f"is not finite in {output.dtype}: take smaller values, if it is without them"
         )
 
 
@@ -200,15 +201,11 @@ def neuron_maxima(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int |
         ValueError: the corpus has tokens that the model does not know, or none; `n_tokens` is less than 1; or
             activations are not finite.
     """
-    if n_tokens is not None and n_tokens < 1:
-        raise ValueError(f"n_tokens must be at least 1; got {n_tokens}")
     check_floating(model)
     maxima: list[Tensor] = []
     for text, layers in watch_neurons(model, corpus, n_tokens=n_tokens):
         here = [activations[text.present].amax(0) for activations in layers]
         maxima = [torch.maximum(*pair) for pair in zip(maxima or here, here, strict=True)]
-    if not maxima:
-        raise ValueError("the corpus holds no token")
     for layer, largest in enumerate(maxima):
         if not largest.isfinite().all():
             raise ValueError(f"activations of layer {layer} are not finite: is the model damaged, or did it diverge?")
@@ -275,7 +272,7 @@ def steered_logits(
 
     Raises:
         ValueError: there is no such layer or neuron; values are not (s, m), not finite in the model's dtype or larger
-            than `LARGEST`; `by` is unknown; or the steered output is not finite.
+            than `LARGEST`; `by` is unknown; or the output is not finite, steered or not.
     """
     check_values(model, layer, neurons, values, by)
     device = model.token_embedding.weight.device
@@ -291,6 +288,11 @@ def steered_logits(
     finally:
         for hook in hooks:
             hook.remove()
+    if not all_finite(seen["output"]):
+        raise ValueError(
+            f"layer {layer} has outputs that are not finite before anything is edited: is the model damaged, or did "
+            "its training diverge?"
+        )
     before = rearrange(seen["code"], "b n m -> m b n")
     size = max(1, CHUNK // (len(values) * tokens.numel() * n_vocab))
     for first in range(0, len(neurons), size):
@@ -302,7 +304,7 @@ def steered_logits(
         for above in model.blocks[layer + 1 :]:
             x = above(x)
         x = model.norm(x)
-        if not x.isfinite().all():
+        if not all_finite(x):
             raise ValueError(
                 f"what layer {layer} leads to is not finite in {x.dtype} when neurons {neurons[some].cpu().tolist()} "
                 f"are edited ({by}) by {values[:, some].cpu().tolist()}: take smaller values"
@@ -360,11 +362,9 @@ def check_values(model: LanguageModel, layer: int, neurons: Tensor, values: Tens
 
 def check_contexts(model: LanguageModel, contexts: Tensor, batch: int = 1, least: int = 1) -> None:
     """Raises ValueError unless these are (c, n) tokens of the model's, n at least `least`, to be read in batches."""
-    if contexts.ndim != 2 or not len(contexts) or contexts.shape[1] < least or batch < 1:
-        raise ValueError(
-            f"contexts must be (c, n), c at least 1, n at least {least}, and read 1 or more at a time; "
-            f"got {tuple(contexts.shape)}, {batch} at a time"
-        )
+    check_whole("batch", batch)
+    if contexts.ndim != 2 or not len(contexts) or contexts.shape[1] < least:
+        raise ValueError(f"contexts must be (c, n), c at least 1, n at least {least}; got {tuple(contexts.shape)}")
     check_floating(model)
     v = model.config.vocab_size
     if contexts.dtype not in (torch.int32, torch.int64) or not ((contexts >= 0) & (contexts < v)).all():

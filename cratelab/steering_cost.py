@@ -28,6 +28,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from cratelab.arguments import check_seed, check_whole
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.devices import exact_sum, single
 from cratelab.interpret.concepts import Concepts
@@ -85,8 +86,9 @@ class Frontier:
         Raises:
             ValueError: `lift` is not positive and finite, or `n` is less than 1.
         """
-        if not 0 < lift < np.inf or n < 1:
-            raise ValueError(f"a mean cost needs a positive finite lift and n of at least 1; got {lift} and {n}")
+        check_whole("n", n)
+        if not 0 < lift < np.inf:
+            raise ValueError(f"a mean cost needs a positive finite lift; got {lift}")
         costs = torch.stack([self.cost_at(i * lift / n) for i in range(n + 1)])
         return (costs[1:] + costs[:-1]).mean(0) / 2
 
@@ -192,10 +194,12 @@ def draw_live(maxima: Tensor, n: int, seed: int = 0) -> Tensor:
     """At most n of the neurons (h,) whose maximum is positive, drawn at random, ascending.
 
     Raises:
-        ValueError: `n` is less than 1, or `maxima` are not finite.
+        ValueError: `n` is less than 1, `seed` is out of range, or `maxima` are not finite.
     """
-    if n < 1 or not maxima.isfinite().all():
-        raise ValueError(f"draw_live needs n of at least 1 and finite maxima; got {n} and {maxima.tolist()}")
+    check_whole("n", n)
+    check_seed(seed)
+    if not maxima.isfinite().all():
+        raise ValueError(f"draw_live needs finite maxima; got {maxima.tolist()}")
     live = (maxima > 0).nonzero()[:, 0].cpu().numpy()
     drawn = np.random.default_rng(seed).permutation(live)[:n]
     return torch.from_numpy(np.sort(drawn)).to(maxima.device)
@@ -209,7 +213,8 @@ def most_raised(effects: Tensor, n: int, n_vocab: int) -> Tensor:
     Raises:
         ValueError: `effects` are NaN somewhere, or not 1 <= n <= n_vocab <= v.
     """
-    if not 1 <= n <= n_vocab <= effects.shape[1] or effects.isnan().any():
+    check_whole("n", n)
+    if not n <= n_vocab <= effects.shape[1] or effects.isnan().any():
         raise ValueError(
             f"most_raised needs effects that are numbers, and 1 <= n <= n_vocab <= {effects.shape[1]}; got n={n}, "
             f"n_vocab={n_vocab}, {int(effects.isnan().sum())} NaN"
@@ -278,12 +283,14 @@ def control_tokens(targets: Tensor, counts: Tensor, n_bins: int = 20, seed: int 
         seed: of the draw.
 
     Raises:
-        ValueError: targets are not (m, v) bool, counts not (v,), or there is no bin.
+        ValueError: targets are not (m, v) bool, counts not (v,), there is no bin, or `seed` is out of range.
     """
-    if targets.dtype != torch.bool or targets.ndim != 2 or counts.shape != targets.shape[1:] or n_bins < 1:
+    check_whole("n_bins", n_bins)
+    check_seed(seed)
+    if targets.dtype != torch.bool or targets.ndim != 2 or counts.shape != targets.shape[1:]:
         raise ValueError(
-            "control_tokens needs targets (m, v) of bool, counts (v,) and n_bins of at least 1; "
-            f"got {tuple(targets.shape)} {targets.dtype}, {tuple(counts.shape)}, {n_bins}"
+            "control_tokens needs targets (m, v) of bool and counts (v,); "
+            f"got {tuple(targets.shape)} {targets.dtype} and {tuple(counts.shape)}"
         )
     keys = torch.from_numpy(np.random.default_rng(seed).random(targets.shape, dtype=np.float32)).to(targets.device)
     keys = keys.masked_fill(targets, 2)  # drawn last
@@ -312,16 +319,16 @@ def bootstrap(
         The statistic, and the ends of the interval, which are resamples' own values.
 
     Raises:
-        ValueError: the arms have different numbers of seeds, no neuron under one of them, or NaN; or there is no
-            resample.
+        ValueError: the arms have different numbers of seeds, no neuron under one of them, or NaN; there is no
+            resample; or `seed` is out of range.
     """
+    check_whole("n_resamples", n_resamples)
+    check_seed(seed)
     if not arms or len({len(arm) for arm in arms}) != 1 or not all(len(values) for arm in arms for values in arm):
         raise ValueError("bootstrap needs arms with equally many seeds, and at least one neuron under each seed")
     held = [[np.asarray(values.cpu(), np.float64) for values in arm] for arm in arms]
-    if n_resamples < 1 or any(np.isnan(values).any() for arm in held for values in arm):
-        raise ValueError(
-            f"bootstrap needs one resample or more, and values that are numbers; got {n_resamples}, {held}"
-        )
+    if any(np.isnan(values).any() for arm in held for values in arm):
+        raise ValueError(f"bootstrap needs values that are numbers; got {held}")
     draw = np.random.default_rng(seed)
     resampled = []
     for _ in range(n_resamples):
@@ -378,11 +385,12 @@ def repetition(tokens: Tensor, length: int = 3) -> Tensor:
     """Share of the runs of `length` tokens that have stood before in their text, (..., n) to (...).
 
     Raises:
-        ValueError: the texts are shorter than `length`.
+        ValueError: the texts are shorter than `length`, or that is below 1.
 
     Source: Welleck et al. (2020), who call it seq-rep-n.
     """
-    if not 1 <= length <= tokens.shape[-1]:
+    check_whole("length", length)
+    if length > tokens.shape[-1]:
         raise ValueError(f"runs of {length} tokens need texts as long; got {tokens.shape[-1]}")
     runs = tokens.unfold(-1, length, 1)
     numbers = runs.reshape(-1, length).unique(dim=0, return_inverse=True)[1].reshape(runs.shape[:-1]).sort(-1).values

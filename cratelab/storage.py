@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+DIGEST = "tensors_sha256"  # its place in the metadata of a .safetensors file
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -113,9 +115,10 @@ def read_json(path: str | Path) -> dict:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, whole or not at all."""
+    """Write tensors as safetensors, whole or not at all, with their digest, which `read_tensors` compares."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+        save_file(held, part, (metadata or {}) | {DIGEST: digest_of_tensors(held)})
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -123,12 +126,18 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is neither, would need unpickling, or holds something else than a dict.
+        ValueError: the file is neither, would need unpickling, or holds something else than a dict; or it is of
+            `write_tensors` and not what that wrote.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, "pt") as opened:
+                expected = (opened.metadata() or {}).get(DIGEST)
+            tensors = load_file(path)
+            if expected is not None and digest_of_tensors(tensors) != expected:
+                raise ValueError("it is damaged: its numbers are not those that were written")
+            return tensors
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
@@ -164,6 +173,15 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 def digest_of(content: object) -> str:
     """SHA-256 of what JSON can say: dicts whatever their order, lists, strings, numbers."""
     return hashlib.sha256(json.dumps(finite(content), sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, in whatever order, and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def digest_of_file(path: str | Path) -> str:

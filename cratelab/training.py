@@ -30,6 +30,7 @@ with warnings.catch_warnings():  # in notebooks it asks for widgets, which our p
     from accelerate.state import is_initialized
     from accelerate.utils import GradientAccumulationPlugin
 
+from cratelab.arguments import check_seed, check_whole
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.corpora.tokens import Tokenizer, fingerprint
 from cratelab.language_model import LanguageModel, LanguageModelConfig
@@ -125,12 +126,6 @@ class Recipe:
 
 class Diverged(RuntimeError):
     """A loss, its gradient or a weight is no finite number, or the loss stays above that of the untrained model."""
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError if `seed` is no whole number from 0 to 2³² − 1: of others torch would drop the upper bits."""
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise ValueError(f"a seed must be at least 0 and below 2**32, a whole number; got {seed!r}")
 
 
 @torch.enable_grad()
@@ -276,7 +271,14 @@ def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validation_loss(model: LanguageModel, windows: Tensor, batch: int = 16) -> float:
-    """`next_token_loss` over many windows, (b, n + 1) integers, `batch` at a time."""
+    """`next_token_loss` over many windows, (b, n + 1) integers, `batch` at a time.
+
+    Raises:
+        ValueError: there is no window, or `batch` is below 1.
+    """
+    check_whole("batch", batch)
+    if not len(windows):
+        raise ValueError(f"validation_loss needs one window or more; got {tuple(windows.shape)}")
     parts = windows.split(batch)
     return sum(float(next_token_loss(model, part)) * len(part) for part in parts) / len(windows)
 

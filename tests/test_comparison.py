@@ -34,7 +34,7 @@ def test_models_hold_the_vocabulary_padded_and_depend_on_the_seed_alone():
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 0.0, True, None, "0"])
 def test_a_seed_that_torch_would_take_for_another_is_refused(seed):
-    with pytest.raises(ValueError, match=r"a seed must be at least 0 and below 2\*\*32, a whole number; got"):
+    with pytest.raises(ValueError, match="seed must be from 0 to 4294967295, a whole number; got"):
         new_model("crate", "toy", 19, seed)
 
 
@@ -58,8 +58,8 @@ def test_a_context_out_of_range_is_refused(context, message):
         (dict(seeds=range(0)), r"seeds must be one or more, each once; got \[\]"),
         (dict(seeds=0), r"seeds must be several numbers, such as range\(0\); got 0"),
         (dict(seeds=(1, 0, 1)), r"each once; got \[1, 0, 1\]"),
-        (dict(seeds=(0, 2**32)), "a seed must be"),
-        (dict(seeds=(0, -1)), "a seed must be"),
+        (dict(seeds=(0, 2**32)), "seed must be"),
+        (dict(seeds=(0, -1)), "seed must be"),
     ],
 )
 def test_a_comparison_of_nothing_or_of_the_same_twice_is_refused_before_any_work(tmp_path, wrong, message):

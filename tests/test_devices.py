@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import cratelab as cl
 from cratelab import devices
 from cratelab.coding_rate import coding_rate_gradient
-from cratelab.devices import best_device, exact, exact_sum, single
+from cratelab.devices import all_finite, best_device, exact, exact_sum, single
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.ground_truth import match_concepts
 from cratelab.interpret.records import collect_records
@@ -350,3 +350,13 @@ def test_auto_encoders_are_trained_where_the_model_is(device, kind, tmp_path):
     assert all(np.isfinite(row["loss"]) for row in found.curve)
     again = train_saes(there, corpus(), corpus(100), config(kind), None, plan, tmp_path)
     assert again.curve == found.curve and again.saes[1].W_enc.cpu().equal(found.saes[1].W_enc.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_number_that_is_not_finite_is_found(dtype):
+    assert all_finite(torch.full((300, 70), 60000.0, dtype=dtype)) and all_finite(torch.zeros(0, dtype=dtype))
+    for wrong in torch.inf, -torch.inf, torch.nan:
+        numbers = torch.ones(30, 7, dtype=dtype)
+        numbers[3, 5] = wrong
+        assert not all_finite(numbers)
+    assert not all_finite(torch.tensor([torch.inf, -torch.inf], dtype=dtype))

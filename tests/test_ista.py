@@ -141,14 +141,19 @@ def test_errors_say_what_was_wrong():
         {"lam": math.nan},
         {"lam": math.inf},
         {"n_steps": 0},
+        {"n_steps": 2.5},
+        {"n_steps": math.nan},
     ]:
-        with pytest.raises(ValueError, match="got step_size="):
+        message = "n_steps must be at least 1" if "n_steps" in wrong else "got step_size="
+        with pytest.raises(ValueError, match=message):
             cl.ista(z, dictionary(), **wrong)
-        with pytest.raises(ValueError, match="got step_size="):
+        with pytest.raises(ValueError, match=message):
             cl.Ista(8, **wrong)
     for lam in -0.1, math.nan, math.inf:
         with pytest.raises(ValueError, match=f"lam must be finite and at least 0; got {lam}"):
             cl.lasso_objective(z, cl.ista(z, dictionary()), dictionary(), lam)
-    for wrong in {"width": 0}, {"width": 8, "expansion": 0}:
-        with pytest.raises(ValueError, match="width and expansion must be at least 1"):
+    with pytest.raises(ValueError, match=r"must fit the dictionary D \(d, h\); got z \(10, 8\), code \(10, 7\)"):
+        cl.lasso_objective(z, z[:, :7], dictionary(), 0.1)
+    for wrong in {"width": 0}, {"width": 8, "expansion": 0}, {"width": 8, "expansion": 1.5}:
+        with pytest.raises(ValueError, match=r"(width|expansion) must be at least 1"):
             cl.Ista(**wrong)

@@ -256,6 +256,8 @@ def test_wrong_tokens_are_named():
         with pytest.raises(ValueError, match="one token at a time"):
             model(prompt(n=n), cache, position)
     for low, high in (0, 50), (-1, 49):
+        with pytest.raises(ValueError, match=r"tokens must lie in \[0, 50\)"):
+            model(torch.tensor([[low, high]]))
         with pytest.raises(ValueError, match=rf"\[0, 50\); got {low} to {high}"):
             model.generate(torch.tensor([[low, high]]), 1)
     for name, values in {
@@ -282,6 +284,33 @@ def test_a_saved_model_comes_back_the_same(model_class, config_class, tmp_path):
     assert same_weights(loaded, model)
     assert_close(loaded(tokens), model(tokens))
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@both
+def test_weights_of_a_compiled_or_distributed_model_are_known(model_class, config_class, tmp_path):
+    model = small(model_class, config_class)
+    for prefix in "_orig_mod.", "module.", "module._orig_mod.":
+        wrapped = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+        model.save(tmp_path, wrapped)
+        assert same_weights(cl.load(tmp_path), model)
+        other = model_class(model.config)
+        other.load_weights(wrapped, "memory")
+        assert same_weights(other, model)
+
+
+@both
+def test_numbers_that_the_disk_lost_are_missed(model_class, config_class, tmp_path):
+    small(model_class, config_class).save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    with pytest.raises(ValueError, match=r"model\.safetensors .*it is damaged"):
+        cl.load(tmp_path)
+
+
+def test_a_seed_may_be_one_of_numpy():
+    model, tokens = small(*MODELS[0]), prompt()
+    assert model.generate(tokens, 3, seed=np.uint32(5)).equal(model.generate(tokens, 3, seed=5))
 
 
 def test_an_interrupted_save_leaves_the_old_model(monkeypatch, tmp_path):

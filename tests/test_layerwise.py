@@ -98,8 +98,9 @@ def test_wrong_requests_are_named():
         ([torch.full((1, 2), 50)], {}, "contexts must be integers from 0 to 49; got torch.int64, 50 to 50"),
         ([torch.zeros(1, 0, dtype=torch.long)], {}, r"contexts must be \(c, n\)"),
         ([torch.zeros(2)], {}, r"contexts must be \(c, n\)"),
-        ([batch], dict(eps=float("nan")), "eps > 0; got 0 and nan"),
-        ([batch], dict(lasso_steps=-1), "lasso_steps >= 0"),
+        ([batch], dict(eps=float("nan")), "precision eps must be positive.*; got nan"),
+        ([batch], dict(lasso_steps=-1), "lasso_steps must be at least 0"),
+        ([batch], dict(lasso_steps=0.5), "lasso_steps must be at least 0, a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             layer_statistics(crate, batches, **options)
@@ -114,3 +115,12 @@ def test_models_of_every_precision_are_measured_alike(kind, lasso_steps, dtype, 
     found, expected = (layer_statistics(model, [batch], lasso_steps=lasso_steps) for model in (rounded, exact))
     for name, values in expected.items():
         assert_close(found[name], values, rtol=tolerance, atol=tolerance)
+
+
+def test_a_dictionary_of_zeros_is_its_own_lasso():
+    crate = models()[0]
+    with torch.no_grad():
+        crate.blocks[0].ista.weight.zero_()
+    found = layer_statistics(crate, [torch.randint(50, (3, 10))], lasso_steps=5)
+    assert found["active"][0] == found["lasso active"][0] == 0
+    assert found["converged lasso objective"][0] == found["lasso objective"][0] > 0

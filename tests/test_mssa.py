@@ -108,6 +108,13 @@ def test_softmax_step_has_the_factors_of_the_derivation():
     assert_close(cl.attention_step(z, U, 0.3), (1 - 0.3 * s) * z + 0.3 * s**2 * cl.mssa(z, U))
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_a_scale_that_leaves_no_softmax_is_refused(scale):
+    for function in cl.mssa, cl.attention_map:
+        with pytest.raises(ValueError, match="the scale of the inner products must be finite"):
+            function(tokens(), subspaces(), scale=scale)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_layer_with_its_own_subspaces_as_output_is_the_function(causal):
     layer = cl.Mssa(8, 4, causal).double()
@@ -161,9 +168,11 @@ def test_step_sizes_and_precisions_that_are_no_numbers_are_refused(wrong):
 
 def test_errors_say_what_was_wrong():
     z, U = tokens(), subspaces()
-    with pytest.raises(ValueError, match="order=-1"):
+    with pytest.raises(ValueError, match="order must be at least 0, a whole number; got -1"):
         cl.neumann_gradient(z, U, order=-1)
-    with pytest.raises(ValueError, match="eps=0"):
+    with pytest.raises(ValueError, match=r"order must be at least 0, a whole number; got 1\.5"):
+        cl.neumann_gradient(z, U, order=1.5)
+    with pytest.raises(ValueError, match="precision eps must be positive"):
         cl.neumann_gradient(z, U, eps=0)
     with pytest.raises(ValueError, match="eps"):
         cl.attention_step(z, U, 0.1, eps=0)

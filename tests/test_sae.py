@@ -362,12 +362,18 @@ def test_models_and_auto_encoders_of_every_precision_fit(model, dtype, tolerance
             assert getattr(found, name) == pytest.approx(getattr(scores[layer], name), rel=tolerance, abs=tolerance)
 
 
-@pytest.mark.parametrize("n_tokens, batch", [(0, 16), (-5, 16), (None, 0)])
+@pytest.mark.parametrize("n_tokens, batch", [(0, 16), (-5, 16), (float("nan"), 16), (None, 0), (None, 1.5)])
 def test_to_read_nothing_is_refused(n_tokens, batch):
     for measure in evaluate_sae, cross_entropy:
         arguments = {"saes": {0: random_sae()}} if measure is evaluate_sae else {}
-        with pytest.raises(ValueError, match="a token or more to read"):
+        with pytest.raises(ValueError, match=r"(n_tokens|batch) must be at least 1, a whole number"):
             measure(talkative(), corpus(), **arguments, n_tokens=n_tokens, batch=batch)
+
+
+def test_what_is_no_auto_encoder_is_named():
+    for what in None, torch.nn.Identity():
+        with pytest.raises(ValueError, match="layer 0 needs an auto-encoder; got"), splice(talkative(), {0: what}):
+            pass
 
 
 # Files

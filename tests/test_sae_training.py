@@ -232,7 +232,8 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
     def measured(self, x):
         if next(calls) % 20:
             return step(self, x)
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in all_tensors()}
+        storages = [t.untyped_storage() for t in all_tensors() if t.layout is torch.strided]  # other tests hold others
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
         peaks[-1] = max(peaks[-1], sum(held.values()))
         return step(self, x)
 
@@ -647,9 +648,15 @@ def test_what_does_not_fit_is_refused_before_work_starts(tmp_path, changes, comp
         *(dict(max_tokens=0), dict(batch=0), dict(learning_rate=0), dict(evaluations=0), dict(least_gain=0 * 1e999)),
         *(dict(max_tokens=float("nan")), dict(batch=2.0), dict(buffer=True), dict(learning_rate=float("nan"))),
         *(dict(seed=-1), dict(seed=2**32), dict(seed=0.5), dict(resample_at=[float("nan")]), dict(resample_at=[-0.1])),
-        *(dict(resample_at="a"), dict(learning_rate="x"), dict(least_gain=None)),
+        *(
+            dict(resample_at="a"),
+            dict(resample_at=None),
+            dict(resample_at=0.5),
+            dict(learning_rate="x"),
+            dict(least_gain=None),
+        ),
     ],
 )
 def test_impossible_recipes_are_refused(changes):
-    with pytest.raises(ValueError, match=r"must be (an integer|positive|shares|a number)|less than 2\*\*32"):
+    with pytest.raises(ValueError, match=r"must be (at least|from 0 to|positive|shares|a number)"):
         SaeRecipe(**changes)

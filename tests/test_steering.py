@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -398,7 +399,7 @@ NOTHING = torch.zeros(0, dtype=torch.long)
         (dict(contexts=torch.full((2, 3), VOCAB)), f"integers from 0 to {VOCAB - 1}; got torch.int64, {VOCAB} to"),
         (dict(contexts=torch.full((2, 3), -1)), "got torch.int64, -1 to -1"),
         (dict(contexts=torch.zeros(2, 3)), "got torch.float32"),
-        (dict(batch=0), "0 at a time"),
+        (dict(batch=0), "batch must be at least 1"),
     ],
 )
 def test_effects_that_cannot_be_measured_are_refused_before_anything_runs(change, message):
@@ -412,10 +413,23 @@ def test_effects_that_cannot_be_measured_are_refused_before_anything_runs(change
 
 def test_maxima_of_no_text_or_of_a_damaged_model_are_refused():
     model = shaken(cl.Gpt2)
-    for n_tokens in 0, -5:
-        with pytest.raises(ValueError, match=f"n_tokens must be at least 1; got {n_tokens}"):
+    for n_tokens in 0, -5, float("nan"), 1.5:
+        with pytest.raises(ValueError, match=f"n_tokens must be at least 1, a whole number; got {n_tokens}"):
             neuron_maxima(model, corpus(), n_tokens)
     with torch.no_grad():
         model.blocks[1].mlp_in.weight[3, 0] = torch.nan
     with pytest.raises(ValueError, match=r"layer 1.*(not finite|NaN or infinite)"):
         neuron_maxima(model, corpus())
+
+
+def test_a_damaged_model_is_not_blamed_on_the_values():
+    model = shaken(cl.Crate)
+    with torch.no_grad():
+        model.blocks[0].attention.output.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"layer 1 .* before anything is edited: is the model damaged"):
+        full_effect(model, some_tokens(), 1, torch.tensor([0, 3]), torch.ones(2))
+
+
+def test_a_place_that_is_no_mask_is_named():
+    with pytest.raises(ValueError, match='where must be "all", "last" or a'):
+        Edit(0, 1, 1.0, where=np.ones((2, 3), bool))

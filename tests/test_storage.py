@@ -154,3 +154,16 @@ def test_a_torch_file_that_would_grow_in_memory_is_refused_unread(tmp_path):
     with pytest.raises(ValueError, match=r"small\.pt cannot be read as plain tensors.*compressed"):
         storage.read_tensors(tmp_path / "small.pt")
     assert storage.read_tensors(tmp_path / "plain.pt")["a"].shape == (100_000,)
+
+
+def test_tensors_that_are_not_what_was_written_are_refused(tmp_path):
+    file, tensors = tmp_path / "a.safetensors", {"b": torch.ones(3, 2), "a": torch.zeros(0), "c": torch.tensor(2.0)}
+    storage.write_tensors(file, tensors, {"about": "three"})
+    assert_close(storage.read_tensors(file), tensors)
+    assert storage.digest_of_tensors(tensors) == storage.digest_of_tensors(dict(reversed(tensors.items())))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-2] + b"\x01" + whole[-1:])
+    with pytest.raises(
+        ValueError, match=r"a\.safetensors .*it is damaged: its numbers are not those that were written"
+    ):
+        storage.read_tensors(file)

@@ -312,7 +312,7 @@ def test_document_log_probs_end_with_the_context():
         (dict(checkpoint_every="2"), "checkpoint_every must be a whole number; got '2'"),
         (dict(validate_every=None), "validate_every must be a whole number; got None"),
         (dict(seed=-1), "seed must be at least 0; got -1"),
-        (dict(seed=2**32), r"a seed must be at least 0 and below 2\*\*32"),
+        (dict(seed=2**32), "seed must be from 0 to 4294967295"),
         (dict(compile="yes"), "compile must be True, False or None; got 'yes'"),
         (dict(precision=None), 'precision must be "auto", "no" or "bf16"; got None'),
         (dict(precision="fp8"), 'precision must be "auto", "no" or "bf16"'),
@@ -321,6 +321,12 @@ def test_document_log_probs_end_with_the_context():
 def test_a_recipe_out_of_range_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**wrong)
+
+
+@pytest.mark.parametrize(("n", "batch"), [(0, 16), (2, 0), (2, math.nan)])
+def test_a_loss_over_no_window_is_refused(n, batch):
+    with pytest.raises(ValueError, match=r"one window or more|batch must be at least 1"):
+        validation_loss(new_model(), torch.zeros(n, 5, dtype=torch.long), batch)
 
 
 def test_numbers_of_numpy_are_numbers_and_the_largest_seed_is_one(tmp_path):

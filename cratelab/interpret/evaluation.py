@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from cratelab.arguments import check_seed
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.explainers import Explainer, Explanations, shuffle
-from cratelab.interpret.reading import check_seed
 from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import PROTOCOLS, Protocol, Scores, needs, score, split, summarise
 from cratelab.language_model import LanguageModel

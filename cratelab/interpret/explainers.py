@@ -12,9 +12,10 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from cratelab.arguments import check_seed
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.concepts import Concepts
-from cratelab.interpret.reading import NO_TOKEN, check_seed, token_text
+from cratelab.interpret.reading import NO_TOKEN, token_text
 from cratelab.interpret.records import Excerpts
 
 

@@ -17,12 +17,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from cratelab.arguments import check_seed
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.answers import Asker, Cost
 from cratelab.interpret.endpoints import ROUNDING, Request
 from cratelab.interpret.explainers import discretise
 from cratelab.interpret.prompts import as_question, explanation_prompt, printable, simulation_prompt, token_writer
-from cratelab.interpret.reading import NO_TOKEN, check_seed
+from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts
 from cratelab.storage import read_json, write_json
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cratelab.arguments import check_seed
 from cratelab.corpora.documents import require
 from cratelab.devices import best_device
 from cratelab.interpret.endpoints import Answer, Request, text_or_problem
@@ -112,7 +113,8 @@ class HuggingFaceEndpoint:
         end = self.tokenizer.pad_token_id if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
         with torch.random.fork_rng():
             if request.seed is not None:
-                torch.manual_seed(request.seed)
+                check_seed(request.seed)
+                torch.manual_seed(int(request.seed))
             written = self.model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cratelab.arguments import check_whole
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.language_model import LanguageModel
@@ -42,8 +43,8 @@ def watch_neurons(
         ValueError: the corpus has no token, or some that the model does not know; `batch`, `window` or `n_tokens` is
             below 1; or activations are NaN or infinite.
     """
-    if min(batch, window, ahead) < 1:
-        raise ValueError(f"batch, window and ahead must be at least 1; got {batch}, {window} and {ahead}")
+    for name, value in ("batch", batch), ("window", window), ("ahead", ahead):
+        check_whole(name, value)
     total = tokens_to_read(corpus, n_tokens)
     if corpus.n_vocab > model.config.vocab_size:
         raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
@@ -95,17 +96,11 @@ def tokens_to_read(corpus: TokenizedCorpus, n_tokens: int | None) -> int:
     Raises:
         ValueError: it is below 1, or there are none.
     """
-    if n_tokens is not None and n_tokens < 1:
-        raise ValueError(f"n_tokens must be at least 1, or None for all; got {n_tokens}")
+    if n_tokens is not None:
+        check_whole("n_tokens", n_tokens)
     if not len(corpus):
         raise ValueError("the corpus holds no token")
     return len(corpus) if n_tokens is None else min(n_tokens, len(corpus))
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless `seed` is one of 2³², which all generators tell apart."""
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be from 0 to {2**32 - 1}; got {seed}")
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

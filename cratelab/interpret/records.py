@@ -17,10 +17,11 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from cratelab.arguments import check_seed
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.devices import exact
 from cratelab.interpret.kept import Kept, peaks
-from cratelab.interpret.reading import NO_TOKEN, Text, Windows, check_seed, tokens_to_read, watch_neurons
+from cratelab.interpret.reading import NO_TOKEN, Text, Windows, tokens_to_read, watch_neurons
 from cratelab.language_model import LanguageModel
 from cratelab.storage import digest_of_file, read_json, read_tensors, replacing, write_json, write_tensors
 

@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cratelab.interpret.reading import NO_TOKEN, check_seed
+from cratelab.arguments import check_seed
+from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts, Records
 
 Protocol = Literal["top-and-random", "random-only", "anthropic"]

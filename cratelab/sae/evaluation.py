@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cratelab.arguments import check_whole
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.devices import check_floating, exact, exact_sum
-from cratelab.interpret.reading import Text, pieces_of
+from cratelab.interpret.reading import Text, pieces_of, tokens_to_read
 from cratelab.language_model import LanguageModel
 from cratelab.sae.autoencoder import Sae
 from cratelab.sae.splicing import on_device, splice
@@ -119,9 +120,8 @@ def _texts(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None, 
     check_floating(model)
     if corpus.n_vocab > model.config.vocab_size:
         raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
-    total = len(corpus) if n_tokens is None else min(n_tokens, len(corpus))
-    if total < 1 or batch < 1:
-        raise ValueError(f"there must be a token or more to read, and a piece or more at a time; got {total}, {batch}")
+    check_whole("batch", batch)
+    total = tokens_to_read(corpus, n_tokens)
     pieces = sorted(pieces_of(corpus, model.config.context, True, total), key=lambda piece: piece[0] - piece[1])
     if not pieces or pieces[0][1] - pieces[0][0] < 2:
         raise ValueError(f"the first {total} tokens of the corpus hold none that follows another: read more of them")

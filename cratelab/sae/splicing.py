@@ -27,14 +27,16 @@ def splice(model: LanguageModel, saes: dict[int, Sae], error_term: bool = False)
             to edit nothing changes nothing, to rounding.
 
     Raises:
-        ValueError: there is no such layer, or its neurons are not as many as the auto-encoder reads; or weights were
-            cast to integers.
+        ValueError: there is no such layer, or no auto-encoder for it, or its neurons are not as many as that reads;
+            or weights were cast to integers.
     """
     check_floating(model)
     width = model.config.expansion * model.config.width
     for layer, sae in saes.items():
         if layer not in range(len(model.blocks)):
             raise ValueError(f"the model has the layers 0 to {len(model.blocks) - 1}; got {layer}")
+        if not (hasattr(sae, "encode") and hasattr(sae, "decode")):
+            raise ValueError(f"layer {layer} needs an auto-encoder; got {sae!r}")
         if sae.config.d_in != width:
             raise ValueError(f"layer {layer} has {width} neurons, its auto-encoder reads {sae.config.d_in}")
         if isinstance(sae, Sae):

@@ -4,13 +4,12 @@ Nothing random has a state: which text is read, and in which order its tokens ar
 `[seed, number of the block]`. So a training that was killed goes on to the same weights, bit for bit on one CPU.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from cratelab.arguments import check_seed, check_whole
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.reading import pieces_of, watch_neurons
 from cratelab.language_model import LanguageModel
@@ -27,7 +27,7 @@ from cratelab.run_directory import check_same_run
 from cratelab.sae.autoencoder import Sae, SaeConfig
 from cratelab.sae.evaluation import SaeScores, check_text, evaluate_sae
 from cratelab.sae.learner import Learner
-from cratelab.storage import digest_of, finite, locked, read_tensors, write_json, write_tensors
+from cratelab.storage import digest_of, digest_of_tensors, finite, locked, read_tensors, write_json, write_tensors
 from cratelab.training import Diverged
 
 
@@ -66,14 +66,13 @@ class SaeRecipe:
     seed: int = 0
 
     def __post_init__(self):
-        self.resample_at = tuple(self.resample_at)
-        least = dict(max_tokens=1, batch=1, buffer=1, evaluations=1, validation_tokens=1, seed=0)
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name} must be an integer and at least {low}; got {value!r}")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be less than 2**32, since torch tells no others apart; got {self.seed}")
+        try:
+            self.resample_at = tuple(self.resample_at)
+        except TypeError as error:
+            raise ValueError(f"resample_at must be shares of max_tokens, or (); got {self.resample_at!r}") from error
+        for name in "max_tokens", "batch", "buffer", "evaluations", "validation_tokens":
+            check_whole(name, getattr(self, name))
+        check_seed(self.seed)
         if not all(isinstance(share, Real) and 0 <= share < math.inf for share in self.resample_at):
             raise ValueError(f"resample_at must be shares of max_tokens, finite and at least 0; got {self.resample_at}")
         for name in "learning_rate", "least_gain":
@@ -287,21 +286,13 @@ def _check(model: LanguageModel, training, validation, config: SaeConfig, layers
     check_text(model, validation, recipe.validation_tokens)
 
 
-def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 class _Run:
     """The folder of one training, for one process at a time."""
 
     def __init__(self, path: Path, model: LanguageModel, training, validation, config, layers, recipe):
         self.path, self.file = path, path / "checkpoint.safetensors"
         self.facts = {
-            "model": {"model": model.kind, **asdict(model.config), "sha256": _digest_of_tensors(model.state_dict())},
+            "model": {"model": model.kind, **asdict(model.config), "sha256": digest_of_tensors(model.state_dict())},
             "training": training.facts(),
             "validation": validation.facts(),
             "sae": asdict(config) | {"layers": layers},
@@ -351,7 +342,7 @@ class _Run:
 
     def _digest(self, tensors: Mapping[str, Tensor], state: str) -> str:
         """Of this run's checkpoint."""
-        return digest_of([self.facts, state, _digest_of_tensors(tensors)])
+        return digest_of([self.facts, state, digest_of_tensors(tensors)])
 
     def finish(self, saes: dict[int, Sae], model: LanguageModel) -> None:
         for layer, sae in saes.items():
