@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -113,9 +113,15 @@ def read_json(path: str | Path) -> dict:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, whole or not at all."""
+    """Write tensors as safetensors, whole or not at all, with a sum that `read_tensors` checks."""
+    own, seen = {}, set()
+    for name, tensor in tensors.items():
+        own[name] = tensor.detach().cpu().contiguous()
+        if (place := own[name].untyped_storage().data_ptr()) in seen:
+            own[name] = own[name].clone()  # the format has no two names for the same numbers
+        seen.add(place)
     with replacing(path) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+        save_file(own, part, (metadata or {}) | {_SUM: _digest_of_tensors(own)})
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -123,12 +129,18 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is neither, would need unpickling, or holds something else than a dict.
+        ValueError: the file is neither, would need unpickling, holds something else than a dict, or is not what
+            `write_tensors` has written.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, "pt") as opened:
+                held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                expected = (opened.metadata() or {}).get(_SUM)
+            if expected not in (None, _digest_of_tensors(held)):
+                raise ValueError("its SHA-256 is not that of what was written; copy it again, or make it anew")
+            return held
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
@@ -159,6 +171,19 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except Exception as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+_SUM = "cratelab_sha256"  # in a file's metadata; not every file has one
+
+
+def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def digest_of(content: object) -> str:
