@@ -82,7 +82,8 @@ class CorpusOptions:
     """tinyworld, pydocs, packages, wikitext, tinystories, pile, or a path to text (./pile if it has such a name);
     several are joined by +, which an existing path may hold, too."""
     tokenizer: str | None = None
-    """gpt2, bytes, or bpe-N for one trained on the corpus; the corpus's usual one unless given."""
+    """gpt2, bytes, bpe-N for one trained on the corpus, or a file such as a run's tokenizer.json; the corpus's usual
+    one unless given."""
     characters: int = 200_000_000
     """Training text to use at most."""
     context: int | None = None
@@ -206,8 +207,9 @@ class TrainedModel:
         theirs = _kept_tokenizer(folder.parent)
         if self.corpus:
             command.corpus = self.corpus
-            inherited = self.corpus != "tinyworld" and theirs.get("name") in ("bytes", "gpt2")
-            command.tokenizer = theirs["name"] if inherited else None
+            kept = folder.parent / "tokenizer.json"
+            inherited = self.corpus != "tinyworld" and theirs and kept.is_file()
+            command.tokenizer = str(kept) if inherited else None
         command.tokenizer = self.tokenizer or command.tokenizer
         corpus = _prepare(command, command.recipe(command.preset, command.seed), model.config.context)
         _check_tokenizer(folder, theirs, model, corpus)
@@ -237,6 +239,8 @@ class Interpret(TrainedModel):
         out = self.out or self.model / "interpret.json"
         if out.is_dir():
             raise IsADirectoryError(f"--out must be a file to write; {out} is a folder")
+        if self.out and out.is_file() and "rows" not in read_json(out):
+            raise ValueError(f"--out: {out} is there and holds something else than scores: choose another name")
         check_writable("--out", out)
 
     def run(self) -> None:
@@ -541,8 +545,8 @@ def _check_tokenizer(folder: Path, theirs: dict, model: LanguageModel, corpus: P
     if theirs and theirs.get("sha256") != ours["sha256"]:
         raise ValueError(
             f"the model in {folder} was trained on other tokens ({names[0]} of them) than the corpus has ({names[1]}), "
-            "as after a change of its text: bring back the text that it has read, or tokenize another with "
-            f"{folder.parent / 'tokenizer.json'} and give that folder as --corpus"
+            "as after a change of its text: bring back the text that it has read, or give another as --corpus, "
+            f"which is read with {folder.parent / 'tokenizer.json'} unless --tokenizer names another"
         )
     if corpus.validation.n_vocab > model.config.vocab_size:
         raise ValueError(

@@ -1,5 +1,6 @@
 """CRATE against GPT-2 at equal tokens: several seeds, one table, intervals over seeds (chapter 7)."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -147,8 +148,13 @@ def summarise(runs: list[dict]) -> list[dict]:
 
 
 def interval(values: list[float]) -> float | None:
-    """Half-width of the 95 % interval of the mean by Student's t (eq-09-3); None with fewer than two values."""
+    """Half-width of the 95 % interval of the mean by Student's t (eq-09-3).
+
+    None with fewer than two values, NaN with one that is not finite.
+    """
     from scipy.stats import t
 
     n = len(values)
+    if not all(map(math.isfinite, values)):
+        return math.nan
     return None if n < 2 else float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5

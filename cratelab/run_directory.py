@@ -3,7 +3,8 @@
     run.json          model, recipe, tokenizer and corpora (sizes and hashes), provenance, written before the first step
     tokenizer.json    what made the corpora, where it is known
     metrics.jsonl     one line a step, flushed
-    checkpoint-1000   a state: the model as `LanguageModel.save` writes it, AdamW's moments, and SHA-256 of the files
+    checkpoint-1000   a state: the model as `LanguageModel.save` writes it, AdamW's moments, SHA-256 of
+                      these files and of the metrics
     model             the trained model
     lock              held while a process trains here
 
@@ -11,6 +12,7 @@ Checkpoints are written beside and renamed, so one that has its name is whole. T
 another should a disk spoil one. What the program has not written is left alone, whatever its name.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -122,7 +124,8 @@ class RunDirectory:
         if tokenizer:
             facts["tokenizer"] = tokenizer_facts(tokenizer)
         facts |= {"training": training.facts(), "validation": validation.facts()}
-        run = cls(Path(path), model, accelerator, digest_of(facts))
+        # the hashes of the corpora are of its tokens: a caller may leave it out, and goes on all the same
+        run = cls(Path(path), model, accelerator, digest_of(facts | {"tokenizer": None}))
         file, start = run.path / "run.json", _start(model)
         check_same_run(run.path, facts)
         busy = f"another process is training in {path}: wait until it has ended, or choose another folder"
@@ -179,16 +182,14 @@ class RunDirectory:
                 held.update({name: moments[f"{parameter}.{name}"] for name in held})
             set_optimizer_state_dict(model, optimizer.optimizer, state, options=options)
         self.accelerator.wait_for_everyone()
-        metrics = read_metrics(self.path)[:step]
-        if [row.get("step") for row in metrics] != list(range(1, step + 1)):
-            raise ValueError(
-                f"{self.path / 'metrics.jsonl'} does not hold steps 1 to {step} one after another, as the checkpoint "
-                f"does; {self._way_on(self.checkpoint_path())}"
-            )
+        file = self.path / "metrics.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)[:step] if step and file.is_file() else []
+        if step and hashlib.sha256(b"".join(lines)).hexdigest() != read_json(folder / SUMS).get("metrics"):
+            raise ValueError(f"{file} does not hold steps 1 to {step} as they were written; {self._way_on(folder)}")
         if self.accelerator.is_main_process:
             with self._writing():
-                write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in metrics))
-        return metrics
+                write_text(file, b"".join(lines).decode())
+        return [json.loads(line) for line in lines]
 
     def write_metrics(self, row: dict) -> None:
         if self.accelerator.is_main_process:
@@ -211,7 +212,12 @@ class RunDirectory:
                         self.model.save(part, weights)
                         write_tensors(part / "optimizer.safetensors", _moments(state))
                         sums = {name: digest_of_file(part / name) for name in _FILES}
-                        write_json(part / SUMS, {"run": self.digest, "step": step, "sha256": sums})
+                        facts = {
+                            "run": self.digest,
+                            "step": step,
+                            "metrics": digest_of_file(self.path / "metrics.jsonl"),
+                        }
+                        write_json(part / SUMS, facts | {"sha256": sums})
                 for path in list(self.checkpoints().values())[:-2]:
                     _remove_checkpoint(path)
         self.accelerator.wait_for_everyone()

@@ -121,13 +121,14 @@ class Recipe:
         if step < warmup:
             return self.peak_rate * (step + 1) / warmup
         progress = (step - warmup) / max(1, self.steps - warmup)
-        return self.final_rate + (self.peak_rate - self.final_rate) * (1 + math.cos(math.pi * progress)) / 2
+        return self.final_rate + (self.peak_rate - self.final_rate) * ((1 + math.cos(math.pi * progress)) / 2)
 
 
 class Diverged(RuntimeError):
     """A loss, its gradient or a weight is no finite number, or the loss stays above that of the untrained model."""
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def train(
     model: LanguageModel,
@@ -349,6 +350,8 @@ def _check_model(model: LanguageModel) -> None:
             f"weights of {halves.pop()} are too coarse for AdamW's updates: train model.float(), and let the recipe's "
             'precision="bf16" lower the precision of the products'
         )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("the model was made under torch.inference_mode, which allows no gradient: make it outside")
     wrong = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if wrong:
         raise ValueError(f"the model holds numbers that are not finite, in {', '.join(wrong[:5])}")

@@ -142,6 +142,8 @@ def test_another_corpus_is_read_with_the_tokenizer_of_the_run(tmp_path, monkeypa
     with pytest.raises(SystemExit, match=r"trained on other tokens \(bytes, 257 of them\)"):
         main(["steer", run, "--corpus", "tinyworld", "--n-new", "2"])
     main(["steer", f"{run}/model", "--corpus", str(tmp_path / "b"), "--tokenizer", "bytes", "--n-new", "2"])
+    main(["train", "--run-dir", f"{run}-bpe", "--corpus", str(tmp_path / "a"), *options[:-1], "bpe-270"])
+    main(["steer", f"{run}-bpe", "--corpus", str(tmp_path / "b"), "--n-new", "2", "--n-tokens", "64"])
 
 
 def test_a_run_without_a_model_says_what_it_is(tmp_path, monkeypatch):
@@ -407,6 +409,13 @@ def test_a_run_that_no_command_began_is_read_if_its_corpus_is_given(copy, essays
     fails(["steer", str(copy)], "was not begun by `cratelab train`, so nothing says what it has read: give --corpus")
     main(["steer", str(copy), "--corpus", str(essays), "--tokenizer", "bytes", "--n-tokens", "200", "--n-new", "1"])
     assert "without: text number" in capsys.readouterr().out
+
+
+def test_scores_overwrite_nothing_else(copy):
+    before = (copy / "run.json").read_bytes()
+    fails(["interpret", str(copy), "--out", str(copy / "run.json")], "run.json", "choose another name")
+    fails(["interpret", str(copy), "--out", str(copy / "metrics.jsonl")], "metrics.jsonl")
+    assert (copy / "run.json").read_bytes() == before
 
 
 def test_options_that_an_older_version_did_not_have_are_the_usual_ones(copy, capsys):

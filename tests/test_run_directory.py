@@ -412,3 +412,21 @@ def test_a_finished_run_is_read_not_trained_again(tmp_path):
     again, same = run(tmp_path / "run", on_step=lambda row: pytest.fail("it trained"))
     assert same == rows and same_weights(model, again)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("name, value", [("loss", None), ("tokens", -7), ("validation_loss", "a"), ("loss", 2.0)])
+def test_metrics_that_are_not_as_they_were_written_are_refused(stopped_run, tmp_path, name, value):
+    path = shutil.copytree(stopped_run[1], tmp_path / "run")
+    rows = read_metrics(path)
+    rows[1][name] = value
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"metrics.jsonl does not hold steps 1 to . as they were written; remove"):
+        run(path)
+
+
+def test_a_caller_that_leaves_out_the_tokenizer_goes_on_from_the_same_checkpoint(stopped_run, tmp_path, recwarn):
+    path = shutil.copytree(stopped_run[1], tmp_path / "run")
+    before = read_metrics(path)
+    train(new_model(seed=0), corpus(), corpus(seed=1), recipe(), path)
+    assert read_metrics(path)[:4] == before[:4]
+    assert not [each for each in recwarn if "is not this run's" in str(each.message)]

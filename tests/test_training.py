@@ -79,6 +79,10 @@ def test_the_rate_rises_to_the_peak_and_falls_along_half_a_cosine():
     np.testing.assert_allclose((np.array(rates[10:]) - 0.55) / 0.45, shape, atol=1e-12)
 
 
+def test_the_largest_rate_there_is_gives_no_infinite_one():
+    assert recipe(steps=2, peak_rate=1.7e308, final_rate=0, warmup=0).learning_rate(0) == 1.7e308
+
+
 def test_the_defaults_are_the_papers():
     r = Recipe()
     assert r.batch * 1024 == 524_288 and r.steps == 600_000
@@ -369,3 +373,14 @@ def test_metrics_are_what_was_returned(tmp_path):
     rows = train(new_model(), corpus(), corpus(seed=1), recipe(), tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
+
+
+def test_trains_within_inference_mode_but_no_model_that_was_made_there():
+    model, settings = new_model(), recipe(steps=1)
+    before = weights(model)
+    with torch.inference_mode():
+        train(model, corpus(), corpus(seed=1), settings)
+        made_there = new_model()
+    assert any(not tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"made under torch.inference_mode"):
+        train(made_there, corpus(), corpus(seed=1), settings)

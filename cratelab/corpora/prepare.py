@@ -72,7 +72,7 @@ class PreparedCorpus:
 
 def prepare(
     name: str | Path,
-    tokenizer: str | None = None,
+    tokenizer: str | Path | None = None,
     characters: int = 200_000_000,
     context: int = 512,
     cache: str | Path | None = None,
@@ -82,7 +82,8 @@ def prepare(
     Args:
         name: see the table above.
         tokenizer: "words" (TinyWorld's), "bytes", "gpt2", or "bpe-N": a byte-level BPE of N tokens trained on the
-            training text. The table's unless given.
+            training text; or a .json file that `cratelab.corpora.tokens.save` wrote, such as a run's. The table's
+            unless given.
         characters: of training text, at most; validation takes at most a twentieth, but one document. TinyWorld's size
             is two million tokens at most.
         context: longest document of TinyWorld, so that a model's window can hold it.
@@ -99,11 +100,12 @@ def prepare(
     if not 1 <= characters < float("inf") or not 1 <= context < float("inf"):
         raise ValueError(f"characters and context must be at least 1, and finite; got {characters} and {context}")
     characters, parts = int(characters), _parts(name)
-    if folder := _folder_of_tokens(parts, tokenizer):
-        encoding = tokens.load(folder / "tokenizer.json")
+    given = _load_given(tokenizer)
+    if folder := _folder_of_tokens(parts, None if given else tokenizer):
+        encoding = given or tokens.load(folder / "tokenizer.json")
         return PreparedCorpus(*(TokenizedCorpus.open(folder / split, encoding) for split in _SPLITS), encoding)
-    tokenizer = _check_tokenizer(parts, tokenizer)
-    if tokenizer == "words":
+    tokenizer = _check_tokenizer(parts, tokenizer, given)
+    if "tinyworld" in parts:
         return _tinyworld(min(2_000_000, max(1, characters // 5)), int(context))
     text = Text(parts, characters)
     facts = {
@@ -112,12 +114,13 @@ def prepare(
         "corpus": [identity(part) for part in parts],
         "splits": text.splits,
         "fractions": list(FRACTIONS),
-        "tokenizer": tokenizer,
+        "tokenizer": tokens.fingerprint(given) if given else tokenizer,
         "characters": characters,
     }
     names = "+".join(part if part in NAMES else Path(part).resolve().name for part in parts)[:40]
-    folder = _cache(cache) / f"{names}-{tokenizer}-{characters}-{digest_of(facts)[:16]}"
-    encoding = _tokenizer(tokenizer, text, folder, facts)
+    label = re.sub(r"[^\w.-]", "_", tokenizer)[:40]  # a file may say any name
+    folder = _cache(cache) / f"{names}-{label}-{characters}-{digest_of(facts)[:16]}"
+    encoding = _tokenizer(tokenizer, text, folder, facts, given)
     corpora = []
     for split, documents in zip(_SPLITS, (text.training, text.validation), strict=True):
         if (folder / split / MANIFEST).is_file():
@@ -129,18 +132,20 @@ def prepare(
     return PreparedCorpus(*corpora, encoding)
 
 
-def vocabulary_size(name: str | Path, tokenizer: str | None = None) -> int:
+def vocabulary_size(name: str | Path, tokenizer: str | Path | None = None) -> int:
     """How many tokens `prepare(name, tokenizer)` will tell apart; nothing is read.
 
     Raises:
         ValueError: there is no corpus or tokenizer of that name.
     """
-    parts = _parts(name)
-    if folder := _folder_of_tokens(parts, tokenizer):
+    parts, given = _parts(name), _load_given(tokenizer)
+    if folder := _folder_of_tokens(parts, None if given else tokenizer):
         return read_manifest(folder / "train" / MANIFEST)["tokenizer"]["n_vocab"]
-    tokenizer = _check_tokenizer(parts, tokenizer)
-    if tokenizer == "words":
+    tokenizer = _check_tokenizer(parts, tokenizer, given)
+    if "tinyworld" in parts:
         return len(tinyworld.vocabulary())
+    if given:
+        return given.n_vocab
     return {"gpt2": 50_257, "bytes": 257}.get(tokenizer) or int(tokenizer.removeprefix("bpe-"))
 
 
@@ -186,12 +191,21 @@ def _folder_of_tokens(parts: list[str], tokenizer: str | None) -> Path | None:
     return folder
 
 
-def _check_tokenizer(parts: list[str], tokenizer: str | None) -> str:
-    """The tokenizer's name, or the usual one of these corpora."""
+def _load_given(tokenizer: str | Path | None) -> tokens.Tokenizer | None:
+    """The tokenizer, where a file of one is given."""
+    is_file = isinstance(tokenizer, Path) or (tokenizer or "").endswith(".json")
+    return tokens.load(os.path.expanduser(tokenizer)) if is_file else None
+
+
+def _check_tokenizer(parts: list[str], tokenizer: str | Path | None, given: tokens.Tokenizer | None) -> str:
+    """The tokenizer's name, or that of the usual one of these corpora."""
+    tokenizer = given.name if given else tokenizer
     if "tinyworld" in parts:
         if len(parts) > 1 or tokenizer not in (None, "words"):
             raise ValueError("tinyworld stands alone, and its tokens are words")
         return "words"
+    if given:
+        return tokenizer
     tokenizer = tokenizer or ("gpt2" if all(part in _HUB for part in parts) else "bpe-4096")
     if tokenizer not in ("gpt2", "bytes") and not re.fullmatch("bpe-[1-9][0-9]{0,9}", tokenizer):
         raise ValueError(f'a tokenizer is "gpt2", "bytes" or "bpe-N", such as bpe-4096; got {tokenizer!r}')
@@ -217,12 +231,14 @@ def _cache(folder: str | Path | None) -> Path:
     return root
 
 
-def _tokenizer(name: str, text: Text, folder: Path, facts: dict) -> tokens.Tokenizer:
+def _tokenizer(name: str, text: Text, folder: Path, facts: dict, given: tokens.Tokenizer | None) -> tokens.Tokenizer:
     file, made_of = folder / "tokenizer.json", folder / "made_of.json"
     if not file.is_file():
         with locked(folder / "lock"):  # of several processes one makes it, the others load it
             if not file.is_file():
-                if name.startswith("bpe-"):
+                if given:
+                    encoding = given
+                elif name.startswith("bpe-"):
                     sample = first_characters(text.training(), 50_000_000)  # plenty for its merges
                     encoding = tokens.train_bpe(sample, int(name.removeprefix("bpe-")))
                 else:

@@ -161,7 +161,7 @@ def compare_on_documentation(
         ValueError: no seeds, fewer than 3 steps, fewer than one token, or `folder` holds runs of other arguments.
     """
     _check_steps(steps, 3)
-    if n_tokens < 1:
+    if not n_tokens >= 1:
         raise ValueError(f"n_tokens must be at least 1; got {n_tokens}")
     found = []
     for each, presets, name in (steps, PRESETS, "runs"), (steps // 3, PRESETS[:1], f"runs-{steps // 3}"):

@@ -6,7 +6,7 @@ Nothing random has a state: which text is read, and in which order its tokens ar
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from numbers import Real
@@ -323,7 +323,7 @@ class _Run:
             tensors = read_tensors(self.file)
             with safe_open(self.file, "pt") as opened:
                 metadata = opened.metadata()
-            if metadata["sha256"] != self._digest(tensors, metadata["state"]):
+            if metadata["run"] != self._digest(metadata["state"]):
                 raise ValueError("its content is not what was written for this run")
             state = json.loads(metadata["state"])
             for i, learner in enumerate(learners):
@@ -338,11 +338,11 @@ class _Run:
     def checkpoint(self, learners: list[Learner], state: dict) -> None:
         tensors = {f"{i}/{name}": held for i, each in enumerate(learners) for name, held in each.tensors().items()}
         as_text = json.dumps(state)
-        write_tensors(self.file, tensors, {"state": as_text, "sha256": self._digest(tensors, as_text)})
+        write_tensors(self.file, tensors, {"state": as_text, "run": self._digest(as_text)})
 
-    def _digest(self, tensors: Mapping[str, Tensor], state: str) -> str:
-        """Of this run's checkpoint."""
-        return digest_of([self.facts, state, digest_of_tensors(tensors)])
+    def _digest(self, state: str) -> str:
+        """Of this run and where in the stream its checkpoint is; that of the tensors is `write_tensors`'s."""
+        return digest_of([self.facts, state])
 
     def finish(self, saes: dict[int, Sae], model: LanguageModel) -> None:
         for layer, sae in saes.items():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cratelab.corpora import prepare as module
-from cratelab.corpora import sources
+from cratelab.corpora import sources, tokens
 from cratelab.corpora.documents import Document, split_of
 from cratelab.corpora.prepare import prepare, vocabulary_size
 
@@ -341,7 +341,7 @@ def test_processes_that_need_the_same_tokens_make_them_once(tmp_path):
     held(tmp_path / "c", "rows.jsonl", texts(2000))
     code = f"""
 from cratelab.corpora import prepare as module
-from cratelab.corpora import sources
+from cratelab.corpora import sources, tokens
 make = module.tokenize
 module.tokenize = lambda *args, **more: make(*args, **more | {{"on_shard": lambda shard: print("made", flush=True)}})
 corpus = module.prepare({str(tmp_path / "c")!r}, "bpe-300", cache={str(tmp_path / "cache")!r})
@@ -400,3 +400,22 @@ def test_other_names_of_a_joined_folder_are_other_tokens(tmp_path):
     assert splits(f"{tmp_path / 'a'}+{tmp_path / 'val'}", tmp_path)[1] == texts(330)[300:]
     (tmp_path / "val").rename(tmp_path / "b")
     assert splits(f"{tmp_path / 'a'}+{tmp_path / 'b'}", tmp_path)[1] == hashed(texts(330), "validation")
+
+
+def test_a_tokenizer_from_a_file_reads_other_texts(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", texts())
+    write_jsonl(tmp_path / "b.jsonl", [text.upper() for text in texts()])
+    first = prepare(str(tmp_path / "a.jsonl"), "bpe-300", cache=tmp_path / "cache")
+    file = tmp_path / "mine.json"
+    tokens.save(first.tokenizer, file)
+    for tokenizer in file, str(file):
+        second = prepare(str(tmp_path / "b.jsonl"), tokenizer, cache=tmp_path / "cache")
+        assert tokens.fingerprint(second.tokenizer) == tokens.fingerprint(first.tokenizer)
+        assert second.tokenizer.decode(second.training.document(0)[:-1].tolist()).isupper()
+        assert vocabulary_size(str(tmp_path / "b.jsonl"), tokenizer) == 300
+    again = prepare(str(tmp_path / "b.jsonl"), "bpe-300", cache=tmp_path / "cache")
+    assert tokens.fingerprint(again.tokenizer) != tokens.fingerprint(first.tokenizer)
+    with pytest.raises(ValueError, match="tinyworld stands alone"):
+        prepare("tinyworld", file)
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        prepare(str(tmp_path / "b.jsonl"), "none.json")
