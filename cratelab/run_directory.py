@@ -3,7 +3,7 @@
     run.json          model, recipe, tokenizer and corpora (sizes and hashes), provenance, written before the first step
     tokenizer.json    what made the corpora, where it is known
     metrics.jsonl     one line a step, flushed
-    checkpoint-1000   a state: the model as `LanguageModel.save` writes it, AdamW's moments, SHA-256 of these and metrics
+    checkpoint-1000   a state: the model as `LanguageModel.save` writes it, AdamW's moments, and SHA-256 sums
     model             the trained model
     lock              held while a process trains here
 

@@ -60,7 +60,7 @@ class Text:
 
     @property
     def splits(self) -> list:
-        """What was decided about each of the parts, which the name of a folder may decide; it is part of their identity."""
+        """What was decided about each of the parts, also by the name of a folder; it belongs to their identity."""
         return [[sorted(part.own), part.cut, part.whole] for part in self.parts]
 
     @property
