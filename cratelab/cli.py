@@ -40,7 +40,7 @@ from cratelab.reference_models import make_reference_models
 from cratelab.run_directory import check_same_run
 from cratelab.steering import direct_effect, full_effect, neuron_maxima, steer
 from cratelab.storage import read_json, write_json
-from cratelab.terminal import printable, say, unfailing_output
+from cratelab.terminal import plain_warnings, printable, say, unfailing_output
 from cratelab.training import Diverged, Recipe, train
 
 Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]
@@ -117,7 +117,7 @@ class Train(CorpusOptions, RecipeOptions):
         check_context(self.context, self.characters)
         if not self.resume and not self.dry_run:
             check_folder("--run-dir", self.run_dir or Path("runs"))
-        if self.run_dir:
+        if self.run_dir and not self.dry_run:
             check_same_run(self.run_dir, {})
 
     def run(self) -> None:
@@ -130,10 +130,11 @@ class Train(CorpusOptions, RecipeOptions):
         if self.dry_run:
             say(str(estimate(type(model), model.config, recipe)))
             return
-        corpus = _prepare(command, recipe, model.config.context)
-        _use_one_thread(model.config.width)
         name = command.corpus.replace("/", "_")
         run_dir = run_dir or Path("runs") / f"{command.model}-{command.preset}-{name}-{command.seed}"
+        check_same_run(run_dir, {"model": {"model": model.kind, **asdict(model.config)}, "recipe": asdict(recipe)})
+        corpus = _prepare(command, recipe, model.config.context)
+        _use_one_thread(model.config.width)
         say(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}")
         kept = _kept(command)
         metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, _report, kept, corpus.tokenizer)
@@ -419,7 +420,7 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: with a message, which is status 1, where a command cannot do what it is asked; status 2 where it
             was called wrongly, 130 where Ctrl-C stopped it.
     """
-    with unfailing_output() as output:
+    with unfailing_output() as output, plain_warnings():
         _main(arguments)
     if output.error and not isinstance(output.error, BrokenPipeError):  # whoever closes a pipe has seen enough
         sys.exit(f"cratelab: all is done, but what it printed is cut off: {output.error}")
@@ -443,7 +444,7 @@ def _main(arguments: list[str] | None) -> None:
         if not _is_out_of_memory(error):
             raise
         sys.exit(
-            "cratelab: there is not so much memory: take a smaller model, context or batch "
+            "cratelab: there is not enough memory: take a smaller model, context or batch "
             f"({printable(str(error)) or 'MemoryError'})"
         )
     except KeyboardInterrupt:

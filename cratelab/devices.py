@@ -1,4 +1,4 @@
-"""Where tensors live. Nothing else in the library names a kind of device."""
+"""Where tensors live: the device to compute on, and what not every kind of device can do."""
 
 import math
 import os

@@ -6,6 +6,7 @@ non-negative "neurons" like CRATE's codes; with biases and `gelu_new` it is Open
 
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Self
 
@@ -46,8 +47,10 @@ class Gpt2Config(LanguageModelConfig):
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps must be positive; got {self.norm_eps}")
         k, most = self.top_k, self.expansion * self.width
-        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= most):
-            raise ValueError(f"top_k must be 1 to {most}, or None; got {k!r}")
+        if k is not None:
+            if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= most:
+                raise ValueError(f"top_k must be 1 to {most}, or None; got {k!r}")
+            self.top_k = int(k)
 
 
 class Attention(nn.Module):

@@ -289,12 +289,21 @@ def load(folder: str | Path) -> LanguageModel:
         ValueError: config.json describes no known model, or the weights do not fit it, each misfit by name.
     """
     folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        hint = f": give {folder / 'model'}" if (folder / "model" / "config.json").is_file() else ""
+        raise FileNotFoundError(f"{folder} holds no model, since there is no config.json in it{hint}")
     config = read_json(folder / "config.json")
     name = config.pop("model", None)
     classes = {subclass.__name__: subclass for subclass in LanguageModel.__subclasses__()}
     model_class = classes.get(str(name))
     if model_class is None:
         raise ValueError(f"{folder / 'config.json'} names the model {name!r}; known are {', '.join(sorted(classes))}")
+    known = {field.name for field in fields(model_class.config_class)}
+    if unknown := sorted(config.keys() - known):
+        raise ValueError(
+            f"{folder / 'config.json'} has settings that {name} does not know, perhaps of a newer cratelab: "
+            f"{', '.join(unknown)}"
+        )
     try:
         config = model_class.config_class(**config)
     except (TypeError, ValueError) as error:  # a field that there is not, or a wrong type or value

@@ -59,7 +59,7 @@ def read_reference(name: str) -> dict:
 
 
 def _installed() -> str | None:
-    """The library's version; None where it is read from a folder and not installed, such as on a borrowed machine."""
+    """The library's version; None where it is read from a folder and not installed."""
     try:
         return version("cratelab")
     except PackageNotFoundError:

@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
@@ -62,11 +63,14 @@ _FILES = "config.json", "model.safetensors", "optimizer.safetensors"  # of a che
 # Whole tensors on the main process's CPU, under the model's own names, however the weights are spread over GPUs.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
+# Where each model was trained last by this process, so that an interrupted call can be made again.
+_TRAINED_IN: WeakKeyDictionary[LanguageModel, Path] = WeakKeyDictionary()
+
 
 def check_same_run(path: Path, facts: dict[str, dict]) -> None:
     """Refuse a folder in which a run of these facts can neither begin nor go on.
 
-    What a kill left half-written, such as run.json.part, is in nobody's way, and a lock neither.
+    What a kill left half-written, such as run.json.….part, is in nobody's way, and a lock neither.
 
     Raises:
         ValueError: the run.json in `path` states other facts, or there is none but other files.
@@ -75,6 +79,8 @@ def check_same_run(path: Path, facts: dict[str, dict]) -> None:
         begun = read_json(path / "run.json")
         for part, ours in facts.items():
             theirs = begun.get(part)
+            if part == "tokenizer" and theirs is None:
+                continue  # begun without one; the corpora, compared below, are of its tokens
             if not isinstance(theirs, dict | None):
                 raise ValueError(f"{path / 'run.json'} is damaged: {part} must be an object; got {theirs!r}")
             differing = [name for name in ours if (theirs or {}).get(name) != ours[name]]
@@ -87,9 +93,7 @@ def check_same_run(path: Path, facts: dict[str, dict]) -> None:
                 )
     elif path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose another folder")
-    elif path.is_dir() and any(
-        entry.suffix not in (".part", ".lock") and entry.name != "lock" for entry in path.iterdir()
-    ):
+    elif path.is_dir() and any(entry.suffix != ".part" and entry.name != "lock" for entry in path.iterdir()):
         raise ValueError(f"{path} is not empty and holds no run: choose another folder")
 
 
@@ -130,8 +134,10 @@ class RunDirectory:
         busy = f"another process is training in {path}: wait until it has ended, or choose another folder"
         with locked(run.path / "lock", busy) if accelerator.is_main_process else nullcontext():
             check_same_run(run.path, facts)  # of one that has begun since
-            if file.is_file():
+            # of a model that this process has trained here, the weights are no longer those it began with
+            if file.is_file() and not (_TRAINED_IN.get(model) == run.path.resolve() and run.latest_step()):
                 _check_start(file, start)
+            _TRAINED_IN[model] = run.path.resolve()
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 with run._writing():
@@ -300,7 +306,10 @@ def _check_start(file: Path, ours: dict[str, float]) -> None:
     """Raises ValueError if the run began with other weights."""
     theirs = read_json(file).get("start")
     if not isinstance(theirs, dict) or theirs.keys() != ours.keys():
-        raise ValueError(f"{file} does not say with which weights the run began: choose another folder")
+        raise ValueError(
+            f"{file} does not say with which weights the run began, as an earlier cratelab left it: its model, if it "
+            "ended, can be loaded; to go on take the cratelab that began it, or choose another folder"
+        )
     differing = [name for name in ours if not _close(ours[name], theirs[name])]
     if differing:
         raise ValueError(

@@ -222,12 +222,12 @@ def atoms(model: LanguageModel, layer: int, neurons: Tensor) -> Tensor:
     _check_neurons(model, layer, neurons)
     block, m = model.blocks[layer], len(neurons)
 
-    def single(module, inputs, code: Tensor) -> Tensor:
+    def one_each(module, inputs, code: Tensor) -> Tensor:
         codes = torch.zeros_like(code)
         codes[torch.arange(m, device=code.device), 0, neurons.to(code.device)] = 1
         return codes  # the last is all zero
 
-    hook = block.neurons.register_forward_hook(single)
+    hook = block.neurons.register_forward_hook(one_each)
     try:
         output = block(model.token_embedding.weight.new_zeros(m + 1, 1, model.config.width))[:, 0]
     finally:

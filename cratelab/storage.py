@@ -130,32 +130,34 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """What a .safetensors or torch file holds, without unpickling any object.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
         ValueError: the file is neither, would need unpickling, holds something else than a dict, or is not what
             `write_tensors` has written.
     """
-    path = Path(path)
+    path, expected = Path(path), None
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as opened:
                 held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
                 expected = (opened.metadata() or {}).get(_SUM)
-            if expected not in (None, digest_of_tensors(held)):
-                raise ValueError("its SHA-256 is not that of what was written; copy it again, or make it anew")
-            return held
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                    raise ValueError("it is compressed, as PyTorch writes none, and could fill the memory")
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                        raise ValueError("it is compressed, as PyTorch writes none, and could fill the memory")
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error}") from error
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as plain tensors, and nothing else is ever unpickled: {error}"
         ) from error
     if not isinstance(held, dict):
         raise ValueError(f"{path} must hold a dict of tensors; got {type(held).__name__}")
+    if expected is not None and digest_of_tensors(held) != expected:
+        raise ValueError(f"{path} cannot be read: it is damaged, its SHA-256 differs; copy it again, or make it anew")
     return held
 
 

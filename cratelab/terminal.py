@@ -3,6 +3,7 @@
 import os
 import sys
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import TextIO
@@ -67,6 +68,17 @@ def unfailing_output() -> Iterator[Output]:
         output, errors = (Output(stream if _is_open(stream) else nowhere) for stream in (sys.stdout, sys.stderr))
         with redirect_stdout(output), redirect_stderr(errors):
             yield output
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside the block warnings are a line for people, without a place in the source."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **line: f"cratelab: {printable(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _is_open(stream: TextIO | None) -> bool:

@@ -161,7 +161,8 @@ def train(
         seconds of the step, and where there was a validation, validation_loss after the update. Losses in nats a token.
 
     Raises:
-        ValueError: model, corpora and recipe do not fit one another, or `run_dir` holds another run or is damaged.
+        ValueError: model, corpora and recipe do not fit one another, `run_dir` holds another run or is damaged, or
+            the call is within `torch.autocast`.
         Diverged: the loss is lost; the latest checkpoint is from before.
         BlockingIOError: another process trains in `run_dir`.
         OSError: a file cannot be written, such as on a full disk; the latest checkpoint is whole.

@@ -595,9 +595,9 @@ def test_control_characters_of_a_corpus_do_not_reach_the_terminal(run, monkeypat
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "there is not so much memory"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not so much memory"),
-        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "not so much memory"),
+        (MemoryError(), "there is not enough memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "not enough memory"),
         (ConnectionError("the hub cannot be reached"), "the hub cannot be reached"),
         (ImportError("pip install 'cratelab[corpora]'"), "pip install 'cratelab[corpora]'"),
         (OSError(28, "No space left on device"), "No space left"),

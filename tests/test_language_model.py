@@ -509,3 +509,17 @@ def test_a_subclass_is_saved_as_the_model_that_load_knows(tmp_path):
     again = cl.load(tmp_path)
     assert type(again) is cl.Crate and model.kind == again.kind == "Crate"
     assert same_weights(again, model)
+
+
+def test_a_folder_that_holds_a_model_within_says_where(tmp_path):
+    small(*MODELS[0]).save(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=r"holds no model, since there is no config.json in it: give .*model"):
+        cl.load(tmp_path)
+
+
+def test_settings_of_a_newer_edition_are_named(tmp_path):
+    small(*MODELS[0]).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rotary": True}))
+    with pytest.raises(ValueError, match=r"config.json has settings that Crate does not know.*: rotary"):
+        cl.load(tmp_path)

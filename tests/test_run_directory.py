@@ -430,3 +430,25 @@ def test_a_caller_that_leaves_out_the_tokenizer_goes_on_from_the_same_checkpoint
     train(new_model(seed=0), corpus(), corpus(seed=1), recipe(), path)
     assert read_metrics(path)[:4] == before[:4]
     assert not [each for each in recwarn if "is not this run's" in str(each.message)]
+
+
+def test_an_interrupted_call_can_be_made_again_with_the_same_model(tmp_path):
+    """As in a notebook, whose cell is stopped and run again."""
+    whole, _ = run(None)
+
+    def stop(row):
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    model = new_model()
+    for on_step in stop, None, None:  # stopped; goes on; is done already
+        with suppress(KeyboardInterrupt):
+            rows = train(model, corpus(), corpus(seed=1), recipe(), tmp_path / "run", on_step)
+    assert same_weights(model, whole) and len(rows) == 6
+
+
+def test_a_run_begun_without_its_tokenizer_goes_on_with_it(tmp_path):
+    words = WordEncoding([f"w{i}" for i in range(18)])
+    train(new_model(), corpus(), corpus(seed=1), recipe(), tmp_path / "run")
+    rows = train(new_model(), corpus(), corpus(seed=1), recipe(), tmp_path / "run", tokenizer=words)
+    assert len(rows) == 6 and (tmp_path / "run" / "tokenizer.json").is_file()

@@ -1,11 +1,12 @@
 import io
 import os
 import sys
+import warnings
 
 import pytest
 from tqdm import tqdm
 
-from cratelab.terminal import Output, printable, say, unfailing_output
+from cratelab.terminal import Output, plain_warnings, printable, say, unfailing_output
 
 
 class Failing(io.StringIO):
@@ -83,3 +84,11 @@ def test_control_characters_are_escaped_and_all_other_text_is_as_it_was(capsys):
         assert printable(text) == text
     say("\x1b]0;title\x07")
     assert capsys.readouterr().out == "\\x1b]0;title\\x07\n"
+
+
+def test_a_warning_is_a_line_for_people():
+    usual = warnings.formatwarning
+    with plain_warnings():
+        shown = warnings.formatwarning("a file named \x1b[31m is left out", UserWarning, "prepare.py", 3)
+    assert shown == "cratelab: a file named \\x1b[31m is left out\n"
+    assert warnings.formatwarning is usual

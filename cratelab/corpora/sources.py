@@ -155,7 +155,8 @@ def _splits_of(part: str) -> tuple[set[str], bool]:
     if "train" in own and (left_out := [file for file, split in named.items() if split is None]):
         warnings.warn(
             f"{part}: {len(left_out)} files that are named for no split are left out, such as {left_out[0].name}, "
-            f"since {next(file.name for file in named if named[file] == 'train')} is named for training",
+            f"since {next(file.name for file in named if named[file] == 'train')} is named for training: rename one "
+            "or the other if they belong together",
             stacklevel=4,
         )
     return own | ({"train"} if own else set()), "validation" not in own

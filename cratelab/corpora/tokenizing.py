@@ -31,7 +31,7 @@ from cratelab.corpora.tokenized import (
     tokenizer_facts,
 )
 from cratelab.corpora.tokens import Tokenizer, encode_pieces
-from cratelab.storage import locked, read_json, replacing, write_json
+from cratelab.storage import locked, read_json, remove_leftovers, replacing, write_json
 
 
 def tokenize(
@@ -68,8 +68,8 @@ def tokenize(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock"):
-        for part in folder.glob("*.part"):  # a kill left it, since all who write hold the lock
-            part.unlink()
+        for name in {part.name.rsplit(".", 2)[0] for part in folder.glob("*.part")}:
+            remove_leftovers(folder / name)  # of a kill, since all who write hold the lock
         finished = _begun(folder, tokenizer, shard_characters)
         if finished:
             _check_first_shard(folder, documents, shard_characters)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,16 @@ from cratelab.run_directory import check_same_run
 from cratelab.sae.autoencoder import Sae, SaeConfig
 from cratelab.sae.evaluation import SaeScores, check_text, evaluate_sae
 from cratelab.sae.learner import Learner
-from cratelab.storage import digest_of, digest_of_tensors, finite, locked, read_tensors, write_json, write_tensors
+from cratelab.storage import (
+    digest_of,
+    digest_of_tensors,
+    finite,
+    locked,
+    read_tensors,
+    remove_leftovers,
+    write_json,
+    write_tensors,
+)
 from cratelab.training import Diverged
 
 
@@ -138,6 +147,7 @@ def train_saes(
     recipe = recipe or SaeRecipe()
     layers = list(range(len(model.blocks)) if layers is None else layers)
     _check(model, training, validation, config, layers, recipe)
+    layers = [int(layer) for layer in layers]
     run = _Run(Path(run_dir), model, training, validation, config, layers, recipe) if run_dir else None
     with run.held() if run else nullcontext():
         return _train(model, training, validation, config, layers, recipe, run)
@@ -274,8 +284,9 @@ def _check(model: LanguageModel, training, validation, config: SaeConfig, layers
     if config.d_in != width:
         raise ValueError(f"the model has {width} neurons a layer, the auto-encoder reads {config.d_in}")
     known = range(len(model.blocks))
-    if not layers or not all(type(i) is int and i in known for i in layers) or len(set(layers)) < len(layers):
-        raise ValueError(f"layers must be some of 0 to {len(model.blocks) - 1}, each once; got {layers}")
+    whole = all(isinstance(i, Integral) and not isinstance(i, bool) and i in known for i in layers)
+    if not layers or not whole or len(set(layers)) < len(layers):
+        raise ValueError(f"layers must be some of 0 to {known[-1]}, each once; got {layers}")
     for name, corpus in ("training", training), ("validation", validation):
         if corpus.n_vocab > model.config.vocab_size:
             raise ValueError(
@@ -311,6 +322,8 @@ class _Run:
         busy = f"another process trains in {self.path}: wait for it, or choose another folder"
         with locked(self.path / "lock", busy):
             check_same_run(self.path, self.facts)  # it may have begun one
+            for name in ("run.json", "checkpoint.safetensors"):
+                remove_leftovers(self.path / name)
             if not (self.path / "run.json").is_file():
                 write_json(self.path / "run.json", self.facts | {"provenance": provenance()})
             yield

@@ -455,7 +455,7 @@ def test_a_foreign_tokenizer_is_refused_by_name(tmp_path):
 def test_what_a_larger_corpus_left_unfinished_is_no_part_of_a_smaller(tmp_path):
     with pytest.raises(Killed):
         tokenize(corpus(), tmp_path / "a", BYTES, 1, 1000, stop_after(5))
-    (tmp_path / "a" / "00000.tokens.1-aa.part").write_bytes(b"left by a kill")
+    (tmp_path / "a" / "00000.tokens.1-0a1b2c3d.part").write_bytes(b"left by a kill")
     tokenize(corpus()[:8], tmp_path / "a", BYTES, 1, 1000)
     tokenize(corpus()[:8], tmp_path / "b", BYTES, 1, 1000)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
