@@ -112,4 +112,6 @@ def layer_statistics(
             total += sequences
     if not total:
         raise ValueError("layer_statistics needs at least one batch of tokens; got none")
-    return {name: torch.tensor([of[name] for of in sums], dtype=torch.float64) / total for name in sums[0]}
+    return {
+        name: torch.tensor([of[name] for of in sums], dtype=torch.float64, device="cpu") / total for name in sums[0]
+    }

@@ -235,11 +235,11 @@ def named_tokens(explanations: SuffixExplanations, layer: int, neurons: Tensor, 
             f"got {layer}, {neurons.tolist()}, {n}"
         )
     own, tokens = explanations.keys[0] // explanations.base, explanations.keys[0] % explanations.base
-    row = torch.full(explanations.shape, -1)
-    row[layer, neurons.cpu()] = torch.arange(len(neurons))
+    row = torch.full(explanations.shape, -1, device="cpu")
+    row[layer, neurons.cpu()] = torch.arange(len(neurons), device="cpu")
     row = row.flatten()
     mine = row[own] >= 0
-    means = torch.zeros(len(neurons), v, dtype=torch.float64)
+    means = torch.zeros(len(neurons), v, dtype=torch.float64, device="cpu")
     means[row[own[mine]], tokens[mine]] = explanations.means[0][mine]
     top = means.topk(n, 1)
     return torch.zeros_like(means, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
@@ -255,7 +255,7 @@ def concept_tokens(concepts: Concepts, corpus: TokenizedCorpus, which: Tensor, v
     """
     counts_of_all = token_counts(corpus, v)
     stream = torch.from_numpy(corpus[:].astype(np.int64))
-    counts = torch.zeros(v, len(which)).index_add_(0, stream, concepts.truth[:, which.cpu()].float())
+    counts = torch.zeros(v, len(which), device="cpu").index_add_(0, stream, concepts.truth[:, which.cpu()].float())
     return counts.mT > counts_of_all / 2
 
 

@@ -92,7 +92,7 @@ class SuffixExplanations:
             keys, index, count = (
                 self._keys(excerpts.tokens, length).flatten()[present].unique(return_inverse=True, return_counts=True)
             )
-            sums = torch.zeros(len(keys), dtype=torch.float64).scatter_add_(0, index, activations)
+            sums = torch.zeros(len(keys), dtype=torch.float64, device="cpu").scatter_add_(0, index, activations)
             shorter = self._look_up(keys // self.base, length - 1)[0]
             self.keys.append(keys)
             self.means.append((sums + shrinkage * shorter) / (count + shrinkage))
@@ -100,7 +100,7 @@ class SuffixExplanations:
     def simulate(self, excerpts: Excerpts) -> tuple[Tensor, Tensor]:
         """Activations (l, h, k, w) on the discretised scale, and (l, h) the share of tokens with a known suffix."""
         present = excerpts.tokens != NO_TOKEN
-        simulated = torch.zeros(excerpts.tokens.shape, dtype=torch.float64)
+        simulated = torch.zeros(excerpts.tokens.shape, dtype=torch.float64, device="cpu")
         for length in range(1, len(self.keys) + 1):
             means, known = self._look_up(self._keys(excerpts.tokens, length), length)
             if length == 1:
@@ -121,7 +121,9 @@ class SuffixExplanations:
     def _keys(self, tokens: Tensor, length: int) -> Tensor:
         """A number for neuron and last `length` tokens at each place; the excerpt's start counts as a token."""
         n_layers, h = self.shape
-        keys = repeat(torch.arange(n_layers * h), "(l h) -> l h k w", h=h, k=tokens.shape[2], w=tokens.shape[3]).clone()
+        keys = repeat(
+            torch.arange(n_layers * h, device="cpu"), "(l h) -> l h k w", h=h, k=tokens.shape[2], w=tokens.shape[3]
+        ).clone()
         unknown = (tokens < 0) | (tokens >= self.base - 2)
         known = tokens.long().masked_fill(unknown, self.base - 1)
         for back in range(length):
@@ -133,10 +135,10 @@ class SuffixExplanations:
     def _look_up(self, keys: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Means of the suffixes of this length with these keys, 0 where unknown, and which are known."""
         if length == 0:
-            return torch.zeros(keys.shape, dtype=torch.float64), torch.ones_like(keys, dtype=torch.bool)
+            return torch.zeros(keys.shape, dtype=torch.float64, device="cpu"), torch.ones_like(keys, dtype=torch.bool)
         known_keys, means = self.keys[length - 1], self.means[length - 1]
         if not len(known_keys):  # no neuron has an excerpt
-            return torch.zeros(keys.shape, dtype=torch.float64), torch.zeros_like(keys, dtype=torch.bool)
+            return torch.zeros(keys.shape, dtype=torch.float64, device="cpu"), torch.zeros_like(keys, dtype=torch.bool)
         place = torch.searchsorted(known_keys, keys).clamp(max=len(known_keys) - 1)
         known = known_keys[place] == keys
         return torch.where(known, means[place], 0.0), known
@@ -165,8 +167,8 @@ class ConceptExplainer:
     def explain(self, excerpts: Excerpts) -> "ConceptExplanations":
         """Chooses on these excerpts alone, for each neuron."""
         n_layers, h = excerpts.tokens.shape[:2]
-        first, second, negated = (torch.full((n_layers, h), -1) for _ in range(3))
-        level = torch.zeros(n_layers, h, dtype=torch.float64)
+        first, second, negated = (torch.full((n_layers, h), -1, device="cpu") for _ in range(3))
+        level = torch.zeros(n_layers, h, dtype=torch.float64, device="cpu")
         for layer in range(n_layers):
             for start in range(0, h, 32):  # truth of all concepts is large: some neurons at a time
                 some = slice(start, min(start + 32, h))
@@ -183,7 +185,7 @@ class ConceptExplainer:
         single = _correlations(a, truth, present)
         best, order = single.topk(min(self.n_first, truth.shape[1]), 1)
         first = order[:, 0]
-        rows = torch.arange(len(a))
+        rows = torch.arange(len(a), device="cpu")
         second, negated = torch.full_like(first, -1), torch.zeros_like(first)
         reached = best[:, 0] + self.gain
         chosen = truth[rows, first]
@@ -249,7 +251,7 @@ def shuffle(explanations: Explanations, excerpts: Excerpts, seed: int = 0) -> tu
     n_layers, h = excerpts.tokens.shape[:2]
     draw = np.random.default_rng(seed)
     order = torch.from_numpy(np.stack([_derangement(draw, h) for _ in range(n_layers)]))
-    layer, back = torch.arange(n_layers)[:, None], order.argsort(dim=1)
+    layer, back = torch.arange(n_layers, device="cpu")[:, None], order.argsort(dim=1)
     simulated, coverage = explanations.simulate(Excerpts(*(value[layer, order] for value in vars(excerpts).values())))
     return simulated[layer, back], coverage[layer, back]
 

@@ -86,7 +86,7 @@ def split(records: Records, protocol: Protocol, strict: bool = True) -> tuple[Ex
 
 def crop(excerpts: Excerpts, width: int) -> Excerpts:
     """Only the `width` tokens around the one that each excerpt was taken for; the activations stay as in context."""
-    places = torch.arange(excerpts.tokens.shape[-1]) - excerpts.offsets[..., None] + width // 2
+    places = torch.arange(excerpts.tokens.shape[-1], device="cpu") - excerpts.offsets[..., None] + width // 2
     return excerpts.without((places < 0) | (places >= width))
 
 
@@ -253,7 +253,7 @@ def _without_overlap(excerpts: Excerpts, others: Excerpts) -> Excerpts:
 def _intervals(active: Excerpts, n: int = 11) -> tuple[Excerpts, Excerpts]:
     """Two excerpts to explain and two to validate from each of n equal parts of each neuron's own active sample."""
     held = (active.starts >= 0).sum(2, keepdim=True)  # (l, h, 1); they stand first, by falling activation
-    parts = torch.arange(n)
+    parts = torch.arange(n, device="cpu")
     chosen = [((parts + place) / n * held).long() for place in (0.125, 0.625, 0.375, 0.875)]
     return active.gather(torch.cat(chosen[:2], 2)), active.gather(torch.cat(chosen[2:], 2))
 
@@ -262,6 +262,6 @@ def _intervals_of_all(random: Excerpts, n: int = 12) -> tuple[Excerpts, Excerpts
     """The same from random excerpts ordered by activation, without the highest of n parts: the paper's code."""
     order = random.strength.argsort(dim=2, descending=True, stable=True)
     size = random.starts.shape[2] // n
-    places = [torch.arange(size, n * size, size) + offset for offset in (0, 2, 1, 3)]
+    places = [torch.arange(size, n * size, size, device="cpu") + offset for offset in (0, 2, 1, 3)]
     first, second = (torch.cat(pair) for pair in (places[:2], places[2:]))
     return random.gather(order[:, :, first]), random.gather(order[:, :, second])
