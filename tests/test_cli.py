@@ -510,7 +510,6 @@ def test_steer_says_what_cannot_be_steered(run, copy):
         fails([command, str(copy), "--n-tokens", "200"], "the corpus has 494 tokens")
 
 
-@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
 def test_interpret_keeps_the_scores_of_a_model_with_a_dead_layer(copy, tmp_path, capsys):
     model, out = cl.load(copy / "model"), tmp_path / "new" / "scores.json"
     with torch.no_grad():
