@@ -40,7 +40,9 @@ class AnswerCache:
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         with self._named_errors():
-            self._file = sqlite3.connect(":memory:" if path is None else Path(path), PATIENCE, check_same_thread=False)
+            self._file = sqlite3.connect(
+                ":memory:" if path is None else Path(path), timeout=PATIENCE, check_same_thread=False
+            )
         try:
             with self._named_errors(), self._file:
                 self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
