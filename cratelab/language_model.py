@@ -263,10 +263,14 @@ class LanguageModel(nn.Module):
     def with_weights(cls, config: LanguageModelConfig, weights: Mapping[str, Tensor], source: str | Path) -> Self:
         """A new model that holds `weights`, in evaluation mode; nothing is allocated before they are found to fit.
 
+        Args:
+            config: of the model.
+            weights: as `renamed` gives them.
+            source: where they come from, for messages.
+
         Raises:
-            ValueError: as for `load_weights`.
+            ValueError: `config` is larger than memory, or keys are missing, left over or of another shape.
         """
-        weights = renamed(weights, str, source)
         try:
             own = _outline(lambda: cls(replace(config, n_layers=1)), config).state_dict()
             block = [name.removeprefix("blocks.0.") for name in own if name.startswith("blocks.0.")]
@@ -306,10 +310,10 @@ def load(folder: str | Path) -> LanguageModel:
         )
     try:
         config = model_class.config_class(**config)
-    except (TypeError, ValueError) as error:  # a field that there is not, or a wrong type or value
+    except (TypeError, ValueError) as error:  # a field is missing, or of a wrong type or value
         raise ValueError(f"{folder / 'config.json'} does not fit {name}: {error}") from error
     weights = folder / "model.safetensors"
-    return model_class.with_weights(config, read_tensors(weights), weights)
+    return model_class.with_weights(config, renamed(read_tensors(weights), str, weights), weights)
 
 
 def renamed(weights: Mapping, rename: Callable[[str], str | None], source: str | Path) -> dict[str, Tensor]:
