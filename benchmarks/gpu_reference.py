@@ -2,7 +2,8 @@
 
     python -c "from cratelab.corpora.prepare import prepare as p; p('TEXTS', 'gpt2', 110_000_000, cache='packed')"
     python benchmarks/gpu_reference.py packed/NAME OUT                       1L, 2L, 3L under three seeds
-    python benchmarks/gpu_reference.py packed/NAME OUT --presets S --seeds 1
+    python benchmarks/gpu_reference.py packed/NAME OUT --presets S --seeds 0
+    python benchmarks/gpu_reference.py packed/NAME OUT --models crate --peak-rate 1e-2 --context 512 --batch 32
     python benchmarks/gpu_reference.py --toy OUT                             a minute on any machine
 
 The first line packs text into tokens, 50 MB for 25 million, where the text is; the folder is then carried to the GPU.
@@ -30,17 +31,19 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", metavar="PACKED OUT")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--presets", nargs="+", default=["1L", "2L", "3L"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=25_000_000, help="to read, of each run")
-    parser.add_argument("--batch", type=int, default=16, help="windows of 1,024 tokens a step")
+    parser.add_argument("--batch", type=int, default=16, help="windows a step")
     parser.add_argument("--peak-rate", type=float, default=2e-3)
     options = parser.parse_args()
     out = Path(options.paths[-1])
     if options.toy:
-        corpus, presets, seeds, context = prepare("tinyworld", characters=200_000, context=96), ["toy"], 2, 96
+        corpus, presets, seeds, context = prepare("tinyworld", characters=200_000, context=96), ["toy"], [0, 1], 96
         recipe = Recipe.preset("toy", steps=20, validate_every=10)
     else:
-        corpus, presets, seeds, context = prepare(options.paths[0]), options.presets, options.seeds, 1024
+        corpus, presets, seeds, context = prepare(options.paths[0]), options.presets, options.seeds, options.context
         steps = options.tokens // (options.batch * context)
         recipe = Recipe(
             steps=steps,
@@ -69,13 +72,14 @@ def main() -> None:
                 results.add(name, {"unfinished curve": curve})
             print(f"  step {row['step']}: validation {row['validation_loss']:.3f}", flush=True)
 
-    for seed in range(seeds):
+    for seed in seeds:
         for preset in presets:
-            names = [f"{model}-{preset}-{seed}" for model in MODELS]
+            names = [f"{model}-{preset}-{seed}" for model in options.models]
             if all("layers" in results.rows.get(name, {}) for name in names):
                 continue
             runs = Path(f"{out}.work") / "runs"
-            for name, run in zip(names, compare(corpus, recipe, runs, [preset], [seed], context, begin, report)):  # noqa: B905
+            trained = compare(corpus, recipe, runs, [preset], [seed], context, begin, report, options.models)
+            for name, run in zip(names, trained, strict=True):
                 model = cl.load(runs / name / "model").to(cl.best_device())
                 lasso_steps = 200 * isinstance(model, cl.Crate)
                 statistics = layer_statistics(model, windows.to(cl.best_device()).split(8), lasso_steps=lasso_steps)

@@ -78,6 +78,7 @@ def compare(
     context: int | None = None,
     on_run: Callable[[str], None] | None = None,
     on_step: Callable[[dict], None] | None = None,
+    models: Iterable[str] = tuple(MODELS),
 ) -> list[dict]:
     """Train both models at each size under each seed; runs that are done are read, a killed one goes on.
 
@@ -92,6 +93,7 @@ def compare(
         context: the preset's unless given.
         on_run: called with the name of each run before it starts.
         on_step: as for `train`.
+        models: both, or one of them.
 
     Returns:
         One dict a run, with model, preset, seed, parameters (without positions), tokens, loss (of the last step),
@@ -103,7 +105,7 @@ def compare(
     (presets, seeds), runs = check_ladder(presets, seeds), []
     for seed in seeds:
         for preset in presets:
-            for name in MODELS:
+            for name in models:
                 if on_run:
                     on_run(f"{name}-{preset}-{seed}")
                 model = new_model(name, preset, corpus.training.n_vocab, seed, context)
