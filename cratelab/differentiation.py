@@ -6,11 +6,12 @@ from torch.autograd import forward_ad
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Is this inside `torch.func`'s grad, vmap, jvp, … or `torch.export`, or are these tensors batched or dual numbers?
+    """Is this inside `torch.func`'s grad, vmap, jvp, …, or are these tensors batched or dual numbers?
 
-    Operations whose gradient is written by hand cannot follow there; the plain ones they stand for can.
+    Operations whose gradient is written by hand cannot follow there; the plain ones they stand for can. Being compiled
+    or exported is no reason: the plain form of attention then takes several times the memory.
     """
-    if _is_transforming() or _is_exporting():
+    if _is_transforming():
         return True
     if torch.compiler.is_compiling():
         return False
@@ -21,6 +22,3 @@ def is_transformed(*tensors: Tensor) -> bool:
 # is_grads_batched=True)`. Should it rename its own, these two fail with its message, and all else goes on.
 _is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
-
-# Older versions of PyTorch cannot tell it from compiling, where the plain operations are right as well.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)

@@ -255,7 +255,8 @@ def concept_tokens(concepts: Concepts, corpus: TokenizedCorpus, which: Tensor, v
     """
     counts_of_all = token_counts(corpus, v)
     stream = torch.from_numpy(corpus[:].astype(np.int64))
-    counts = torch.zeros(v, len(which), device="cpu").index_add_(0, stream, concepts.truth[:, which.cpu()].float())
+    truth = concepts.truth.cpu()[:, which.cpu()].float()
+    counts = torch.zeros(v, len(which), device="cpu").index_add_(0, stream, truth)
     return counts.mT > counts_of_all / 2
 
 

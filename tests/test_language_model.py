@@ -256,8 +256,9 @@ def test_wrong_tokens_are_named():
         with pytest.raises(ValueError, match="one token at a time"):
             model(prompt(n=n), cache, position)
     for low, high in (0, 50), (-1, 49):
-        with pytest.raises(ValueError, match=r"tokens must lie in \[0, 50\)"):
-            model(torch.tensor([[low, high]]))
+        if cl.best_device().type != "cuda":  # there only a look at every batch could tell: CUDA ends the process
+            with pytest.raises(ValueError, match=r"tokens must lie in \[0, 50\)"):
+                model(torch.tensor([[low, high]]))
         with pytest.raises(ValueError, match=rf"\[0, 50\); got {low} to {high}"):
             model.generate(torch.tensor([[low, high]]), 1)
     for name, values in {
@@ -461,7 +462,7 @@ def test_weights_of_another_precision_become_float32(dtype, tmp_path):
     model = small(*MODELS[0])
     model.save(tmp_path, {name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
     for name, tensor in cl.load(tmp_path).state_dict().items():
-        assert tensor.dtype == torch.float32 and tensor.equal(model.state_dict()[name].cpu().to(dtype).float())
+        assert tensor.dtype == torch.float32 and tensor.cpu().equal(model.state_dict()[name].cpu().to(dtype).float())
 
 
 def test_loading_draws_from_the_generator_as_building_does(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import cratelab as cl
+from cratelab.mssa import attend
 
 from conftest import subspaces, tokens
 
@@ -187,3 +188,17 @@ def test_errors_say_what_was_wrong():
     for function in cl.mssa, cl.gram_attention, cl.attention_map, cl.neumann_gradient:
         with pytest.raises(ValueError, match=r"\(k, d, p\)"):
             function(z, subspaces(d=6))
+
+
+def test_compiled_attention_is_the_fast_one():
+    """The plain form, which `torch.func` needs, keeps all pairs of tokens for the backward pass."""
+    calls = []
+
+    def record(graph, example):
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    w = tokens(2, 4, n=6, d=3, dtype=torch.float32).requires_grad_()
+    torch.compile(lambda w: attend(w, w, w, True), backend=record)(w)
+    assert any("scaled_dot_product_attention" in call for call in calls)
+    assert not any("sdpa_kernel" in call for call in calls)

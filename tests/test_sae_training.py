@@ -360,7 +360,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
             for layer, sae in whole.saes.items():
                 assert all(tensors(sae)[name].equal(tensor) for name, tensor in tensors(resumed.saes[layer]).items())
                 loaded = Sae.load(folder / f"layer-{layer}")
-                assert loaded.W_enc.equal(sae.W_enc.cpu()) and loaded.config == sae.config
+                assert loaded.W_enc.cpu().equal(sae.W_enc.cpu()) and loaded.config == sae.config
 
 
 def test_a_kill_while_the_run_is_written_down_is_in_nobodys_way(tmp_path, monkeypatch):

@@ -175,7 +175,7 @@ def test_controls_are_as_many_as_frequent_and_no_targets(m, v, n_bins, seed):
     targets, counts = torch.rand(m, v) < 0.2, torch.randint(1000, (v,))
     controls = control_tokens(targets, counts, n_bins, seed)
     assert not (controls & targets).any()
-    for tokens in np.array_split(np.argsort(counts.numpy(), kind="stable"), n_bins):
+    for tokens in np.array_split(np.argsort(counts.cpu().numpy(), kind="stable"), n_bins):
         for row, control in zip(targets[:, tokens], controls[:, tokens], strict=True):
             assert int(control.sum()) == min(int(row.sum()), int((~row).sum()))
 

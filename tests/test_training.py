@@ -37,6 +37,7 @@ def new_model(model=cl.Crate, seed: int = 0, **overrides) -> cl.LanguageModel:
 
 def recipe(**overrides) -> Recipe:
     usual = dict(steps=6, batch=4, peak_rate=1e-2, final_rate=1e-3, warmup=2, validate_every=3, checkpoint_every=2)
+    usual |= dict(precision="no")
     return Recipe(**usual | overrides)
 
 
@@ -198,7 +199,7 @@ def test_precision_is_the_recipes_whatever_accelerator_the_process_has():
     script = f"""
         import sys
         sys.path[:0] = [{os.path.dirname(__file__)!r}]
-        import torch
+        import conftest, torch
         from accelerate import Accelerator
         torch.set_num_threads(1)
         mine = Accelerator(mixed_precision="bf16")
