@@ -141,7 +141,7 @@ def test_dead_features_are_born_again_where_reconstruction_is_worst(kind):
 
 def planted(n: int, d: int = 24, atoms: int = 36, active: float = 2.0):
     """Tokens that are sparse non-negative mixtures of known unit atoms."""
-    draw = torch.Generator().manual_seed(5)
+    draw = torch.Generator(torch.get_default_device()).manual_seed(5)
     dictionary = F.normalize(torch.randn(atoms, d, generator=draw), dim=1)
     on = torch.rand(n, atoms, generator=draw) < active / atoms
     amounts = on * (0.5 + torch.rand(n, atoms, generator=draw))
@@ -216,7 +216,7 @@ def test_every_piece_and_every_token_of_it_is_equally_likely():
         ["a"] * document.n_documents, 500,
     )  # fmt: skip
     pieces = np.array([(s, min(s + 12, stop)) for start, stop in spans(text) for s in range(start, stop, 12)])
-    counts = torch.zeros(500)
+    counts = torch.zeros(500, device="cpu")
     for block in range(40):
         found = module._read_block(Positions(), text, pieces, [0], recipe(buffer=2400), block)[0, :, 0]
         assert (found.diff() == 1).float().mean() < 0.05  # neighbours in the text are none here

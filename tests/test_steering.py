@@ -311,7 +311,7 @@ def test_full_effect_is_the_mean_change_of_log_probabilities(model, by):
         clean = F.log_softmax(model(contexts).double(), -1)
         for row, neuron, value in zip(found, neurons, values, strict=True):
             changed = F.log_softmax(by_hand(model, contexts, 0, [int(neuron)], [float(value)], by).double(), -1)
-            torch.testing.assert_close(row, (changed - clean).mean((0, 1)), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(row, (changed - clean).mean((0, 1)).cpu(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("by", BY)
