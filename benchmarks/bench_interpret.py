@@ -30,9 +30,9 @@ import cratelab as cl
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
-from cratelab.interpret.reading import NO_TOKEN, watch_neurons
 from cratelab.interpret.records import AHEAD, Excerpts, collect_records
 from cratelab.interpret.scores import NEEDS, score
+from cratelab.reading import NO_TOKEN, watch_neurons
 
 PROTOCOLS = {"OpenAI": NEEDS["top-and-random"], "Anthropic": NEEDS["anthropic"]}
 MODELS = {"Crate": cl.Crate, "Gpt2": cl.Gpt2}

@@ -24,7 +24,7 @@ import torch
 from bench_interpret import new_model, peak_of_process, seconds, synchronise, text_of
 
 import cratelab as cl
-from cratelab.interpret.reading import watch_neurons
+from cratelab.reading import watch_neurons
 from cratelab.sae import Sae, SaeConfig, SaeRecipe, train_saes
 from cratelab.sae.learner import Learner
 

@@ -38,8 +38,8 @@ run() { timeout --signal=INT --kill-after=5 $((limit > SECONDS - start ? limit -
 stage_1() {
   local tests=(tests/test_crate.py tests/test_gpt2.py tests/test_language_model.py tests/test_mssa.py
     tests/test_ista.py tests/test_ista_layer.py tests/test_coding_rate.py tests/test_training.py
-    tests/interpret/test_records.py tests/test_layerwise.py tests/test_sae.py tests/test_steering.py
-    tests/test_steering_cost.py tests/test_comparison.py tests/test_sae_training.py tests/test_run_directory.py)
+    tests/interpret/test_records.py tests/test_layerwise.py tests/test_sae.py tests/steering/test_steering.py
+    tests/steering/test_steering_cost.py tests/experiments/test_comparison.py tests/test_sae_training.py tests/test_run_directory.py)
   [ ${#toy[@]} = 0 ] || tests=(tests/test_crate.py tests/test_mssa.py tests/test_ista_layer.py)
   local workers=() worst=0
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)

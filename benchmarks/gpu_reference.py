@@ -20,8 +20,8 @@ import torch
 from results import Results
 
 import cratelab as cl
-from cratelab.comparison import MODELS, compare, summarise
 from cratelab.corpora.prepare import prepare
+from cratelab.experiments.comparison import MODELS, compare, summarise
 from cratelab.layerwise import layer_statistics
 from cratelab.training import Recipe
 

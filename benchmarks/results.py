@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cratelab.record import provenance
+from cratelab.provenance import provenance
 from cratelab.storage import digest_of, digest_of_file, finite, read_json, write_json
 
 ROOT = Path(__file__).parents[1]

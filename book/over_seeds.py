@@ -21,7 +21,7 @@ import torch
 from chapters import generate, slugs
 from notebooks import BOOK, ROOT
 
-from cratelab.record import provenance
+from cratelab.provenance import provenance
 from cratelab.storage import write_json
 
 

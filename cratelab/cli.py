@@ -24,19 +24,19 @@ from cratelab.cli_checks import (
     instead,
     model_folder,
 )
-from cratelab.comparison import check_ladder, compare, new_model, summarise
 from cratelab.corpora.prepare import PreparedCorpus, prepare, vocabulary_size
 from cratelab.corpora.tokenized import tokenizer_facts
 from cratelab.corpora.tokens import encode
 from cratelab.devices import best_device
+from cratelab.experiments.chapter_9 import reproduce_chapter_9
+from cratelab.experiments.comparison import check_ladder, compare, new_model, summarise
+from cratelab.experiments.reference_models import make_reference_models
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
-from cratelab.interpret.crate_against_gpt2 import reproduce_chapter_9
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.scores import PROTOCOLS
 from cratelab.language_model import LanguageModel, LanguageModelConfig, load
-from cratelab.record import provenance
-from cratelab.reference_models import make_reference_models
+from cratelab.provenance import provenance
 from cratelab.run_directory import check_same_run
 from cratelab.steering import direct_effect, full_effect, neuron_maxima, steer
 from cratelab.storage import read_json, write_json

@@ -18,7 +18,7 @@ from cratelab.crate import Crate
 from cratelab.devices import exact, single
 from cratelab.ista import ista, lasso_objective
 from cratelab.language_model import LanguageModel
-from cratelab.steering import check_contexts
+from cratelab.reading import check_contexts
 
 
 def subspaces(model: LanguageModel) -> list[Tensor]:

@@ -69,7 +69,7 @@ def save_comparison(runs: list[dict], path: str | Path, floor: float | None = No
     """Draw the validation losses of CRATE and GPT-2 against tokens, one line a run, one line style a size.
 
     Args:
-        runs: as `cratelab.comparison.compare` returns them.
+        runs: as `cratelab.experiments.comparison.compare` returns them.
         path: image to write, whole or not at all; its suffix says what kind, and is .png if there is none.
         floor: nats a token that no model can go below, where it is known.
 

@@ -40,7 +40,7 @@ from cratelab.corpora import tokens
 from cratelab.corpora.tokenized import TokenizedCorpus, tokenizer_facts
 from cratelab.devices import exact
 from cratelab.language_model import LanguageModel
-from cratelab.record import provenance
+from cratelab.provenance import provenance
 from cratelab.storage import (
     digest_of,
     digest_of_file,

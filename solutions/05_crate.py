@@ -18,7 +18,7 @@ from einops import einsum, rearrange
 import cratelab as cl
 from cratelab.checks import crate as check
 from cratelab.corpora import tinyworld
-from cratelab.reference_models import load_reference
+from cratelab.experiments.reference_models import load_reference
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -15,7 +15,7 @@ from cratelab import plots
 from cratelab.checks import experiment as experiment_check
 from cratelab.checks import training as check
 from cratelab.corpora import tinyworld
-from cratelab.reference_models import load_reference
+from cratelab.experiments.reference_models import load_reference
 from cratelab.training import document_log_probs
 
 plots.use_style()

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from cratelab import plots, steering_cost
+from cratelab import plots, steering
 from cratelab.checks import experiment as experiment_check
 from cratelab.checks import steering as check
 from cratelab.corpora import tinyworld
+from cratelab.experiments.reference_models import load_reference
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate
 from cratelab.interpret.explainers import TokenExplainer
-from cratelab.reference_models import load_reference
 from cratelab.steering import neuron_maxima
 
 plots.use_style()
@@ -262,15 +262,13 @@ def scores_and_lifts(name, seed, n_tokens=20_000, layer=1):
     records = collect_for_protocols(model, corpus, ["top-and-random"], seed=seed)
     (found,) = evaluate(records, {"token": TokenExplainer()})
     maxima = neuron_maxima(model, corpus)[layer]
-    neurons = steering_cost.draw_live(maxima, 100, seed)
-    named = steering_cost.named_tokens(found.explanations, layer, neurons, 10, v)
-    controls = steering_cost.control_tokens(named, steering_cost.token_counts(corpus, v), seed=seed)
+    neurons = steering.draw_live(maxima, 100, seed)
+    named = found.explanations.named_tokens(layer, neurons, 10, v)
+    controls = steering.control_tokens(named, steering.token_counts(corpus, v), seed=seed)
     spans = [corpus.document_span(i) for i in range(corpus.n_documents)]
     starts = [start for start, stop in spans if stop - start >= 64][:4]
     contexts = torch.from_numpy(np.stack([corpus[start : start + 64] for start in starts]).astype("int64"))
-    at_maximum = steering_cost.frontier(
-        model, contexts, layer, neurons, maxima[neurons], named, controls, strengths=[1.0]
-    )
+    at_maximum = steering.frontier(model, contexts, layer, neurons, maxima[neurons], named, controls, strengths=[1.0])
     scores = found.scores.correlation[layer, neurons].nan_to_num(0)
     return scores.numpy(), (at_maximum.lift - at_maximum.control_lift)[1].numpy()
     # END SOLUTION
@@ -283,7 +281,7 @@ experiment_check.conduct(experiment)
 # You need two numbers for each neuron, one from chapter 8 and one from chapter 11, and then something that says whether they go together without caring about their units. The control gives each neuron the first number of another neuron.
 
 # %% [markdown] tags=["hint"]
-# `evaluate(collect_for_protocols(model, corpus, ["top-and-random"], seed=seed), {"token": TokenExplainer()})` has scores and explanations of all neurons. `steering_cost.named_tokens` turns explanations into words, `control_tokens` draws words that are as frequent, and `frontier(…, strengths=[1.0])` sets each neuron to its
+# `evaluate(collect_for_protocols(model, corpus, ["top-and-random"], seed=seed), {"token": TokenExplainer()})` has scores and explanations of all neurons. `named_tokens` turns explanations into words, `control_tokens` draws words that are as frequent, and `frontier(…, strengths=[1.0])` sets each neuron to its
 # maximum and measures both. Leave the words' own frequency out: take the lift of the controls off.
 
 # %% [markdown] tags=["solution"]

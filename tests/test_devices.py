@@ -29,8 +29,21 @@ from cratelab.interpret.ground_truth import match_concepts
 from cratelab.interpret.records import collect_records
 from cratelab.layerwise import layer_statistics
 from cratelab.sae import cross_entropy, evaluate_sae, splice, train_saes
-from cratelab.steering import Edit, atoms, direct_effect, full_effect, neuron_maxima, steer, steered_logits
-from cratelab.steering_cost import control_tokens, draw_live, frontier, generate_when_set, most_raised, token_counts
+from cratelab.steering import (
+    Edit,
+    atoms,
+    control_tokens,
+    direct_effect,
+    draw_live,
+    frontier,
+    full_effect,
+    generate_when_set,
+    most_raised,
+    neuron_maxima,
+    steer,
+    steered_logits,
+    token_counts,
+)
 from cratelab.training import document_log_probs, next_token_loss, validation_loss
 
 PRETENDED = "meta"

@@ -19,7 +19,7 @@ from test_robustness import FORMATS
 from test_training import corpus, new_model, recipe
 
 import cratelab as cl
-from cratelab.interpret.answers import AnswerCache
+from cratelab.interpret.asking.answers import AnswerCache
 from cratelab.training import train
 
 N_CHANGES = 300  # of each format

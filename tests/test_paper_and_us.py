@@ -7,7 +7,7 @@ import pytest
 from chapters import BOOK, read
 
 from cratelab.interpret.scores import PROTOCOLS
-from cratelab.record import read_reference
+from cratelab.provenance import read_reference
 
 PAGE = (BOOK / "paper_and_us.md").read_text(encoding="utf8")
 

@@ -15,8 +15,8 @@ import cratelab as cl
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.ground_truth import match_concepts
-from cratelab.interpret.reading import watch_neurons
 from cratelab.interpret.records import collect_records
+from cratelab.reading import watch_neurons
 from cratelab.sae import Sae, SaeConfig, cross_entropy, evaluate_sae, splice
 
 WIDTH = 64  # neurons of the small models

@@ -16,8 +16,8 @@ from torch import Tensor
 from cratelab.corpora.tinyworld import World
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.corpora.tokens import Tokenizer
-from cratelab.interpret.reading import NO_TOKEN, token_text, tokens_to_read
 from cratelab.interpret.records import Excerpts
+from cratelab.reading import NO_TOKEN, token_text, tokens_to_read
 
 
 @dataclass
@@ -183,3 +183,19 @@ def _scan(text: str) -> Iterator[tuple[bool, ...]]:
             single = not single
         yield double and was_double, single and was_single, depth > 0, indented, code, comment and character != "\n"
         depth += character in "([{"
+
+
+def concept_tokens(concepts: Concepts, corpus: TokenizedCorpus, which: Tensor, v: int) -> Tensor:
+    """The tokens that have a concept more often than not in a corpus, (m, v) bool for the concepts `which` (m,).
+
+    Concepts of context, such as "inside a quotation", may have none.
+
+    Raises:
+        ValueError: the corpus has more than v tokens.
+    """
+    if corpus.n_vocab > v:
+        raise ValueError(f"the corpus has {corpus.n_vocab} tokens, more than v={v}")
+    stream = torch.from_numpy(corpus[:].astype(np.int64))
+    truth = concepts.truth.cpu()[:, which.cpu()].float()
+    counts = torch.zeros(v, len(which), device="cpu").index_add_(0, stream, truth)
+    return counts.mT > stream.bincount(minlength=v) / 2

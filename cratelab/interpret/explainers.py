@@ -15,8 +15,8 @@ from torch import Tensor
 from cratelab.arguments import check_seed
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.concepts import Concepts
-from cratelab.interpret.reading import NO_TOKEN, token_text
 from cratelab.interpret.records import Excerpts
+from cratelab.reading import NO_TOKEN, token_text
 
 
 class Explanations(Protocol):
@@ -117,6 +117,28 @@ class SuffixExplanations:
         best = means.argsort(descending=True)[:n].tolist()
         said = [f"{token_text(tokenizer, int(tokens[i]))!r} ({float(means[i]):.1f})" for i in best if means[i] > 0]
         return "active on " + ", ".join(said) if said else "never active in the excerpts"
+
+    def named_tokens(self, layer: int, neurons: Tensor, n: int, v: int) -> Tensor:
+        """The n tokens that the explanation of each of m neurons of a layer names first, or fewer: (m, v) bool.
+
+        Raises:
+            ValueError: there is no such layer or neuron, or not 1 <= n <= v.
+        """
+        n_layers, h = self.shape
+        if layer not in range(n_layers) or not ((neurons >= 0) & (neurons < h)).all() or not 1 <= n <= v:
+            raise ValueError(
+                f"named_tokens needs a layer from 0 to {n_layers - 1}, neurons from 0 to {h - 1}, and n from 1 to {v}; "
+                f"got {layer}, {neurons.tolist()}, {n}"
+            )
+        own, tokens = self.keys[0] // self.base, self.keys[0] % self.base
+        row = torch.full(self.shape, -1, device="cpu")
+        row[layer, neurons.cpu()] = torch.arange(len(neurons), device="cpu")
+        row = row.flatten()
+        mine = row[own] >= 0
+        means = torch.zeros(len(neurons), v, dtype=torch.float64, device="cpu")
+        means[row[own[mine]], tokens[mine]] = self.means[0][mine]
+        top = means.topk(n, 1)
+        return torch.zeros_like(means, dtype=torch.bool).scatter_(1, top.indices, top.values > 0)
 
     def _keys(self, tokens: Tensor, length: int) -> Tensor:
         """A number for neuron and last `length` tokens at each place; the excerpt's start counts as a token."""

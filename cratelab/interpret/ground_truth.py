@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
-from cratelab.interpret.reading import watch_neurons
 from cratelab.language_model import LanguageModel
+from cratelab.reading import watch_neurons
 
 THRESHOLDS = 10  # a neuron is said to fire above 0, 1/10, …, 9/10 of its maximum: the best of these counts
 

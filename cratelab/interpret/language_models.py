@@ -19,12 +19,18 @@ from torch import Tensor
 
 from cratelab.arguments import check_seed
 from cratelab.corpora.tokens import Tokenizer
-from cratelab.interpret.answers import Asker, Cost
-from cratelab.interpret.endpoints import ROUNDING, Request
+from cratelab.interpret.asking.answers import Asker, Cost
+from cratelab.interpret.asking.endpoints import ROUNDING, Request
+from cratelab.interpret.asking.prompts import (
+    as_question,
+    explanation_prompt,
+    printable,
+    simulation_prompt,
+    token_writer,
+)
 from cratelab.interpret.explainers import discretise
-from cratelab.interpret.prompts import as_question, explanation_prompt, printable, simulation_prompt, token_writer
-from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts
+from cratelab.reading import NO_TOKEN
 from cratelab.storage import read_json, write_json
 
 Neuron = tuple[int, int]

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from cratelab.corpora.tokens import Tokenizer
-from cratelab.interpret.reading import NO_TOKEN, token_text
 from cratelab.interpret.records import Excerpts, Records
+from cratelab.reading import NO_TOKEN, token_text
 from cratelab.storage import read_json, write_json
 
 PADDING = 16  # cells a token: excerpts of one neuron are about as long as one another

@@ -20,9 +20,9 @@ from torch import Tensor
 from cratelab.arguments import check_seed
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.devices import exact
-from cratelab.interpret.kept import Kept, peaks
-from cratelab.interpret.reading import NO_TOKEN, Text, Windows, tokens_to_read, watch_neurons
+from cratelab.interpret.running_top_k import Kept, peaks
 from cratelab.language_model import LanguageModel
+from cratelab.reading import NO_TOKEN, Text, Windows, tokens_to_read, watch_neurons
 from cratelab.storage import digest_of_file, read_json, read_tensors, replacing, write_json, write_tensors
 
 AHEAD = 16  # batches sorted by length: of TinyWorld at context 256 padding is then 5 % of a batch, else 39 %

@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from cratelab.arguments import check_seed
-from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts, Records
+from cratelab.reading import NO_TOKEN
 
 Protocol = Literal["top-and-random", "random-only", "anthropic"]
 PROTOCOLS: tuple[Protocol, ...] = ("top-and-random", "random-only", "anthropic")

@@ -11,8 +11,8 @@ from torch import Tensor
 from cratelab.arguments import check_whole
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.devices import check_floating, exact, exact_sum
-from cratelab.interpret.reading import Text, pieces_of, tokens_to_read
 from cratelab.language_model import LanguageModel
+from cratelab.reading import Text, pieces_of, tokens_to_read
 from cratelab.sae.autoencoder import Sae
 from cratelab.sae.splicing import on_device, splice
 
@@ -65,7 +65,7 @@ def evaluate_sae(
 
     Args:
         model: any, on any device.
-        corpus: text that neither has seen; read as `cratelab.interpret.reading.watch_neurons` reads it.
+        corpus: text that neither has seen; read as `cratelab.reading.watch_neurons` reads it.
         saes: by layer, counted from 0.
         n_tokens: read this many tokens at most.
         batch: pieces at a time; the largest tensor is (batch, context, m).

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from cratelab.arguments import check_seed, check_whole
 from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.interpret.reading import pieces_of, watch_neurons
 from cratelab.language_model import LanguageModel
-from cratelab.record import provenance
+from cratelab.provenance import provenance
+from cratelab.reading import pieces_of, watch_neurons
 from cratelab.run_directory import check_same_run
 from cratelab.sae.autoencoder import Sae, SaeConfig
 from cratelab.sae.evaluation import SaeScores, check_text, evaluate_sae

@@ -6,8 +6,8 @@ from cratelab.corpora import tinyworld
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.corpora.tokens import byte_encoding
 from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts
-from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts
+from cratelab.reading import NO_TOKEN
 
 TEXT = """The two banks merged; see https://example.org/a_b (or [2]).
     >>> print("a word", 'b')  # a note

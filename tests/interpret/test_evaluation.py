@@ -12,12 +12,12 @@ from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untra
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.ground_truth import match_concepts, separate_senses
 from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record
-from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import split
-from cratelab.interpret.viewer import viewer
+from cratelab.reading import NO_TOKEN
 from cratelab.storage import read_json, write_json
 from cratelab.training import train
+from cratelab.viewers.neurons import viewer
 
 
 @pytest.fixture(scope="module")

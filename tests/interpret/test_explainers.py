@@ -8,9 +8,9 @@ from test_scores import excerpts
 from cratelab.corpora.tokens import WordEncoding
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer, discretise, shuffle
-from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts
 from cratelab.interpret.scores import score
+from cratelab.reading import NO_TOKEN
 
 WORDS = WordEncoding([f"w{i}" for i in range(19)])
 

@@ -23,9 +23,11 @@ import pytest
 import torch
 
 from cratelab import storage
-from cratelab.interpret import endpoints
-from cratelab.interpret.answers import AnswerCache, Cost, ask
-from cratelab.interpret.endpoints import OpenAIEndpoint, Request
+from cratelab.interpret.asking import endpoints
+from cratelab.interpret.asking.answers import AnswerCache, Cost, ask
+from cratelab.interpret.asking.endpoints import OpenAIEndpoint, Request
+from cratelab.interpret.asking.local_endpoint import HuggingFaceEndpoint
+from cratelab.interpret.asking.prompts import as_question, escape, explanation_prompt, simulation_prompt
 from cratelab.interpret.language_models import (
     NO_NUMBER,
     LanguageModelExplainer,
@@ -33,8 +35,6 @@ from cratelab.interpret.language_models import (
     TextExplanations,
     select_neurons,
 )
-from cratelab.interpret.local_endpoint import HuggingFaceEndpoint
-from cratelab.interpret.prompts import as_question, escape, explanation_prompt, simulation_prompt
 from cratelab.interpret.records import NO_TOKEN, Excerpts
 from cratelab.interpret.scores import score
 
@@ -752,8 +752,8 @@ def test_problems_are_asked_again_in_the_next_run(serve, connect, tmp_path):
 
 RUN = """
 import sys, torch
-from cratelab.interpret.endpoints import OpenAIEndpoint, Request
-from cratelab.interpret.answers import ask
+from cratelab.interpret.asking.endpoints import OpenAIEndpoint, Request
+from cratelab.interpret.asking.answers import ask
 endpoint = OpenAIEndpoint(sys.argv[1], "tiny", concurrency=3)
 list(ask(endpoint, [Request((f"{n}\\t",), top=5) for n in range(60)], sys.argv[2]))
 """
@@ -820,7 +820,7 @@ def put(path):
     ],
 )
 def test_answers_that_cannot_be_kept_are_an_os_error_that_names_the_file(spoil, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("cratelab.interpret.answers.PATIENCE", 0.01)
+    monkeypatch.setattr("cratelab.interpret.asking.answers.PATIENCE", 0.01)
     path = tmp_path / "answers"
     held = spoil(path)
     with pytest.raises(OSError, match=f"{path} cannot be read or written: .*{message}"):

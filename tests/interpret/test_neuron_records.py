@@ -9,9 +9,9 @@ from cratelab.corpora.documents import Document
 from cratelab.corpora.tokens import WordEncoding, byte_encoding, train_bpe
 from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record
-from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts, Records, collect_records
 from cratelab.interpret.scores import correlation, explained_deviation, explained_power
+from cratelab.reading import NO_TOKEN
 
 WORDS = WordEncoding([f"w{i}" for i in range(19)])
 

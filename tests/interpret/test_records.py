@@ -6,8 +6,8 @@ from test_training import corpus, new_model
 import cratelab as cl
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.interpret import records as module
-from cratelab.interpret.reading import NO_TOKEN, watch_neurons
 from cratelab.interpret.records import Records, collect_records
+from cratelab.reading import NO_TOKEN, watch_neurons
 
 
 def random_text(n: int, n_documents: int) -> TokenizedCorpus:

@@ -4,7 +4,6 @@ import torch
 from scipy import stats
 from test_training import corpus, new_model
 
-from cratelab.interpret.reading import NO_TOKEN
 from cratelab.interpret.records import Excerpts, collect_records
 from cratelab.interpret.scores import (
     NEEDS,
@@ -19,6 +18,7 @@ from cratelab.interpret.scores import (
     split,
     summarise,
 )
+from cratelab.reading import NO_TOKEN
 
 
 def excerpts(k=3, w=8, neurons=(2, 5), seed=0) -> Excerpts:

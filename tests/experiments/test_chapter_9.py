@@ -6,26 +6,25 @@ import torch
 from test_training import corpus
 
 import cratelab as cl
-from cratelab import reference_models
 from cratelab.cli import main
 from cratelab.corpora import tinyworld
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.corpora.tokens import byte_encoding
-from cratelab.interpret import crate_against_gpt2
-from cratelab.interpret.concepts import tinyworld_concepts
-from cratelab.interpret.crate_against_gpt2 import (
+from cratelab.experiments import chapter_9, reference_models
+from cratelab.experiments.chapter_9 import (
     compare_on_documentation,
     compare_on_tinyworld,
     measure,
     settings,
 )
+from cratelab.interpret.concepts import tinyworld_concepts
 from cratelab.interpret.records import collect_records
 
 
 @pytest.fixture
 def small(monkeypatch):
     for name, value in dict(N_TOKENS=40_000, DEPTHS=(1,), LAMBDAS=(1.0,), TOP_KS=(4,)).items():
-        monkeypatch.setattr(crate_against_gpt2, name, value)
+        monkeypatch.setattr(chapter_9, name, value)
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def brief(monkeypatch):
     def measure(model, text, concepts, seed=0, **options):
         return {"density": collect_records(model, text, n_tokens=500, n_random=0).density.mean(1).tolist()}
 
-    monkeypatch.setattr(crate_against_gpt2, "measure", measure)
+    monkeypatch.setattr(chapter_9, "measure", measure)
 
 
 def test_a_run_on_tinyworld_is_trained_and_measured_once(small, brief, tmp_path):
@@ -55,13 +54,13 @@ def test_a_run_on_tinyworld_is_trained_and_measured_once(small, brief, tmp_path)
 def test_findings_of_other_arguments_or_weights_are_made_anew(small, brief, tmp_path, monkeypatch):
     """Four steps are the half of eight and the whole of four, and the halves are measured less."""
     for name in "LAMBDAS", "TOP_KS":
-        monkeypatch.setattr(crate_against_gpt2, name, ())
+        monkeypatch.setattr(chapter_9, name, ())
     halves = {run["model"]: run for run in compare_on_tinyworld(tmp_path, (0,), 8) if run["steps"] == 4}
     whole = [run for run in compare_on_tinyworld(tmp_path, (0,), 4) if run["steps"] == 4]
     assert whole and all("untrained" in run and "untrained" not in halves[run["model"]] for run in whole)
     again = [run for run in compare_on_tinyworld(tmp_path, (0,), 8) if run["steps"] == 4]
     assert again == list(halves.values())
-    monkeypatch.setattr(crate_against_gpt2, "N_TOKENS", 41_000)
+    monkeypatch.setattr(chapter_9, "N_TOKENS", 41_000)
     with pytest.raises(ValueError, match=r"crate-1L-8-0 holds a run with another training"):
         compare_on_tinyworld(tmp_path, (0,), 8)
 
@@ -79,14 +78,14 @@ def test_neurons_are_measured_anew_with_other_tokens_and_only_then(brief, tmp_pa
     text = [PreparedCorpus(corpus(n=4000), corpus(n=1500, seed=1), byte_encoding())]
     monkeypatch.setattr(reference_models, "prepare", lambda name, tokenizer=None, **options: text[0])
     monkeypatch.setattr(reference_models, "CONTEXT", 64)
-    monkeypatch.setattr(crate_against_gpt2, "PRESETS", ("toy",))
-    measured, brief_measure = [], crate_against_gpt2.measure
+    monkeypatch.setattr(chapter_9, "PRESETS", ("toy",))
+    measured, brief_measure = [], chapter_9.measure
 
     def counted(model, text, concepts, seed=0, n_tokens=None):
         measured.append(n_tokens)
         return brief_measure(model, text, concepts, seed) | {"n_tokens": n_tokens}
 
-    monkeypatch.setattr(crate_against_gpt2, "measure", counted)
+    monkeypatch.setattr(chapter_9, "measure", counted)
     first = compare_on_documentation(tmp_path, 1, 3, n_tokens=100)
     assert compare_on_documentation(tmp_path, 1, 3, n_tokens=100) == first and measured == [100] * 8
     assert compare_on_documentation(tmp_path, 1, 3, n_tokens=200)[0]["trained"]["n_tokens"] == 200
@@ -133,8 +132,8 @@ def test_one_command_makes_the_table_of_the_chapter(small, tmp_path, monkeypatch
     whole = PreparedCorpus(corpus(n=4000), corpus(n=1500, seed=1), byte_encoding())
     monkeypatch.setattr(reference_models, "prepare", lambda name, tokenizer=None, **options: whole)
     monkeypatch.setattr(reference_models, "CONTEXT", 64)
-    monkeypatch.setattr(crate_against_gpt2, "PRESETS", ("toy",))
-    monkeypatch.setattr(crate_against_gpt2, "compare_on_tinyworld", lambda *arguments: ["the runs"])
+    monkeypatch.setattr(chapter_9, "PRESETS", ("toy",))
+    monkeypatch.setattr(chapter_9, "compare_on_tinyworld", lambda *arguments: ["the runs"])
     out, reference = tmp_path / "out", tmp_path / "reference"
     out.mkdir()
     main(["reproduce", "chapter-9", "--out", str(out), "--reference", str(reference), "--seeds", "1", "--steps", "4"])
@@ -151,4 +150,4 @@ def test_one_command_makes_the_table_of_the_chapter(small, tmp_path, monkeypatch
     for run in on_text:
         assert len(run["trained"]["density"]) == 2 and "named" not in run["trained"]
         assert len(run["untrained"]["rows"]) == 3 * 3 + 3
-    assert "crate_against_gpt2.json is what cratelab/reference holds" in capsys.readouterr().out
+    assert "chapter_9.json is what cratelab/reference holds" in capsys.readouterr().out

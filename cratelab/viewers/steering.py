@@ -1,6 +1,6 @@
 """Neurons to push with a slider: what comes next as each of them is set to growing multiples of its maximum.
 
-Everything is computed beforehand and travels in one piece of HTML, as in `cratelab.interpret.viewer`: nothing is
+Everything is computed beforehand and travels in one piece of HTML, as in `cratelab.viewers.neurons`: nothing is
 fetched, everything is escaped. Where scripts do not run, a table for each neuron shows the same.
 """
 
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from cratelab.corpora.tokens import Tokenizer
-from cratelab.interpret.viewer import Viewer, _token_text
-from cratelab.interpret.viewer_html import escape, number, script_data, visible
 from cratelab.language_model import LanguageModel
 from cratelab.plots import CRATE
-from cratelab.steering import steered_logits
-from cratelab.steering_cost import STRENGTHS, Frontier, generate_when_set
+from cratelab.steering import STRENGTHS, Frontier, generate_when_set, steered_logits
+from cratelab.viewers.frame import escape, number, script_data, visible
+from cratelab.viewers.neurons import Viewer, _token_text
 
 
 @torch.no_grad()

@@ -1,16 +1,16 @@
 """CRATE against GPT-2 at equal tokens: several seeds, one table, intervals over seeds (chapter 7)."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 
 from cratelab.arguments import check_seed
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.crate import Crate, CrateConfig
+from cratelab.experiments.statistics import interval
 from cratelab.gpt2 import Gpt2, Gpt2Config
 from cratelab.language_model import LanguageModel, LanguageModelConfig
 from cratelab.training import Recipe, train
@@ -147,16 +147,3 @@ def summarise(runs: list[dict]) -> list[dict]:
         row = {"model": model, "preset": preset, "parameters": mine[0]["parameters"], "seeds": len(losses)}
         table.append(row | {"mean": mean(losses), "half_width": interval(losses)})
     return table
-
-
-def interval(values: list[float]) -> float | None:
-    """Half-width of the 95 % interval of the mean by Student's t (eq-09-3).
-
-    None with fewer than two values, NaN with one that is not finite.
-    """
-    from scipy.stats import t
-
-    n = len(values)
-    if not all(map(math.isfinite, values)):
-        return math.nan
-    return None if n < 2 else float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5

@@ -29,7 +29,7 @@ from itertools import accumulate
 from typing import NamedTuple, Protocol, Self
 
 from cratelab.corpora.documents import require
-from cratelab.interpret.prompts import printable, simulation_prompt
+from cratelab.interpret.asking.prompts import printable, simulation_prompt
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is given up, since a run can be taken up again later
 LARGEST_ANSWER = 2**24  # bytes, decompressed; the log-probabilities of a prompt of 8,000 tokens are about as many

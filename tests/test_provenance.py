@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import cratelab as cl
-from cratelab import record
+from cratelab import provenance as module
 
 
 def test_provenance_names_what_ran_and_where(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/on/disk/run.py", "--seeds", "3"])
-    facts = record.provenance(seeds=[0, 1, 2])
+    facts = module.provenance(seeds=[0, 1, 2])
     assert facts["command"] == "run.py --seeds 3" and facts["seeds"] == [0, 1, 2]
     assert facts["torch"] == torch.__version__.split("+")[0] or facts["torch"] == torch.__version__
     assert not any("somewhere" in str(value) for value in facts.values())
@@ -23,14 +23,14 @@ def test_provenance_names_what_ran_and_where(monkeypatch):
 def test_commit_is_none_outside_a_checkout_and_marked_where_files_changed(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert record.provenance()["commit"] is None
+    assert module.provenance()["commit"] is None
     git = "git -c user.name=a -c user.email=a@example.org"
     (tmp_path / "file").write_text("one")
     assert os.system(f"git init -q . && git add file && {git} commit -qm one") == 0
-    commit = record.provenance()["commit"]
+    commit = module.provenance()["commit"]
     assert len(commit) == 40
     (tmp_path / "file").write_text("two")
-    assert record.provenance()["commit"] == commit + "+changes"
+    assert module.provenance()["commit"] == commit + "+changes"
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_commit_is_none_outside_a_checkout_and_marked_where_files_changed(monkey
 )  # fmt: skip
 def test_keys_and_passwords_are_not_in_the_command(monkeypatch, arguments, shown):
     monkeypatch.setattr("sys.argv", ["run.py", *arguments])
-    assert record.provenance()["command"] == f"run.py {shown}"
+    assert module.provenance()["command"] == f"run.py {shown}"
 
 
 def test_a_process_without_arguments_has_a_provenance(monkeypatch):
     monkeypatch.setattr("sys.argv", [])
-    assert record.provenance()["command"] == ""
+    assert module.provenance()["command"] == ""
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_no_program_of_a_repository_is_run(checkout, change):
         (checkout / ".git" / "info").mkdir(exist_ok=True)
         (checkout / ".git" / "info" / "attributes").write_text(f"* filter={change}\n")
     os.utime(checkout / "file", (1, 1))
-    assert record.provenance()["commit"] and not (checkout / "sprung").exists()
+    assert module.provenance()["commit"] and not (checkout / "sprung").exists()
     subprocess.run(["git", "status"], capture_output=True)
     assert (checkout / "sprung").exists()
 
@@ -97,13 +97,13 @@ def test_a_git_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *a, timeout, **options: run(*a, timeout=timeout / 100, **options))
     start = time.perf_counter()
-    assert record.provenance()["commit"] is None and time.perf_counter() - start < 10
+    assert module.provenance()["commit"] is None and time.perf_counter() - start < 10
 
 
 def test_an_unknown_table_is_named_with_those_there_are():
-    assert {"provenance", "findings"} <= record.read_reference("05_crate").keys()
+    assert {"provenance", "findings"} <= module.read_reference("05_crate").keys()
     with pytest.raises(FileNotFoundError, match=r"'none'; there are .*05_crate"):
-        record.read_reference("none")
+        module.read_reference("none")
 
 
 def test_best_device_holds_a_tensor():
@@ -116,6 +116,6 @@ def test_a_library_that_is_not_installed_has_no_version(monkeypatch):
             raise PackageNotFoundError(package)
         return "2.0"
 
-    monkeypatch.setattr(record, "version", version)
-    facts = record.provenance()
+    monkeypatch.setattr(module, "version", version)
+    facts = module.provenance()
     assert facts["cratelab"] is None and facts["torch"] == "2.0"

@@ -7,7 +7,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from cratelab.interpret.reading import NO_TOKEN, Text
+from cratelab.reading import NO_TOKEN, Text
 
 
 class Kept:

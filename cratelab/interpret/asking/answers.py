@@ -14,7 +14,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from cratelab.interpret.endpoints import Answer, Endpoint, Request
+from cratelab.interpret.asking.endpoints import Answer, Endpoint, Request
 
 GROUP = 512  # requests in memory at a time
 TRUST = 20  # if so many first answers are all useless, the rest is not asked for

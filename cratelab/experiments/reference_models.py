@@ -9,11 +9,11 @@ from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from cratelab.comparison import check_ladder, compare, summarise
 from cratelab.corpora import tokens
 from cratelab.corpora.prepare import PreparedCorpus, prepare
+from cratelab.experiments.comparison import check_ladder, compare, summarise
 from cratelab.language_model import LanguageModel, load
-from cratelab.record import provenance
+from cratelab.provenance import provenance
 from cratelab.storage import read_json, write_json
 from cratelab.training import Recipe
 
@@ -64,7 +64,7 @@ def train_on_documentation(
         name: of the folder in `folder` for the runs.
 
     Returns:
-        The corpus, and the runs as `cratelab.comparison.compare` returns them.
+        The corpus, and the runs as `cratelab.experiments.comparison.compare` returns them.
 
     Raises:
         ValueError: no seeds or steps, or as for `make_reference_models`.
@@ -105,7 +105,7 @@ def make_reference_models(
         on_step: as for `cratelab.training.train`.
 
     Returns:
-        The table of `cratelab.comparison.summarise`.
+        The table of `cratelab.experiments.comparison.summarise`.
 
     Raises:
         ValueError: no seeds or steps; `folder` holds runs of other arguments or text; or a weight is too large for half

@@ -12,6 +12,7 @@ from torch import Tensor
 from cratelab.arguments import check_whole
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.corpora.tokens import Tokenizer
+from cratelab.devices import check_floating
 from cratelab.language_model import LanguageModel
 
 NO_TOKEN = -1  # stands behind the end of a piece of text
@@ -185,4 +186,18 @@ class Text:
         present = inside & (tokens != NO_TOKEN)
         return Windows(
             places, present, tokens.masked_fill(~inside, NO_TOKEN).int(), self.starts[piece] + start, at - start
+        )
+
+
+def check_contexts(model: LanguageModel, contexts: Tensor, batch: int = 1, least: int = 1) -> None:
+    """Raises ValueError unless these are (c, n) tokens of the model's, n at least `least`, to be read in batches."""
+    check_whole("batch", batch)
+    if contexts.ndim != 2 or not len(contexts) or contexts.shape[1] < least:
+        raise ValueError(f"contexts must be (c, n), c at least 1, n at least {least}; got {tuple(contexts.shape)}")
+    check_floating(model)
+    v = model.config.vocab_size
+    if contexts.dtype not in (torch.int32, torch.int64) or not ((contexts >= 0) & (contexts < v)).all():
+        raise ValueError(
+            f"contexts must be integers from 0 to {v - 1}; got {contexts.dtype}, "
+            f"{contexts.min().item()} to {contexts.max().item()}"
         )

@@ -10,22 +10,22 @@ from test_training import VOCAB, corpus
 
 import cratelab as cl
 from cratelab.corpora.tokens import WordEncoding
-from cratelab.interpret.concepts import Concepts
+from cratelab.experiments.statistics import bootstrap
+from cratelab.interpret.concepts import Concepts, concept_tokens
 from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.records import collect_records
 from cratelab.sae import splice
-from cratelab.steering import direct_effect, neuron_maxima, steer
-from cratelab.steering_cost import (
+from cratelab.steering import (
     Frontier,
-    bootstrap,
-    concept_tokens,
     control_tokens,
+    direct_effect,
     draw_live,
     frontier,
     generate_when_set,
     most_raised,
-    named_tokens,
+    neuron_maxima,
     repetition,
+    steer,
     token_counts,
 )
 
@@ -207,7 +207,7 @@ def test_targets_by_explanation_are_those_it_names():
     explanations = TokenExplainer().explain(collect_records(model, text, window=6, n_top=4, n_random=3).top)
     neurons, tokenizer = torch.tensor([40, 2, 17]), WordEncoding([f"w{i}" for i in range(VOCAB)])
     for layer in 0, 1:
-        found = named_tokens(explanations, layer, neurons, 5, VOCAB)
+        found = explanations.named_tokens(layer, neurons, 5, VOCAB)
         for row, neuron in zip(found, neurons.tolist(), strict=True):
             said = explanations.describe(layer, neuron, tokenizer, n=5)
             assert {f"'w{i}'" for i in row.nonzero()[:, 0].tolist()} == {word for word in said.split() if "w" in word}
@@ -394,4 +394,4 @@ def test_explanations_of_what_is_not_there_are_refused():
     explanations = TokenExplainer().explain(collect_records(shaken(cl.Gpt2), corpus(), 6, n_top=4, n_random=3).top)
     for layer, neuron, n in ((2, 0, 3), (-1, 0, 3), (0, 64, 3), (0, 0, VOCAB + 1), (0, 0, 0)):
         with pytest.raises(ValueError, match="named_tokens needs a layer from 0 to 1, neurons from 0 to 63"):
-            named_tokens(explanations, layer, torch.tensor([neuron]), n, VOCAB)
+            explanations.named_tokens(layer, torch.tensor([neuron]), n, VOCAB)

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cratelab.comparison import MODELS, check_ladder, new_model
 from cratelab.corpora import tinyworld
 from cratelab.corpora.tokenized import TokenizedCorpus
 from cratelab.corpora.tokens import fingerprint
+from cratelab.experiments.comparison import MODELS, check_ladder, new_model
+from cratelab.experiments.reference_models import PRESETS, train_on_documentation
 from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
@@ -23,8 +24,7 @@ from cratelab.interpret.ground_truth import match_concepts, separate_senses
 from cratelab.interpret.records import Records
 from cratelab.interpret.scores import Protocol
 from cratelab.language_model import LanguageModel, load
-from cratelab.record import provenance
-from cratelab.reference_models import PRESETS, train_on_documentation
+from cratelab.provenance import provenance
 from cratelab.storage import digest_of_file, kept, write_json
 from cratelab.training import Recipe, document_log_probs, train
 
@@ -146,7 +146,7 @@ def compare_on_documentation(
     Those that are missing are trained first.
 
     Args:
-        folder: as for `cratelab.reference_models.make_reference_models`; the findings of a run go beside its model.
+        folder: as for `reference_models.make_reference_models`; the findings of a run go beside its model.
         seeds: 0 up to this many.
         steps: of the reference models.
         on_run: called with the name of each run before it starts.
@@ -251,7 +251,7 @@ def reproduce_chapter_9(
 
     Args:
         folder: for the runs on TinyWorld and the table.
-        reference: for the reference models; see `cratelab.reference_models.make_reference_models`.
+        reference: for the reference models; see `cratelab.experiments.reference_models.make_reference_models`.
         seeds: 0 up to this many.
         steps: on TinyWorld and on documentation; fewer only to try it out.
         on_run: called with the name of each run before it starts.

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from cratelab.corpora.tokens import Tokenizer
 from cratelab.interpret.explainers import Explanations
-from cratelab.interpret.reading import NO_TOKEN, token_text
 from cratelab.interpret.records import Records
 from cratelab.interpret.scores import Scores
-from cratelab.interpret.viewer_html import (
+from cratelab.plots import CRATE
+from cratelab.reading import NO_TOKEN, token_text
+from cratelab.storage import write_text
+from cratelab.viewers.frame import (
     FRAGMENT,
     PAGE,
     SCRIPT,
@@ -36,8 +38,6 @@ from cratelab.interpret.viewer_html import (
     script_data,
     visible,
 )
-from cratelab.plots import CRATE
-from cratelab.storage import write_text
 
 _KINDS = {"top": "strongest", "random": "random", "active": "active"}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 
 from cratelab.corpora.tokens import Tokenizer
-from cratelab.interpret.reading import token_text
+from cratelab.reading import token_text
 
 Row = tuple[str, int]
 

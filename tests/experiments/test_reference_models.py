@@ -6,11 +6,11 @@ import torch
 from test_training import corpus
 
 import cratelab as cl
-from cratelab import reference_models
 from cratelab.corpora import tinyworld
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.corpora.tokens import byte_encoding
-from cratelab.reference_models import load_reference, load_reference_tokenizer, make_reference_models
+from cratelab.experiments import reference_models
+from cratelab.experiments.reference_models import load_reference, load_reference_tokenizer, make_reference_models
 from cratelab.training import document_log_probs
 
 

@@ -1,22 +1,17 @@
 import copy
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from test_neuron_viewer import HOSTILE, SHOWN, Page, Words
 from test_steering import shaken, some_tokens
 from test_training import VOCAB
 
 import cratelab as cl
 from cratelab.corpora.tokens import WordEncoding
-from cratelab.steering import steer
-from cratelab.steering_cost import frontier
-from cratelab.steering_viewer import steering_viewer
-
-sys.path.insert(0, str(Path(__file__).parent / "interpret"))
-from test_viewer import HOSTILE, SHOWN, Page, Words
+from cratelab.steering import frontier, steer
+from cratelab.viewers.steering import steering_viewer
 
 STRENGTHS = 0.5, 2.0
 

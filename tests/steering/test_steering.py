@@ -10,10 +10,9 @@ from test_training import VOCAB, corpus, new_model
 from torch import nn
 
 import cratelab as cl
-from cratelab import steering
-from cratelab.interpret.reading import watch_neurons
+from cratelab.reading import watch_neurons
 from cratelab.sae import Sae, SaeConfig, splice
-from cratelab.steering import Edit, atoms, direct_effect, full_effect, neuron_maxima, steer, steered_logits
+from cratelab.steering import Edit, atoms, direct_effect, effects, full_effect, neuron_maxima, steer, steered_logits
 
 H = 64  # neurons of a layer of `new_model`
 BY = "set", "add", "scale"
@@ -293,7 +292,7 @@ def test_many_neurons_at_once_are_each_as_under_steer(data):
     kind = data.draw(st.sampled_from(["own", "spliced", "error term"]))
     neurons, values, by = torch.randperm(H)[:m], 3 * torch.rand(s, m), data.draw(st.sampled_from(BY))
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(steering, "CHUNK", data.draw(st.sampled_from([1, 2000, 10**6])))
+        patch.setattr(effects, "CHUNK", data.draw(st.sampled_from([1, 2000, 10**6])))
         with splice(model, {layer: a_sae(model)} if kind != "own" else {}, kind == "error term"):
             found = torch.cat([part for _, part in steered_logits(model, tokens, layer, neurons, values, by)], 1)
             assert found.shape == (s, m, *tokens.shape, VOCAB)

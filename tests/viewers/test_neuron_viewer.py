@@ -12,8 +12,8 @@ from cratelab.corpora import tokens
 from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.records import Excerpts, Records
 from cratelab.interpret.scores import score
-from cratelab.interpret.viewer import viewer
-from cratelab.interpret.viewer_html import luminance, shades
+from cratelab.viewers.frame import luminance, shades
+from cratelab.viewers.neurons import viewer
 
 VOID = {"meta", "br", "img", "input", "link"}
 HOSTILE = [

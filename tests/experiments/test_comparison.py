@@ -7,8 +7,8 @@ from scipy import stats
 from test_training import corpus, recipe, weights
 
 import cratelab as cl
-from cratelab.comparison import compare, interval, new_model, summarise
 from cratelab.corpora.prepare import PreparedCorpus
+from cratelab.experiments.comparison import compare, interval, new_model, summarise
 
 
 def prepared() -> PreparedCorpus:

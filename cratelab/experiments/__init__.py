@@ -1,0 +1,1 @@
+"""What makes the book's tables: comparisons, reference models, statistics; one module a chapter."""

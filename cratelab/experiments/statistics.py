@@ -1,0 +1,61 @@
+"""Intervals over seeds and neurons."""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import stdev
+
+import numpy as np
+from torch import Tensor
+
+from cratelab.arguments import check_seed, check_whole
+
+
+def bootstrap(
+    statistic: Callable[..., float], *arms: Sequence[Tensor], n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """A statistic of arms with its 95 % interval over seeds and neurons.
+
+    Seeds are drawn with replacement, the same for all arms, since arms may share a model; then neurons of each.
+
+    Args:
+        statistic: of one array of values for each arm, all seeds together, such as `np.median` for one arm.
+        arms: of each arm the neurons' values, (m,), for every seed; infinite values are allowed.
+        n_resamples: how many.
+        seed: of the draws.
+
+    Returns:
+        The statistic, and the ends of the interval, which are resamples' own values.
+
+    Raises:
+        ValueError: the arms have different numbers of seeds, no neuron under one of them, or NaN; there is no
+            resample; or `seed` is out of range.
+    """
+    check_whole("n_resamples", n_resamples)
+    check_seed(seed)
+    if not arms or len({len(arm) for arm in arms}) != 1 or not all(len(values) for arm in arms for values in arm):
+        raise ValueError("bootstrap needs arms with equally many seeds, and at least one neuron under each seed")
+    held = [[np.asarray(values.cpu(), np.float64) for values in arm] for arm in arms]
+    if any(np.isnan(values).any() for arm in held for values in arm):
+        raise ValueError(f"bootstrap needs values that are numbers; got {held}")
+    draw = np.random.default_rng(seed)
+    resampled = []
+    for _ in range(n_resamples):
+        seeds = draw.integers(len(held[0]), size=len(held[0]))
+        resampled.append(
+            statistic(*(np.concatenate([draw.choice(arm[i], len(arm[i])) for i in seeds]) for arm in held))
+        )
+    low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
+    return float(statistic(*map(np.concatenate, held))), float(low), float(high)
+
+
+def interval(values: list[float]) -> float | None:
+    """Half-width of the 95 % interval of the mean by Student's t (eq-09-3).
+
+    None with fewer than two values, NaN with one that is not finite.
+    """
+    from scipy.stats import t
+
+    n = len(values)
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return None if n < 2 else float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5

@@ -1,0 +1,1 @@
+"""Asking language models: endpoints, prompts, and answers that are never paid for twice."""
