@@ -150,4 +150,4 @@ def test_one_command_makes_the_table_of_the_chapter(small, tmp_path, monkeypatch
     for run in on_text:
         assert len(run["trained"]["density"]) == 2 and "named" not in run["trained"]
         assert len(run["untrained"]["rows"]) == 3 * 3 + 3
-    assert "chapter_9.json is what cratelab/reference holds" in capsys.readouterr().out
+    assert "crate_against_gpt2.json is what cratelab/reference holds" in capsys.readouterr().out
