@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import cratelab as cl
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.records import AHEAD, Excerpts, collect_records

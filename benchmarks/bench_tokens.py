@@ -17,10 +17,10 @@ from itertools import count
 import torch
 from bench_core import seconds
 
-from cratelab.corpora import pydocs, tokens
+from cratelab.corpora import pydocs, tokenizers
 from cratelab.corpora.documents import Document
 from cratelab.corpora.files import LocalDocuments
-from cratelab.corpora.tokenizing import tokenize
+from cratelab.corpora.token_writer import tokenize
 
 
 def first_characters(documents: Iterable[Document], n: int) -> list[Document]:
@@ -46,9 +46,9 @@ def main() -> None:
     documents *= -(-n // total)  # the library's documentation is shorter than that: over and over
     texts = [document.text for document in documents]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    encodings = [tokens.byte_encoding(), tokens.train_bpe(documents[: len(documents) // 4 + 1], 4096)]
+    encodings = [tokenizers.byte_encoding(), tokenizers.train_bpe(documents[: len(documents) // 4 + 1], 4096)]
     try:
-        encodings.append(tokens.gpt2())
+        encodings.append(tokenizers.gpt2())
     except ConnectionError as error:
         print(f"without GPT-2's tokens: {error}")
     print(f"{megabytes:.1f} MB in {len(texts)} documents, {arguments.workers} threads")

@@ -23,7 +23,7 @@ import cratelab as cl
 from cratelab.corpora.prepare import prepare
 from cratelab.experiments.comparison import MODELS, compare, summarise
 from cratelab.layerwise import layer_statistics
-from cratelab.training import Recipe
+from cratelab.recipe import Recipe
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cratelab.devices import best_device
 from cratelab.language_model import LanguageModel, LanguageModelConfig
-from cratelab.training import Recipe, next_token_loss
+from cratelab.losses import next_token_loss
+from cratelab.recipe import Recipe
 
 SHARE_OF_PEAK = 0.4  # of the measured rate of matrix products; benchmarks/README.md has what was reached where
 

@@ -25,8 +25,8 @@ from cratelab.cli_checks import (
     model_folder,
 )
 from cratelab.corpora.prepare import PreparedCorpus, prepare, vocabulary_size
-from cratelab.corpora.tokenized import tokenizer_facts
-from cratelab.corpora.tokens import encode
+from cratelab.corpora.token_store import tokenizer_facts
+from cratelab.corpora.tokenizers import encode
 from cratelab.devices import best_device
 from cratelab.experiments.chapter_9 import reproduce_chapter_9
 from cratelab.experiments.comparison import check_ladder, compare, new_model, summarise
@@ -37,11 +37,12 @@ from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, Tok
 from cratelab.interpret.scores import PROTOCOLS
 from cratelab.language_model import LanguageModel, LanguageModelConfig, load
 from cratelab.provenance import provenance
+from cratelab.recipe import Recipe
 from cratelab.run_directory import check_same_run
 from cratelab.steering import direct_effect, full_effect, neuron_maxima, steer
 from cratelab.storage import read_json, write_json
 from cratelab.terminal import plain_warnings, printable, say, unfailing_output
-from cratelab.training import Diverged, Recipe, train
+from cratelab.training import Diverged, train
 
 Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cratelab.arguments import check_whole
-from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.corpora.tokens import Tokenizer
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.devices import check_floating
 from cratelab.language_model import LanguageModel
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,11 +36,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from cratelab.corpora import tokens
-from cratelab.corpora.tokenized import TokenizedCorpus, tokenizer_facts
+from cratelab.corpora import tokenizers
+from cratelab.corpora.token_store import TokenizedCorpus, tokenizer_facts
 from cratelab.devices import exact
 from cratelab.language_model import LanguageModel
 from cratelab.provenance import provenance
+from cratelab.recipe import Recipe
 from cratelab.storage import (
     digest_of,
     digest_of_file,
@@ -53,9 +54,6 @@ from cratelab.storage import (
     write_tensors,
     write_text,
 )
-
-if TYPE_CHECKING:
-    from cratelab.training import Recipe
 
 SUMS = "checksums.json"
 _FILES = "config.json", "model.safetensors", "optimizer.safetensors"  # of a checkpoint, beside its sums
@@ -109,12 +107,12 @@ class RunDirectory:
         cls,
         path: str | Path,
         model: LanguageModel,
-        recipe: "Recipe",
+        recipe: Recipe,
         training: TokenizedCorpus,
         validation: TokenizedCorpus,
         accelerator: Accelerator,
         command: dict | None = None,
-        tokenizer: tokens.Tokenizer | None = None,
+        tokenizer: tokenizers.Tokenizer | None = None,
     ) -> Iterator[Self]:
         """Begin a run in `path`, or go on with the one that is there; nobody else can while the block lasts.
 
@@ -146,7 +144,7 @@ class RunDirectory:
                         about = {"command": command, "provenance": provenance(processes=accelerator.num_processes)}
                         write_json(file, facts | {"start": start} | about)
                     if tokenizer and not (run.path / "tokenizer.json").is_file():
-                        tokens.save(tokenizer, run.path / "tokenizer.json")
+                        tokenizers.save(tokenizer, run.path / "tokenizer.json")
             accelerator.wait_for_everyone()
             yield run
 

@@ -12,15 +12,11 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -30,98 +26,12 @@ with warnings.catch_warnings():  # in notebooks it asks for widgets, which our p
     from accelerate.state import is_initialized
     from accelerate.utils import GradientAccumulationPlugin
 
-from cratelab.arguments import check_seed, check_whole
-from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.corpora.tokens import Tokenizer, fingerprint
-from cratelab.language_model import LanguageModel, LanguageModelConfig
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.corpora.tokenizers import Tokenizer, fingerprint
+from cratelab.language_model import LanguageModel
+from cratelab.losses import next_token_loss, validation_loss
+from cratelab.recipe import Recipe
 from cratelab.run_directory import RunDirectory
-
-
-@dataclass
-class Recipe:
-    """How to train. The defaults are the paper's; `Recipe.preset("toy")` suits a laptop.
-
-    Attributes:
-        steps: updates of the weights.
-        batch: windows a step, over all processes; 512 of 1,024 tokens are half a million.
-        accumulate: parts into which each process cuts its share, when memory does not hold it at once.
-        peak_rate: learning rate at the end of the warm-up.
-        final_rate: learning rate at the end, reached along a cosine.
-        warmup: steps in which the rate rises linearly; 2,000, but at most a tenth of the steps, unless given.
-        weight_decay: AdamW's, on matrices only.
-        clip: largest norm of the gradient.
-        seed: of the windows, below 2³². The weights are those that the model comes with.
-        validate_every: steps from one validation to the next; there is one after the last step in any case.
-        validation_windows: how many, the same each time, spread evenly; fewer where the corpus has fewer.
-        checkpoint_every: steps from one checkpoint to the next.
-        precision: "bf16" computes matrix products in bfloat16, "no" all in float32, "auto" the first where a GPU can.
-        compile: torch.compile; where there is CUDA, unless given.
-
-    Raises:
-        ValueError: a number is out of range, or none.
-    """
-
-    steps: int = 600_000
-    batch: int = 512
-    accumulate: int = 1
-    peak_rate: float = 6e-4
-    final_rate: float = 6e-5
-    warmup: int | None = None
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
-    validate_every: int = 1000
-    validation_windows: int = 256
-    checkpoint_every: int = 1000
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    compile: bool | None = None
-
-    def __post_init__(self):
-        least = dict(steps=1, batch=1, accumulate=1, warmup=0, seed=0, validate_every=1, validation_windows=1)
-        least |= dict(checkpoint_every=1, peak_rate=0, final_rate=0, weight_decay=0, clip=0)
-        for name, low in least.items():
-            value, whole = getattr(self, name), name not in ("peak_rate", "final_rate", "weight_decay", "clip")
-            if value is None and name == "warmup":
-                continue
-            if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
-                raise ValueError(f"{name} must be a {'whole ' if whole else ''}number; got {value!r}")
-            if not low <= value < math.inf:
-                raise ValueError(f"{name} must be at least {low}; got {value}")
-            setattr(self, name, int(value) if whole else float(value))
-        check_seed(self.seed)
-        self.check_division(1)
-        if self.precision not in ("auto", "no", "bf16"):
-            raise ValueError(f'precision must be "auto", "no" or "bf16"; got {self.precision!r}')
-        if self.compile not in (None, True, False):
-            raise ValueError(f"compile must be True, False or None; got {self.compile!r}")
-
-    @classmethod
-    def preset(cls, name: str, **overrides) -> "Recipe":
-        """ "toy": 16 windows a step at a rate for tiny models; for any other size the paper's recipe.
-
-        Raises:
-            ValueError: there is no size of that name.
-        """
-        if name not in LanguageModelConfig.presets:
-            raise ValueError(f"no preset {name!r}; there are {', '.join(LanguageModelConfig.presets)}")
-        toy = dict(steps=1000, batch=16, peak_rate=3e-3, final_rate=3e-4, validate_every=100, validation_windows=64)
-        return cls(**(toy if name == "toy" else {}) | overrides)
-
-    def check_division(self, processes: int) -> None:
-        """Raises ValueError if so many processes cannot divide the batch among them and into their parts."""
-        if processes < 1 or self.batch % (processes * self.accumulate):
-            raise ValueError(
-                f"the batch must be a multiple of processes × accumulate; got {self.batch}, {processes} and "
-                f"{self.accumulate}"
-            )
-
-    def learning_rate(self, step: int) -> float:
-        """The rate of a step, counted from 0 (eq-07-3): linear up to the peak, then half a cosine down."""
-        warmup = min(2000, self.steps // 10) if self.warmup is None else self.warmup
-        if step < warmup:
-            return self.peak_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.steps - warmup)
-        return self.final_rate + (self.peak_rate - self.final_rate) * ((1 + math.cos(math.pi * progress)) / 2)
 
 
 class Diverged(RuntimeError):
@@ -263,58 +173,6 @@ def _train(
                 on_step(row)
             bar.set_postfix_str(f"loss {mean_loss:.3f}, {recipe.batch * (length - 1) / row['seconds']:,.0f} tokens/s")
             bar.update()
-
-
-def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of each token of the windows (b, n + 1) given those before it (eq-07-1)."""
-    windows = windows.to(next(model.parameters()).device)
-    return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1).float(), windows[:, 1:].flatten())
-
-
-@torch.no_grad()
-def validation_loss(model: LanguageModel, windows: Tensor, batch: int = 16) -> float:
-    """`next_token_loss` over many windows, (b, n + 1) integers, `batch` at a time.
-
-    Raises:
-        ValueError: there is no window, or `batch` is below 1.
-    """
-    check_whole("batch", batch)
-    if not len(windows):
-        raise ValueError(f"validation_loss needs one window or more; got {tuple(windows.shape)}")
-    parts = windows.split(batch)
-    return sum(float(next_token_loss(model, part)) * len(part) for part in parts) / len(windows)
-
-
-@torch.no_grad()
-def document_log_probs(model: LanguageModel, corpus: TokenizedCorpus, batch: int = 16) -> np.ndarray:
-    """Nats of each token of a corpus given all before it in its document: what the gap is made of (eq-07-4).
-
-    Args:
-        model: on any device.
-        corpus: read document by document; those of similar length together, `batch` at a time.
-        batch: documents.
-
-    Returns:
-        (n,) float32; NaN for the first token of each document, which has none before it, and past context + 1.
-    """
-    device = next(model.parameters()).device
-    log_probs = np.full(len(corpus), np.nan, np.float32)
-    spans = [corpus.document_span(i) for i in range(corpus.n_documents)]
-    spans = sorted(
-        ((start, min(stop, start + model.config.context + 1)) for start, stop in spans), key=lambda s: s[1] - s[0]
-    )
-    for first in range(0, len(spans), batch):
-        group = spans[first : first + batch]
-        windows = torch.zeros(len(group), group[-1][1] - group[-1][0], dtype=torch.long)
-        for window, (start, stop) in zip(windows, group, strict=True):
-            window[: stop - start] = torch.from_numpy(corpus[start:stop].astype(np.int64))
-        if windows.shape[1] < 2:
-            continue
-        windows = windows.to(device)
-        losses = F.cross_entropy(model(windows[:, :-1]).mT.float(), windows[:, 1:], reduction="none")
-        for loss, (start, stop) in zip(losses.cpu().numpy(), group, strict=True):
-            log_probs[start + 1 : stop] = -loss[: stop - start - 1]
-    return log_probs
 
 
 def _validate(model: nn.Module, held_out, recipe: Recipe, accelerator: Accelerator) -> float:

@@ -16,7 +16,7 @@ from cratelab.checks import experiment as experiment_check
 from cratelab.checks import training as check
 from cratelab.corpora import tinyworld
 from cratelab.experiments.reference_models import load_reference
-from cratelab.training import document_log_probs
+from cratelab.losses import document_log_probs
 
 plots.use_style()
 torch.set_num_threads(1)

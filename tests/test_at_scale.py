@@ -9,7 +9,7 @@ import pytest
 import cratelab as cl
 from cratelab import budget
 from cratelab.budget import estimate
-from cratelab.training import Recipe
+from cratelab.recipe import Recipe
 
 PAGE = (Path(__file__).parents[1] / "book" / "at_scale.md").read_text(encoding="utf8")
 TABLE = re.findall(r"^\| (?:1L|2L|3L|S|B) \|.*$", PAGE, re.MULTILINE)

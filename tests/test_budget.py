@@ -4,7 +4,7 @@ import torch
 import cratelab as cl
 from cratelab import budget
 from cratelab.budget import estimate, measure_matmul_rate
-from cratelab.training import Recipe
+from cratelab.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)

@@ -484,7 +484,7 @@ def test_a_prompt_that_the_tokenizer_gives_up_on_is_named(run, monkeypatch):
     def panic(*_):
         raise PanicException("its pattern")
 
-    monkeypatch.setattr("cratelab.corpora.tokens.WordEncoding.encode_ordinary", panic)
+    monkeypatch.setattr("cratelab.corpora.tokenizers.WordEncoding.encode_ordinary", panic)
     with pytest.raises(SystemExit, match="gave up on 7 characters that begin 'the dog': its pattern"):
         main(["steer", str(run), "--n-tokens", "200", "--prompt", "the dog"])
 

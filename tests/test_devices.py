@@ -28,6 +28,7 @@ from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.ground_truth import match_concepts
 from cratelab.interpret.records import collect_records
 from cratelab.layerwise import layer_statistics
+from cratelab.losses import document_log_probs, next_token_loss, validation_loss
 from cratelab.sae import cross_entropy, evaluate_sae, splice, train_saes
 from cratelab.steering import (
     Edit,
@@ -44,7 +45,6 @@ from cratelab.steering import (
     steered_logits,
     token_counts,
 )
-from cratelab.training import document_log_probs, next_token_loss, validation_loss
 
 PRETENDED = "meta"
 WIDE = torch.float64, torch.complex64, torch.complex128

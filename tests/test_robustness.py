@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from test_training import corpus, new_model
 
 import cratelab as cl
-from cratelab.corpora import tokens
+from cratelab.corpora import tokenizers
 from cratelab.corpora.documents import Document
-from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.corpora.tokenizing import tokenize
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.corpora.token_writer import tokenize
 from cratelab.interpret.language_models import TextExplanations
 from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record
 from cratelab.interpret.records import Records, collect_records
 from cratelab.run_directory import read_metrics
 from cratelab.sae import Sae, SaeConfig
 
-WORDS = tokens.WordEncoding([f"w{i}" for i in range(19)])
+WORDS = tokenizers.WordEncoding([f"w{i}" for i in range(19)])
 
 
 def official(folder):
@@ -39,7 +39,7 @@ def collected() -> Records:
 
 def write_corpus(folder):
     documents = [Document(f"the bank of river {i}", {}) for i in range(40)]
-    tokenize(documents, folder / "corpus", tokens.byte_encoding())
+    tokenize(documents, folder / "corpus", tokenizers.byte_encoding())
 
 
 def write_explanations(folder):
@@ -57,8 +57,8 @@ FORMATS = {
         lambda folder: read_neuron_record(folder / "neuron.json", WORDS),
     ),
     "tokenizer": (
-        lambda folder: tokens.save(tokens.byte_encoding(), folder / "tokenizer.json"),
-        lambda folder: tokens.load(folder / "tokenizer.json"),
+        lambda folder: tokenizers.save(tokenizers.byte_encoding(), folder / "tokenizer.json"),
+        lambda folder: tokenizers.load(folder / "tokenizer.json"),
     ),
     "corpus": (write_corpus, lambda folder: TokenizedCorpus.open(folder / "corpus")),
     "explanations": (write_explanations, lambda folder: TextExplanations.load(folder / "explanations.json")),

@@ -17,7 +17,7 @@ from test_training import corpus, new_model, recipe, stop_after, weights
 
 import cratelab as cl
 from cratelab import storage
-from cratelab.corpora.tokens import WordEncoding, byte_encoding, fingerprint, load
+from cratelab.corpora.tokenizers import WordEncoding, byte_encoding, fingerprint, load
 from cratelab.run_directory import read_metrics
 from cratelab.storage import locked
 from cratelab.training import Diverged, train

@@ -12,7 +12,7 @@ from test_training import corpus, new_model
 from torch import nn
 
 import cratelab as cl
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.ground_truth import match_concepts
 from cratelab.interpret.records import collect_records

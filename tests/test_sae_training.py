@@ -12,7 +12,7 @@ from test_training import corpus
 
 import cratelab as cl
 from cratelab import storage
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.sae import Sae, SaeConfig, SaeRecipe, evaluate_sae, train_saes
 from cratelab.sae import training as module
 from cratelab.sae.learner import Learner

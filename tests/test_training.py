@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import cratelab as cl
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.losses import document_log_probs, validation_loss
+from cratelab.recipe import Recipe
 from cratelab.steering import steer
-from cratelab.training import Diverged, Recipe, document_log_probs, train, validation_loss
+from cratelab.training import Diverged, train
 
 VOCAB, CONTEXT = 19, 12
 

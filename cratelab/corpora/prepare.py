@@ -33,11 +33,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cratelab.corpora import sources, tinyworld, tokens
+from cratelab.corpora import sources, tinyworld, tokenizers
 from cratelab.corpora.documents import FRACTIONS
 from cratelab.corpora.sources import Text, first_characters, identity
-from cratelab.corpora.tokenized import FORMAT, MANIFEST, TokenizedCorpus, read_manifest
-from cratelab.corpora.tokenizing import tokenize
+from cratelab.corpora.token_store import FORMAT, MANIFEST, TokenizedCorpus, read_manifest
+from cratelab.corpora.token_writer import tokenize
 from cratelab.storage import digest_of, locked, read_json, write_json
 
 _HUB, _PYTHON = sources.HUB, sources.PYTHON
@@ -61,7 +61,7 @@ class PreparedCorpus:
 
     training: TokenizedCorpus
     validation: TokenizedCorpus
-    tokenizer: tokens.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     world: tinyworld.World | None = None
 
     @property
@@ -82,7 +82,7 @@ def prepare(
     Args:
         name: see the table above.
         tokenizer: "words" (TinyWorld's), "bytes", "gpt2", or "bpe-N": a byte-level BPE of N tokens trained on the
-            training text; or a .json file that `cratelab.corpora.tokens.save` wrote, such as a run's. The table's
+            training text; or a .json file that `cratelab.corpora.tokenizers.save` wrote, such as a run's. The table's
             unless given.
         characters: of training text, at most; validation takes at most a twentieth, but one document. TinyWorld's size
             is two million tokens at most.
@@ -102,7 +102,7 @@ def prepare(
     characters, parts = int(characters), _parts(name)
     given = _load_given(tokenizer)
     if folder := _folder_of_tokens(parts, None if given else tokenizer):
-        encoding = given or tokens.load(folder / "tokenizer.json")
+        encoding = given or tokenizers.load(folder / "tokenizer.json")
         return PreparedCorpus(*(TokenizedCorpus.open(folder / split, encoding) for split in _SPLITS), encoding)
     tokenizer = _check_tokenizer(parts, tokenizer, given)
     if "tinyworld" in parts:
@@ -114,7 +114,7 @@ def prepare(
         "corpus": [identity(part) for part in parts],
         "splits": text.splits,
         "fractions": list(FRACTIONS),
-        "tokenizer": tokens.fingerprint(given) if given else tokenizer,
+        "tokenizer": tokenizers.fingerprint(given) if given else tokenizer,
         "characters": characters,
     }
     names = "+".join(part if part in NAMES else Path(part).resolve().name for part in parts)[:40]
@@ -191,13 +191,13 @@ def _folder_of_tokens(parts: list[str], tokenizer: str | None) -> Path | None:
     return folder
 
 
-def _load_given(tokenizer: str | Path | None) -> tokens.Tokenizer | None:
+def _load_given(tokenizer: str | Path | None) -> tokenizers.Tokenizer | None:
     """The tokenizer, where a file of one is given."""
     is_file = isinstance(tokenizer, Path) or (tokenizer or "").endswith(".json")
-    return tokens.load(os.path.expanduser(tokenizer)) if is_file else None
+    return tokenizers.load(os.path.expanduser(tokenizer)) if is_file else None
 
 
-def _check_tokenizer(parts: list[str], tokenizer: str | Path | None, given: tokens.Tokenizer | None) -> str:
+def _check_tokenizer(parts: list[str], tokenizer: str | Path | None, given: tokenizers.Tokenizer | None) -> str:
     """The tokenizer's name, or that of the usual one of these corpora."""
     tokenizer = given.name if given else tokenizer
     if "tinyworld" in parts:
@@ -209,15 +209,15 @@ def _check_tokenizer(parts: list[str], tokenizer: str | Path | None, given: toke
     tokenizer = tokenizer or ("gpt2" if all(part in _HUB for part in parts) else "bpe-4096")
     if tokenizer not in ("gpt2", "bytes") and not re.fullmatch("bpe-[1-9][0-9]{0,9}", tokenizer):
         raise ValueError(f'a tokenizer is "gpt2", "bytes" or "bpe-N", such as bpe-4096; got {tokenizer!r}')
-    if tokenizer.startswith("bpe-") and not 257 <= int(tokenizer[4:]) <= tokens.LARGEST_VOCABULARY:
-        raise ValueError(f"the N of bpe-N must be 257 to {tokens.LARGEST_VOCABULARY:,}; got {tokenizer!r}")
+    if tokenizer.startswith("bpe-") and not 257 <= int(tokenizer[4:]) <= tokenizers.LARGEST_VOCABULARY:
+        raise ValueError(f"the N of bpe-N must be 257 to {tokenizers.LARGEST_VOCABULARY:,}; got {tokenizer!r}")
     return tokenizer
 
 
 def _tinyworld(n_tokens: int, context: int) -> PreparedCorpus:
     world = tinyworld.generate(n_tokens, context=context)
     training, validation = world.part("train"), world.part("validation")
-    tokenizer = tokens.WordEncoding([word.replace("\n", "\\n") for word in world.vocabulary], end_of_text="<end>")
+    tokenizer = tokenizers.WordEncoding([word.replace("\n", "\\n") for word in world.vocabulary], end_of_text="<end>")
     return PreparedCorpus(training.corpus(), validation.corpus(), tokenizer, validation)
 
 
@@ -231,7 +231,9 @@ def _cache(folder: str | Path | None) -> Path:
     return root
 
 
-def _tokenizer(name: str, text: Text, folder: Path, facts: dict, given: tokens.Tokenizer | None) -> tokens.Tokenizer:
+def _tokenizer(
+    name: str, text: Text, folder: Path, facts: dict, given: tokenizers.Tokenizer | None
+) -> tokenizers.Tokenizer:
     file, made_of = folder / "tokenizer.json", folder / "made_of.json"
     if not file.is_file():
         with locked(folder / "lock"):  # of several processes one makes it, the others load it
@@ -240,14 +242,14 @@ def _tokenizer(name: str, text: Text, folder: Path, facts: dict, given: tokens.T
                     encoding = given
                 elif name.startswith("bpe-"):
                     sample = first_characters(text.training(), 50_000_000)  # plenty for its merges
-                    encoding = tokens.train_bpe(sample, int(name.removeprefix("bpe-")))
+                    encoding = tokenizers.train_bpe(sample, int(name.removeprefix("bpe-")))
                 else:
-                    encoding = tokens.gpt2() if name == "gpt2" else tokens.byte_encoding()
+                    encoding = tokenizers.gpt2() if name == "gpt2" else tokenizers.byte_encoding()
                 write_json(made_of, facts)
-                tokens.save(encoding, file)
+                tokenizers.save(encoding, file)
     try:
         if read_json(made_of) != facts:
             raise ValueError(f"{made_of} tells of something else")
-        return tokens.load(file)
+        return tokenizers.load(file)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{folder} was not made of this corpus, or is damaged: {error}. Remove it") from error

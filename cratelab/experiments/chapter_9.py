@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from cratelab.corpora import tinyworld
-from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.corpora.tokens import fingerprint
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.corpora.tokenizers import fingerprint
 from cratelab.experiments.comparison import MODELS, check_ladder, new_model
 from cratelab.experiments.reference_models import PRESETS, train_on_documentation
 from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts
@@ -24,9 +24,11 @@ from cratelab.interpret.ground_truth import match_concepts, separate_senses
 from cratelab.interpret.records import Records
 from cratelab.interpret.scores import Protocol
 from cratelab.language_model import LanguageModel, load
+from cratelab.losses import document_log_probs
 from cratelab.provenance import provenance
+from cratelab.recipe import Recipe
 from cratelab.storage import digest_of_file, kept, write_json
-from cratelab.training import Recipe, document_log_probs, train
+from cratelab.training import train
 
 DEPTHS = 1, 2, 3
 LAMBDAS = 0.3, 1.0, 3.0  # CRATE's is 0.1; with 10 no neuron is active to begin with, and none ever is

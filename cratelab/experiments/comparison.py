@@ -13,7 +13,8 @@ from cratelab.crate import Crate, CrateConfig
 from cratelab.experiments.statistics import interval
 from cratelab.gpt2 import Gpt2, Gpt2Config
 from cratelab.language_model import LanguageModel, LanguageModelConfig
-from cratelab.training import Recipe, train
+from cratelab.recipe import Recipe
+from cratelab.training import train
 
 MODELS: dict[str, tuple[type[LanguageModel], type]] = {"crate": (Crate, CrateConfig), "gpt2": (Gpt2, Gpt2Config)}
 

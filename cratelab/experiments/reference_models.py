@@ -9,13 +9,13 @@ from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from cratelab.corpora import tokens
+from cratelab.corpora import tokenizers
 from cratelab.corpora.prepare import PreparedCorpus, prepare
 from cratelab.experiments.comparison import check_ladder, compare, summarise
 from cratelab.language_model import LanguageModel, load
 from cratelab.provenance import provenance
+from cratelab.recipe import Recipe
 from cratelab.storage import read_json, write_json
-from cratelab.training import Recipe
 
 PRESETS = "1L", "2L", "3L"
 CONTEXT, TINYWORLD_CONTEXT = 256, 128
@@ -41,10 +41,10 @@ def load_reference(model: str, preset: str, seed: int = 0) -> LanguageModel:
         return load(path)
 
 
-def load_reference_tokenizer() -> tokens.Tokenizer:
+def load_reference_tokenizer() -> tokenizers.Tokenizer:
     """The BPE of 4,096 tokens that the reference models read."""
     with as_file(REFERENCE / "tokenizer.json") as path:
-        return tokens.load(path)
+        return tokenizers.load(path)
 
 
 def train_on_documentation(
@@ -127,7 +127,7 @@ def make_reference_models(
                 raise ValueError(f"{folder / 'runs' / label / 'model'} has weights too large for half precision")
             trained.save(packed / label, halves)
         run["provenance"] = read_json(folder / "runs" / label / "run.json")["provenance"]
-    tokens.save(documentation.tokenizer, packed / "tokenizer.json")
+    tokenizers.save(documentation.tokenizer, packed / "tokenizer.json")
     about = provenance(
         documentation={"name": "+".join(["pydocs", "packages", *text])} | documentation.training.facts(),
         tinyworld=world.training.facts() | {"floor": world.floor},

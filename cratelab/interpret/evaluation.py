@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from cratelab.arguments import check_seed
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.explainers import Explainer, Explanations, shuffle
 from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import PROTOCOLS, Protocol, Scores, needs, score, split, summarise

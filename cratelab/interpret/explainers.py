@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from cratelab.arguments import check_seed
-from cratelab.corpora.tokens import Tokenizer
+from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.records import Excerpts
 from cratelab.reading import NO_TOKEN, token_text

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
 from cratelab.language_model import LanguageModel
 from cratelab.reading import watch_neurons

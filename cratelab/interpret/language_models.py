@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cratelab.arguments import check_seed
-from cratelab.corpora.tokens import Tokenizer
+from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.asking.answers import Asker, Cost
 from cratelab.interpret.asking.endpoints import ROUNDING, Request
 from cratelab.interpret.asking.prompts import (

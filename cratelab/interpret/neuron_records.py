@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cratelab.corpora.tokens import Tokenizer
+from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.records import Excerpts, Records
 from cratelab.reading import NO_TOKEN, token_text
 from cratelab.storage import read_json, write_json

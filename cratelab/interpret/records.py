@@ -18,7 +18,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from cratelab.arguments import check_seed
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.devices import exact
 from cratelab.interpret.running_top_k import Kept, peaks
 from cratelab.language_model import LanguageModel

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cratelab.arguments import check_whole
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.devices import check_floating, exact, exact_sum
 from cratelab.language_model import LanguageModel
 from cratelab.reading import Text, pieces_of, tokens_to_read

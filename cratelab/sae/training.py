@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cratelab.arguments import check_seed, check_whole
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.language_model import LanguageModel
 from cratelab.provenance import provenance
 from cratelab.reading import pieces_of, watch_neurons

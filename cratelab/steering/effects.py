@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.devices import all_finite, check_floating, exact_sum, single
 from cratelab.language_model import LanguageModel
 from cratelab.reading import check_contexts, watch_neurons

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from cratelab.arguments import check_seed, check_whole
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 
 
 def draw_live(maxima: Tensor, n: int, seed: int = 0) -> Tensor:

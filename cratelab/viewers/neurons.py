@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cratelab.corpora.tokens import Tokenizer
+from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.explainers import Explanations
 from cratelab.interpret.records import Records
 from cratelab.interpret.scores import Scores

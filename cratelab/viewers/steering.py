@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cratelab.corpora.tokens import Tokenizer
+from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.language_model import LanguageModel
 from cratelab.plots import CRATE
 from cratelab.steering import STRENGTHS, Frontier, generate_when_set, steered_logits

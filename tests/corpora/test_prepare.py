@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cratelab.corpora import prepare as module
-from cratelab.corpora import sources, tokens
+from cratelab.corpora import sources, tokenizers
 from cratelab.corpora.documents import Document, split_of
 from cratelab.corpora.prepare import prepare, vocabulary_size
 
@@ -341,7 +341,7 @@ def test_processes_that_need_the_same_tokens_make_them_once(tmp_path):
     held(tmp_path / "c", "rows.jsonl", texts(2000))
     code = f"""
 from cratelab.corpora import prepare as module
-from cratelab.corpora import sources, tokens
+from cratelab.corpora import sources, tokenizers
 make = module.tokenize
 module.tokenize = lambda *args, **more: make(*args, **more | {{"on_shard": lambda shard: print("made", flush=True)}})
 corpus = module.prepare({str(tmp_path / "c")!r}, "bpe-300", cache={str(tmp_path / "cache")!r})
@@ -407,14 +407,14 @@ def test_a_tokenizer_from_a_file_reads_other_texts(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", [text.upper() for text in texts()])
     first = prepare(str(tmp_path / "a.jsonl"), "bpe-300", cache=tmp_path / "cache")
     file = tmp_path / "mine.json"
-    tokens.save(first.tokenizer, file)
+    tokenizers.save(first.tokenizer, file)
     for tokenizer in file, str(file):
         second = prepare(str(tmp_path / "b.jsonl"), tokenizer, cache=tmp_path / "cache")
-        assert tokens.fingerprint(second.tokenizer) == tokens.fingerprint(first.tokenizer)
+        assert tokenizers.fingerprint(second.tokenizer) == tokenizers.fingerprint(first.tokenizer)
         assert second.tokenizer.decode(second.training.document(0)[:-1].tolist()).isupper()
         assert vocabulary_size(str(tmp_path / "b.jsonl"), tokenizer) == 300
     again = prepare(str(tmp_path / "b.jsonl"), "bpe-300", cache=tmp_path / "cache")
-    assert tokens.fingerprint(again.tokenizer) != tokens.fingerprint(first.tokenizer)
+    assert tokenizers.fingerprint(again.tokenizer) != tokenizers.fingerprint(first.tokenizer)
     with pytest.raises(ValueError, match="tinyworld stands alone"):
         prepare("tinyworld", file)
     with pytest.raises(FileNotFoundError, match=r"none\.json"):

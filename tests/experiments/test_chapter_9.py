@@ -9,7 +9,7 @@ import cratelab as cl
 from cratelab.cli import main
 from cratelab.corpora import tinyworld
 from cratelab.corpora.prepare import PreparedCorpus
-from cratelab.corpora.tokens import byte_encoding
+from cratelab.corpora.tokenizers import byte_encoding
 from cratelab.experiments import chapter_9, reference_models
 from cratelab.experiments.chapter_9 import (
     compare_on_documentation,

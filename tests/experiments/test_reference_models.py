@@ -8,10 +8,10 @@ from test_training import corpus
 import cratelab as cl
 from cratelab.corpora import tinyworld
 from cratelab.corpora.prepare import PreparedCorpus
-from cratelab.corpora.tokens import byte_encoding
+from cratelab.corpora.tokenizers import byte_encoding
 from cratelab.experiments import reference_models
 from cratelab.experiments.reference_models import load_reference, load_reference_tokenizer, make_reference_models
-from cratelab.training import document_log_probs
+from cratelab.losses import document_log_probs
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from cratelab.corpora import tinyworld
-from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.corpora.tokens import byte_encoding
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.corpora.tokenizers import byte_encoding
 from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts
 from cratelab.interpret.records import Excerpts
 from cratelab.reading import NO_TOKEN

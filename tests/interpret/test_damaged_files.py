@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_training import corpus, new_model
 
-from cratelab.corpora.tokens import WordEncoding
+from cratelab.corpora.tokenizers import WordEncoding
 from cratelab.interpret.asking.answers import AnswerCache
 from cratelab.interpret.language_models import TextExplanations
 from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record

@@ -5,8 +5,8 @@ from scipy.stats import pearsonr
 from test_training import VOCAB, corpus, new_model, recipe, weights
 
 import cratelab as cl
-from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.corpora.tokens import WordEncoding
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.corpora.tokenizers import WordEncoding
 from cratelab.interpret.concepts import text_concepts
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_scores import excerpts
 
-from cratelab.corpora.tokens import WordEncoding
+from cratelab.corpora.tokenizers import WordEncoding
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer, discretise, shuffle
 from cratelab.interpret.records import Excerpts

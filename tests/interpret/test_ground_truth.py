@@ -6,7 +6,7 @@ from test_records import activations_of, random_text
 from test_training import new_model
 
 import cratelab as cl
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.ground_truth import match_concepts, separate_senses
 

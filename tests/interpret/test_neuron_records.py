@@ -6,7 +6,7 @@ import torch
 from test_training import corpus, new_model
 
 from cratelab.corpora.documents import Document
-from cratelab.corpora.tokens import WordEncoding, byte_encoding, train_bpe
+from cratelab.corpora.tokenizers import WordEncoding, byte_encoding, train_bpe
 from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record
 from cratelab.interpret.records import Excerpts, Records, collect_records

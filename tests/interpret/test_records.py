@@ -4,7 +4,7 @@ import torch
 from test_training import corpus, new_model
 
 import cratelab as cl
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret import records as module
 from cratelab.interpret.records import Records, collect_records
 from cratelab.reading import NO_TOKEN, watch_neurons

@@ -9,7 +9,7 @@ from test_steering import a_sae, shaken, some_tokens, steered
 from test_training import VOCAB, corpus
 
 import cratelab as cl
-from cratelab.corpora.tokens import WordEncoding
+from cratelab.corpora.tokenizers import WordEncoding
 from cratelab.experiments.statistics import bootstrap
 from cratelab.interpret.concepts import Concepts, concept_tokens
 from cratelab.interpret.explainers import TokenExplainer

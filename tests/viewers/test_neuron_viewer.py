@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cratelab import plots
-from cratelab.corpora import tokens
+from cratelab.corpora import tokenizers
 from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.records import Excerpts, Records
 from cratelab.interpret.scores import score
@@ -125,7 +125,7 @@ def test_hostile_tokens_are_shown_and_do_nothing(tmp_path):
 
 
 def test_bytes_that_are_no_character_are_escapes():
-    tokenizer = tokens.byte_encoding()
+    tokenizer = tokenizers.byte_encoding()
     held = records(n_words=2)
     held.top.tokens[held.top.tokens == 0] = 0xE2
     held.top.tokens[held.top.tokens == 1] = 0x0A
@@ -134,7 +134,7 @@ def test_bytes_that_are_no_character_are_escapes():
 
 def test_words_have_a_space_between_and_tokens_with_their_own_have_none():
     words = [f"w{i}" for i in range(5)]
-    for tokenizer, gap in (tokens.WordEncoding(words), " "), (Words(words), ""):
+    for tokenizer, gap in (tokenizers.WordEncoding(words), " "), (Words(words), ""):
         page = Page(viewer(records(5, n_active=30), tokenizer, ALL).html)
         assert page.data["gap"] == gap and (gap in page.text("span")) == bool(gap)
 

@@ -9,7 +9,7 @@ from test_steering import shaken, some_tokens
 from test_training import VOCAB
 
 import cratelab as cl
-from cratelab.corpora.tokens import WordEncoding
+from cratelab.corpora.tokenizers import WordEncoding
 from cratelab.steering import frontier, steer
 from cratelab.viewers.steering import steering_viewer
 

@@ -21,7 +21,7 @@ from cratelab.corpora.documents import SPLITS, split_of
 from cratelab.corpora.tinyworld.grammar import N_TOPICS, Grammar
 from cratelab.corpora.tinyworld.lexicon import CLASSES, DOMAINS, SENSES
 from cratelab.corpora.tinyworld.templates import Item
-from cratelab.corpora.tokenized import TokenizedCorpus
+from cratelab.corpora.token_store import TokenizedCorpus
 
 __all__ = ["World", "generate", "log_prob", "vocabulary"]
 

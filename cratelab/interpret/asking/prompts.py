@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 
-from cratelab.corpora.tokens import Tokenizer
+from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.reading import token_text
 
 Row = tuple[str, int]

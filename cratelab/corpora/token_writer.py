@@ -17,7 +17,7 @@ from threading import Event
 import numpy as np
 
 from cratelab.corpora.documents import Document, encode_utf8
-from cratelab.corpora.tokenized import (
+from cratelab.corpora.token_store import (
     DTYPES,
     FORMAT,
     MANIFEST,
@@ -30,7 +30,7 @@ from cratelab.corpora.tokenized import (
     token_file,
     tokenizer_facts,
 )
-from cratelab.corpora.tokens import Tokenizer, encode_pieces
+from cratelab.corpora.tokenizers import Tokenizer, encode_pieces
 from cratelab.storage import locked, read_json, remove_leftovers, replacing, write_json
 
 

@@ -113,7 +113,7 @@ def gpt2() -> "tiktoken.Encoding":
         raise ConnectionError(
             f"GPT-2's tokens are not on this machine and cannot be downloaded: {error}. Connect it once; or set "
             "TIKTOKEN_CACHE_DIR to a folder copied from a machine where tiktoken.get_encoding('gpt2') has run with "
-            "that variable set; or train a tokenizer: cratelab.corpora.tokens.train_bpe"
+            "that variable set; or train a tokenizer: cratelab.corpora.tokenizers.train_bpe"
         ) from error
 
 
@@ -287,7 +287,7 @@ def load(path: str | Path) -> Tokenizer:
             _check_pattern(encoding)
         return encoding
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path} holds no tokenizer that cratelab.corpora.tokens.save wrote: {error!r}") from error
+        raise ValueError(f"{path} holds no tokenizer that cratelab.corpora.tokenizers.save wrote: {error!r}") from error
 
 
 def _check_pattern(encoding: "tiktoken.Encoding") -> None:
@@ -326,7 +326,7 @@ def _facts(tokenizer: Tokenizer) -> dict:
         return {"kind": "words", "name": tokenizer.name, "tokens": tokenizer.vocabulary, "end_of_text": end}
     if not hasattr(tokenizer, "_mergeable_ranks"):
         raise ValueError(
-            f"{tokenizer.name!r} is no tokenizer of cratelab.corpora.tokens, but {type(tokenizer).__name__}"
+            f"{tokenizer.name!r} is no tokenizer of cratelab.corpora.tokenizers, but {type(tokenizer).__name__}"
         )
     # tiktoken's documentation names these three as the way to extend an encoding
     ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cratelab.corpora import tokens
+from cratelab.corpora import tokenizers
 from cratelab.corpora.documents import Document
-from cratelab.corpora.tokenized import TokenizedCorpus
-from cratelab.corpora.tokenizing import tokenize
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.corpora.token_writer import tokenize
 
 pytest.importorskip("tiktoken", reason="the extra `corpora` is not installed")
 
-BYTES = tokens.byte_encoding()
+BYTES = tokenizers.byte_encoding()
 
 
 def corpus(n: int = 50) -> list[Document]:
@@ -115,7 +115,7 @@ def test_neither_workers_nor_shards_change_the_tokens_and_large_vocabularies_fit
     whole = tokenize(corpus(), tmp_path / "whole", BYTES)
     assert len(whole.manifest["shards"]) == 1 and whole.manifest["corpus_sha256"] == one.manifest["corpus_sha256"]
     np.testing.assert_array_equal(whole[:], many[:])
-    words = tokens.WordEncoding([f"w{i}" for i in range(70_000)])
+    words = tokenizers.WordEncoding([f"w{i}" for i in range(70_000)])
     wide = tokenize([Document("w0 w69999")], tmp_path / "wide", words)
     assert wide[:].tolist() == [0, 69_999, 70_000] and wide.manifest["dtype"] == "<u4" and wide.domain(0) == ""
 
@@ -179,7 +179,7 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(tmp_path):
     code = f"""
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_tokenized import *
+from test_token_store import *
 slow = lambda shard: (print(shard["n_tokens"], flush=True), time.sleep(0.02))
 tokenize(corpus(400), {str(tmp_path / "killed")!r}, BYTES, 2, 500, slow)
 """
@@ -269,7 +269,7 @@ def stop_after(n: int):
 
 
 def test_another_tokenizer_corpus_or_shard_size_is_refused(made, tmp_path):
-    words = tokens.WordEncoding(["a"])
+    words = tokenizers.WordEncoding(["a"])
     with pytest.raises(ValueError, match=r"manifest.json is of the tokenizer 'bytes' \(257 .*not 'words' \(2,"):
         TokenizedCorpus.open(tmp_path / "made", words)
     with pytest.raises(ValueError, match=r"of the tokenizer 'bytes'"):
@@ -294,7 +294,7 @@ def test_the_manifest_says_what_it_is_of(made):
     manifest = json.loads(json.dumps(made.manifest))
     assert manifest["tokenizer"] == {
         **{"name": "bytes", "n_vocab": 257, "eot_token": 256},
-        "sha256": tokens.fingerprint(BYTES),
+        "sha256": tokenizers.fingerprint(BYTES),
     }
     assert manifest["n_tokens"] == len(made) and manifest["n_documents"] == 50
     assert {name for shard in manifest["shards"] for name in shard["domains"]} == set("abc")
@@ -448,7 +448,7 @@ def test_a_foreign_tokenizer_is_refused_by_name(tmp_path):
     class Foreign:
         name, n_vocab, eot_token = "sentences", 3, 2
 
-    with pytest.raises(ValueError, match=r"'sentences'.* is no tokenizer of cratelab.corpora.tokens"):
+    with pytest.raises(ValueError, match=r"'sentences'.* is no tokenizer of cratelab.corpora.tokenizers"):
         tokenize(corpus(), tmp_path / "a", Foreign())
 
 

@@ -2,7 +2,7 @@
 
 A folder holds for each shard `00000.tokens` (little-endian integers, every document closed by the end-of-text token)
 and `00000.documents` (two uint32 a document: its number of tokens and the index of its domain), and `manifest.json`:
-tokenizer, fingerprint of the corpus, counts, SHA-256 of every file. `cratelab.corpora.tokenizing` writes it.
+tokenizer, fingerprint of the corpus, counts, SHA-256 of every file. `cratelab.corpora.token_writer` writes it.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Self
 
 import numpy as np
 
-from cratelab.corpora.tokens import Tokenizer, fingerprint
+from cratelab.corpora.tokenizers import Tokenizer, fingerprint
 from cratelab.storage import digest_of_file, read_json
 
 FORMAT = "cratelab tokens 1"
@@ -87,7 +87,7 @@ class TokenizedCorpus:
         """The corpus that was written into `folder`, after checking that it is whole.
 
         Args:
-            folder: where `cratelab.corpora.tokenizing.tokenize` wrote.
+            folder: where `cratelab.corpora.token_writer.tokenize` wrote.
             tokenizer: the one that the reader will use; the corpus must be made with it.
             checksums: read every file, compare its SHA-256, and see that every token is one of the vocabulary's;
                 without, sizes only (for hundreds of gigabytes).
