@@ -40,7 +40,7 @@ def test_a_file_is_split_by_hash_and_read_from_the_cache_the_second_time(tmp_pat
     assert decoded(first.validation, first.tokenizer) == [t for t in texts() if split_of(t) == "validation"]
     assert first.tokenizer.n_vocab == 300 and first.floor is None
     monkeypatch.setattr(module, "tokenize", lambda *args, **more: pytest.fail("tokenised again"))
-    monkeypatch.setattr(module.tokens, "train_bpe", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(module.tokenizers, "train_bpe", lambda *args: pytest.fail("trained again"))
     again = prepare(str(tmp_path / "all.jsonl"), "bpe-300", cache=tmp_path / "cache")
     assert np.array_equal(again.training[:], first.training[:])
 
@@ -259,7 +259,7 @@ def test_an_empty_part_is_not_the_current_folder(tmp_path, monkeypatch, name):
     ],
 )
 def test_sizes_that_are_none_are_refused_before_anything_is_read(monkeypatch, options, message):
-    monkeypatch.setattr(module.tokens, "train_bpe", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(module.tokenizers, "train_bpe", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match=message):
         prepare(**{"name": "pydocs"} | options)
 
