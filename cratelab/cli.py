@@ -253,9 +253,8 @@ class Interpret(TrainedModel):
         rows = []
         say(f"{'':10}{'protocol':16}{'explainer':11}{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}")
         for name, each in ("trained", model), ("untrained", untrained(model, self.seed)):
-            strict = not self.official
-            records = collect_for_protocols(each, text, self.protocols, strict, self.n_tokens, self.seed)
-            for evaluation in evaluate(records, explainers, strict):
+            records = collect_for_protocols(each, text, self.protocols, self.official, self.n_tokens, self.seed)
+            for evaluation in evaluate(records, explainers, self.official):
                 row = {"model": name} | evaluation.row()
                 rows.append(row)
                 mean, control, low, high = map(_defined, (row["mean"], row["control"], *row["interval"]))
