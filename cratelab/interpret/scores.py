@@ -73,16 +73,14 @@ def split(records: Records, protocol: ScoringProtocol, as_published: bool = Fals
     if protocol == "anthropic":
         validated = list(range(1, 20, 2))
         explained = [rank for rank in range(25) if rank not in validated]
-        first, second = (
-            _intervals_of_all(records.random[slice(10, 250)]) if as_published else _intervals(records.active)
-        )
-        explain = records.top[explained].join(first, records.random[slice(5)])
+        intervals = _intervals_of_all(records.random[10:250]) if as_published else _intervals(records.active)
+        explain = records.top[explained].join(intervals[0], records.random[:5])
         top = records.top[validated]
-        validate = top.join(second, records.random[slice(5, 10)], crop(top, 3))
+        validate = top.join(intervals[1], records.random[5:10], crop(top, 3))
     else:
-        explain, validate = records.top[slice(0, 10, 2)], records.random[slice(5)]
+        explain, validate = records.top[0:10:2], records.random[:5]
         if protocol == "top-and-random":
-            validate = validate.join(records.top[slice(1, 10, 2)])
+            validate = validate.join(records.top[1:10:2])
     return explain, validate if as_published else _without_overlap(validate, explain)
 
 
