@@ -51,9 +51,8 @@ def run(options: Interpret) -> None:
     asking, rows = explainers.get(ASKED), []
     wide = max(11, *(len(name) + 1 for name in explainers))
     if not options.dry_run:
-        say(
-            f"{'':10}{'protocol':16}{'explainer':{wide}}{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}"
-        )
+        columns = f"{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}"
+        say(f"{'':10}{'protocol':16}{'explainer':{wide}}{columns}")
     for name, each in ("trained", model), ("untrained", untrained(model, options.seed)):
         records = collect_for_protocols(each, text, options.protocols, options.official, options.n_tokens, options.seed)
         if neurons:
