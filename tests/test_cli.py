@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -198,9 +199,10 @@ class Oracle:
     """A language model that is always of the same opinion."""
 
     name, concurrency, all_at_once, continues, asked = "oracle", 1, True, True, 0
+    made: ClassVar = []
 
-    def __init__(self, *arguments, **options):
-        self.options = options
+    def __init__(self, url, model, chat, echo):
+        self.made.append((url, model, chat, echo))
 
     def answer(self, request):
         type(self).asked += 1
@@ -214,14 +216,15 @@ class Oracle:
 
 def test_interpret_asks_a_language_model_about_the_neurons_that_the_rules_explain(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cratelab.cli.interpret.OpenAIEndpoint", Oracle)
-    out = tmp_path / "scores.json"
+    out, url = tmp_path / "scores.json", "http://user:pass-word@127.0.0.1:9/v1"
     options = ["interpret", str(run), "--n-tokens", "2000", "--protocols", "random-only", "--out", str(out)]
-    options += ["--explainer", "token", "language-model", "--endpoint", "http://user:pass-word@127.0.0.1:9/v1"]
+    options += ["--explainer", "token", "language-model", "--endpoint", url]
     options += ["--language-model", "tiny", "--neurons", "3"]
     main([*options, "--dry-run"])
     dry = capsys.readouterr().out.splitlines()
     assert [line.partition(" requests")[0].partition(": at most ")[0] for line in dry] == ["trained", "untrained"]
     assert Oracle.asked == 0 and not out.exists()
+    assert Oracle.made == [(url, "tiny", True, False)]  # whether the server repeats prompts is not tried either
     main(options)
     header, cost, *lines = capsys.readouterr().out.splitlines()
     assert cost == dry[0] and int(cost.split()[3]) > 6 and "explainer" in header
@@ -238,7 +241,8 @@ def test_interpret_asks_a_language_model_about_the_neurons_that_the_rules_explai
     assert [len(set(layer)) for layer in held["neurons"]] == [3, 3]
     assert "pass-word" not in out.read_text() and held["provenance"]["options"]["endpoint"] == "http://127.0.0.1:9/v1"
     asked = Oracle.asked
-    main(options)
+    main([*options, "--completions"])
+    assert Oracle.made[1:] == [(url, "tiny", True, True), (url, "tiny", False, True)]
     assert Oracle.asked == asked and (tmp_path / "scores.answers.sqlite").is_file()
     assert json.loads(out.read_text())["rows"] == rows
 
