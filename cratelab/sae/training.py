@@ -236,7 +236,7 @@ def _read_block(
     text_drawn = TokenizedCorpus.from_arrays(tokens, document, ["drawn"] * len(drawn), corpus.n_vocab)
     device = model.token_embedding.weight.device
     order = torch.from_numpy(draw.permutation(len(tokens))).to(device)
-    held = torch.empty(len(layers), len(tokens), model.config.expansion * model.config.width, device=device)
+    held = torch.empty(len(layers), len(tokens), model.config.n_neurons, device=device)
     at = 0
     for text, neurons in watch_neurons(model, text_drawn, batch=16, ahead=len(drawn)):
         places = order[at : at + int(text.present.sum())]
@@ -278,7 +278,7 @@ def _reason_to_stop(curve: list[dict], recipe: SaeRecipe) -> str:
 
 
 def _check(model: LanguageModel, training, validation, config: SaeConfig, layers: list, recipe: SaeRecipe) -> None:
-    width = model.config.expansion * model.config.width
+    width = model.config.n_neurons
     if config.kind == "jumprelu":
         raise ValueError('"jumprelu" is read from files, not trained: choose "relu" or "batchtopk"')
     if config.d_in != width:

@@ -1,7 +1,7 @@
 """Neurons edited while a model computes (eq-11-1): in every forward pass inside a `with` block."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cratelab.devices import all_finite, check_floating, single
 from cratelab.language_model import LanguageModel
+from cratelab.reading import hooked
 
 LARGEST = 1e15  # in size, of an edited activation: norms square what it makes of the tokens, and float32 ends at 3e38
 
@@ -110,13 +111,12 @@ def steer(model: LanguageModel, *edits: Edit, **edit) -> Iterator[None]:
     for each in edits:
         check_neurons(model, each.layer, each.neuron)
         _check_range(model, each.value)
-    with ExitStack() as hooks:
-        for each in edits:
-            block = model.blocks[each.layer]
-            edit = block.neurons.register_forward_hook(lambda module, inputs, code, each=each: each(code))
-            check = block.register_forward_hook(lambda module, inputs, output, each=each: _check_output(each, output))
-            hooks.callback(edit.remove)
-            hooks.callback(check.remove)
+    hooks = []
+    for each in edits:
+        block = model.blocks[each.layer]
+        hooks.append((block.neurons, lambda module, inputs, code, each=each: each(code)))
+        hooks.append((block, lambda module, inputs, output, each=each: _check_output(each, output)))
+    with hooked(*hooks):
         yield
 
 
@@ -176,13 +176,11 @@ def _count_neurons(model: LanguageModel, layer: int) -> int:
         raise _Seen(code.shape[-1])
 
     site = model.blocks[layer].neurons
-    hook = site.register_forward_hook(count, prepend=True)
-    try:
-        site(model.token_embedding.weight.new_zeros(1, 1, model.config.expansion * model.config.width))
-    except _Seen as seen:
-        return seen.args[0]
-    finally:
-        hook.remove()
+    with hooked((site, count), prepend=True):
+        try:
+            site(model.token_embedding.weight.new_zeros(1, 1, model.config.n_neurons))
+        except _Seen as seen:
+            return seen.args[0]
 
 
 class _Seen(Exception):
