@@ -49,12 +49,6 @@ def watch_neurons(
     small model, and its logits are the largest tensor.
 
     Args:
-        model: any whose blocks have a `neurons` site.
-        corpus: of tokens that the model knows.
-        batch: pieces in a batch.
-        window: w tokens, what `Text.around` gives of each token's neighbourhood.
-        strict: whether documents count, as in `pieces_of`.
-        n_tokens: read this many from the start of the corpus; all unless given.
         ahead: read so many batches ahead and sort their pieces by length, which leaves less padding; 1 keeps the order.
 
     Yields:
