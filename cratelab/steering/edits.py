@@ -46,8 +46,7 @@ class Edit:
             self.neuron, self.value = torch.as_tensor(self.neuron).reshape(-1), torch.as_tensor(self.value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"neuron and value must be numbers; got {self.neuron!r} and {self.value!r}") from error
-        if self.by not in ("set", "add", "scale"):
-            raise ValueError(f'by must be "set", "add" or "scale"; got {self.by!r}')
+        _check_by(self.by)
         _check_numbers(self.neuron)
         if len(self.neuron.unique()) != len(self.neuron):
             raise ValueError(f"neuron must be one integer or several different ones; got {self.neuron.tolist()}")
@@ -122,12 +121,22 @@ def steer(model: LanguageModel, *edits: Edit, **edit) -> Iterator[None]:
 
 def check_values(model: LanguageModel, layer: int, neurons: Tensor, values: Tensor, by: str = "set") -> None:
     """Raises ValueError unless the layer has these neurons (m,), and they can take these values (s, m)."""
-    if by not in ("set", "add", "scale"):
-        raise ValueError(f'by must be "set", "add" or "scale"; got {by!r}')
+    _check_by(by)
     check_neurons(model, layer, neurons)
     if values.ndim != 2 or values.shape[1] != len(neurons):
         raise ValueError(f"{len(neurons)} neurons need as many values each time; got {tuple(values.shape)}")
     _check_range(model, values)
+
+
+def check_neurons(model: LanguageModel, layer: int, neurons: Tensor) -> None:
+    """Raises ValueError if the model has no such layer, or the layer no such neurons."""
+    _check_numbers(neurons)
+    check_floating(model)
+    if not isinstance(layer, Integral) or layer not in range(len(model.blocks)):
+        raise ValueError(f"the model has layers 0 to {len(model.blocks) - 1}; got {layer}")
+    n_neurons = _count_neurons(model, layer)
+    if not ((neurons >= 0) & (neurons < n_neurons)).all():
+        raise ValueError(f"layer {layer} has neurons 0 to {n_neurons - 1}; got {neurons.tolist()}")
 
 
 def _check_output(edit: Edit, output: Tensor) -> None:
@@ -136,6 +145,11 @@ def _check_output(edit: Edit, output: Tensor) -> None:
             f"layer {edit.layer}: after {edit.by} {edit.value.tolist()} of neurons {edit.neuron.tolist()} its output "
             f"is not finite in {output.dtype}: take smaller values, if it is without them"
         )
+
+
+def _check_by(by: str) -> None:
+    if by not in ("set", "add", "scale"):
+        raise ValueError(f'by must be "set", "add" or "scale"; got {by!r}')
 
 
 def _in_range(values: Tensor) -> bool:
@@ -155,17 +169,6 @@ def _check_range(model: LanguageModel, values: Tensor) -> None:
     dtype = model.token_embedding.weight.dtype
     if not _in_range(values.to(dtype)):
         raise ValueError(f"values must be finite in {dtype} and at most {LARGEST:g} in size; got {values.tolist()}")
-
-
-def check_neurons(model: LanguageModel, layer: int, neurons: Tensor) -> None:
-    """Raises ValueError if the model has no such layer, or the layer no such neurons."""
-    _check_numbers(neurons)
-    check_floating(model)
-    if not isinstance(layer, Integral) or layer not in range(len(model.blocks)):
-        raise ValueError(f"the model has layers 0 to {len(model.blocks) - 1}; got {layer}")
-    n_neurons = _count_neurons(model, layer)
-    if not ((neurons >= 0) & (neurons < n_neurons)).all():
-        raise ValueError(f"layer {layer} has neurons 0 to {n_neurons - 1}; got {neurons.tolist()}")
 
 
 @torch.no_grad()
