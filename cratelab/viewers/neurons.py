@@ -34,7 +34,6 @@ from cratelab.viewers.frame import (
 
 _KINDS = {"top": "strongest", "random": "random", "active": "active"}
 
-
 BODY = """\
 <div class="title">{label} <small>{n_tokens} tokens read</small></div>
 <div class="bar" hidden><button type="button" aria-label="previous neuron">◀</button>
