@@ -68,7 +68,7 @@ def trainings(name: str, preset: str, expansion: int, n_tokens: int, device: tor
     found = seconds({"forward": forward, "to the neurons": to_the_neurons}, device, 2)
     told = []
     for kind in KINDS:
-        config = SaeConfig(model.config.expansion * model.config.width, expansion, kind)
+        config = SaeConfig(model.config.n_neurons, expansion, kind)
         recipe = SaeRecipe(max_tokens=n_tokens, evaluations=1, validation_tokens=100, resample_at=(), buffer=16_384)
         synchronise(device)
         start = clock()
@@ -97,7 +97,7 @@ def train_alone(preset: str, expansion: int, n_tokens: int, sizes: dict[str, int
     device = cl.best_device()
     model = new_model("Gpt2", preset, device, **sizes)
     corpus = text_of(50_000, model.config.vocab_size)
-    config = SaeConfig(model.config.expansion * model.config.width, expansion)
+    config = SaeConfig(model.config.n_neurons, expansion)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_of_process()

@@ -58,6 +58,11 @@ class LanguageModelConfig:
                 f"the width must be a multiple of the heads; got width={self.width}, n_heads={self.n_heads}"
             )
 
+    @property
+    def n_neurons(self) -> int:
+        """h, the neurons of each layer."""
+        return self.expansion * self.width
+
     @classmethod
     def preset(cls, name: str, **overrides) -> Self:
         """The paper's sizes "1L", "2L", "3L", "S", "B", and "toy" for a laptop; any field may be overridden.

@@ -1,13 +1,13 @@
 """Reading a corpus with a model, document by document, and seeing what its neurons do."""
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cratelab.arguments import check_whole
 from cratelab.corpora.token_store import TokenizedCorpus
@@ -16,6 +16,21 @@ from cratelab.devices import check_floating
 from cratelab.language_model import LanguageModel
 
 NO_TOKEN = -1  # stands behind the end of a piece of text
+
+
+@contextmanager
+def hooked(*hooks: tuple[nn.Module, Callable], prepend: bool = False) -> Iterator[None]:
+    """Inside the `with` block, functions see, and may replace, what modules give; afterwards they are gone.
+
+    Args:
+        hooks: (module, function), called as torch calls forward hooks: `function(module, inputs, output)`. What it
+            returns, unless that is None, stands in place of the output.
+        prepend: before the hooks that the modules have already, not after them.
+    """
+    with ExitStack() as stack:
+        for module, function in hooks:
+            stack.callback(module.register_forward_hook(function, prepend=prepend).remove)
+        yield
 
 
 @torch.no_grad()
@@ -57,8 +72,7 @@ def watch_neurons(
         if len(activations) == len(model.blocks):
             raise _AllSeen
 
-    hooks = [block.neurons.register_forward_hook(note) for block in model.blocks]
-    try:
+    with hooked(*((block.neurons, note) for block in model.blocks)):
         while some := list(islice(pieces, batch * ahead)):
             if ahead > 1:
                 some.sort(key=lambda piece: piece[0] - piece[1])  # the longest first
@@ -72,9 +86,6 @@ def watch_neurons(
                     model(text.tokens.clamp(min=0))
                 _check_finite(activations, text)
                 yield text, activations
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _AllSeen(Exception):

@@ -82,6 +82,12 @@ def test_what_is_installed_is_as_small_as_the_readme_says(wheel):
     assert wheel.stat().st_size / 1e6 < int(stated[2]) < library
 
 
+def test_all_files_of_the_library_are_in_the_wheel(wheel):
+    kept = {path for path in (ROOT / "cratelab").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    with zipfile.ZipFile(wheel) as content:
+        assert {path.relative_to(ROOT).as_posix() for path in kept} <= {*content.namelist()}
+
+
 def test_all_else_that_the_library_needs_comes_with_what_the_readme_says_is_there():
     there = {"torch", "accelerate", "numpy", "scipy", "matplotlib"}
     assert "since PyTorch, Accelerate, numpy, scipy, matplotlib and the tokenizers are there already" in README
