@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cratelab.devices import all_finite, memory
-from cratelab.devices import best_device as best_device  # also known by this module's name
 from cratelab.storage import read_json, read_tensors, replacing, write_json, write_tensors
 
 
