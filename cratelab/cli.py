@@ -37,6 +37,7 @@ from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, Tok
 from cratelab.interpret.scores import PROTOCOLS
 from cratelab.language_model import LanguageModel, LanguageModelConfig, load
 from cratelab.provenance import provenance
+from cratelab.reading import check_vocabulary
 from cratelab.recipe import Recipe
 from cratelab.run_directory import check_same_run
 from cratelab.steering import direct_effect, full_effect, neuron_maxima, steer
@@ -550,11 +551,7 @@ def _check_tokenizer(folder: Path, theirs: dict, model: LanguageModel, corpus: P
             "as after a change of its text: bring back the text that it has read, or give another as --corpus, "
             f"which is read with {folder.parent / 'tokenizer.json'} unless --tokenizer names another"
         )
-    if corpus.validation.n_vocab > model.config.vocab_size:
-        raise ValueError(
-            f"the corpus has {corpus.validation.n_vocab} tokens, the model in {folder} {model.config.vocab_size}: "
-            "give a corpus of the tokenizer that it was trained with"
-        )
+    check_vocabulary(model, corpus.validation)
 
 
 def _report(row: dict) -> None:

@@ -30,6 +30,7 @@ from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import Tokenizer, fingerprint
 from cratelab.language_model import LanguageModel
 from cratelab.losses import next_token_loss, validation_loss
+from cratelab.reading import check_vocabulary
 from cratelab.recipe import Recipe
 from cratelab.run_directory import RunDirectory
 
@@ -221,11 +222,7 @@ def _check_corpora(
 ) -> None:
     config = model.config
     for name, corpus in ("training", training), ("validation", validation):
-        if corpus.n_vocab > config.vocab_size:
-            raise ValueError(
-                f"the {name} corpus has {corpus.n_vocab} tokens, the model {config.vocab_size}: "
-                f"make it with vocab_size={corpus.n_vocab} or more"
-            )
+        check_vocabulary(model, corpus, f"{name} corpus")
         if len(corpus) <= config.context:
             raise ValueError(
                 f"the {name} corpus has {len(corpus)} tokens, fewer than the context and one more "

@@ -22,7 +22,7 @@ from cratelab.arguments import check_seed, check_whole
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.language_model import LanguageModel
 from cratelab.provenance import provenance
-from cratelab.reading import pieces_of, watch_neurons
+from cratelab.reading import check_vocabulary, pieces_of, watch_neurons
 from cratelab.run_directory import check_same_run
 from cratelab.sae.autoencoder import Sae, SaeConfig
 from cratelab.sae.evaluation import SaeScores, check_text, evaluate_sae
@@ -288,10 +288,7 @@ def _check(model: LanguageModel, training, validation, config: SaeConfig, layers
     if not layers or not whole or len(set(layers)) < len(layers):
         raise ValueError(f"layers must be some of 0 to {known[-1]}, each once; got {layers}")
     for name, corpus in ("training", training), ("validation", validation):
-        if corpus.n_vocab > model.config.vocab_size:
-            raise ValueError(
-                f"the {name} corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}"
-            )
+        check_vocabulary(model, corpus, f"{name} corpus")
     if not len(training):
         raise ValueError("the training corpus holds no token")
     check_text(model, validation, recipe.validation_tokens)
