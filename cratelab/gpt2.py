@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head, renamed
+from cratelab.language_model import LanguageModel, LanguageModelConfig
 from cratelab.mssa import attend
 from cratelab.storage import read_json, read_tensors
+from cratelab.weights import drop_tied_head, renamed
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 

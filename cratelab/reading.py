@@ -62,8 +62,7 @@ def watch_neurons(
     for name, value in ("batch", batch), ("window", window), ("ahead", ahead):
         check_whole(name, value)
     total = tokens_to_read(corpus, n_tokens)
-    if corpus.n_vocab > model.config.vocab_size:
-        raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
+    check_vocabulary(model, corpus)
     pieces = pieces_of(corpus, model.config.context, strict, total)
     activations: list[Tensor] = []
 
@@ -100,6 +99,15 @@ def _check_finite(layers: list[Tensor], text: "Text") -> None:
                 f"layer {layer} of the model has activations that are NaN or infinite, and nothing can be said of "
                 "them: are its weights finite, and did its training diverge?"
             )
+
+
+def check_vocabulary(model: LanguageModel, corpus: TokenizedCorpus, name: str = "corpus") -> None:
+    """Raises ValueError if the corpus, known as `name`, has tokens that the model does not know."""
+    if corpus.n_vocab > model.config.vocab_size:
+        raise ValueError(
+            f"the {name} has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}: take a corpus of the "
+            f"model's tokenizer, or a model made with vocab_size={corpus.n_vocab} or more"
+        )
 
 
 def tokens_to_read(corpus: TokenizedCorpus, n_tokens: int | None) -> int:

@@ -27,7 +27,7 @@ from cratelab.language_model import LanguageModel, load
 from cratelab.losses import document_log_probs
 from cratelab.provenance import provenance
 from cratelab.recipe import Recipe
-from cratelab.storage import digest_of_file, kept, write_json
+from cratelab.storage import cached_json, digest_of_file, write_json
 from cratelab.training import train
 
 DEPTHS = 1, 2, 3
@@ -131,7 +131,7 @@ def compare_on_tinyworld(
 
             weights = digest_of_file(run_dir / "model" / "model.safetensors")
             made_from = [asdict(setting), seed, full, text.facts(), weights]
-            runs.append(kept(run_dir / "findings.json", made_from, find))
+            runs.append(cached_json(run_dir / "findings.json", made_from, find))
     return runs
 
 
@@ -186,7 +186,7 @@ def compare_on_documentation(
 
             made_from = [facts, each, n_tokens, text.facts(), fingerprint(documentation.tokenizer)]
             weights = digest_of_file(run_dir / "model" / "model.safetensors")
-            found.append(kept(run_dir / "findings.json", [*made_from, weights], find))
+            found.append(cached_json(run_dir / "findings.json", [*made_from, weights], find))
     return found
 
 

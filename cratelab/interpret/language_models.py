@@ -23,8 +23,8 @@ from cratelab.interpret.asking.answers import Asker, Cost
 from cratelab.interpret.asking.endpoints import ROUNDING, Request
 from cratelab.interpret.asking.prompts import (
     as_question,
+    drop_unprintable,
     explanation_prompt,
-    printable,
     simulation_prompt,
     token_writer,
 )
@@ -296,7 +296,7 @@ def first_line(text: str) -> str:
 
     It is cut where no sentence is so long: every token that is simulated is asked for with the explanation before it.
     """
-    return printable(text.strip().partition("\n")[0]).strip('"“”')[:LONGEST_SENTENCE]
+    return drop_unprintable(text.strip().partition("\n")[0]).strip('"“”')[:LONGEST_SENTENCE]
 
 
 def select_neurons(excerpts: Excerpts, neurons: Sequence[Neuron]) -> Excerpts:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.language_model import LanguageModel
+from cratelab.reading import check_vocabulary
 from cratelab.sae.activations import ActivationBlocks, mixed
 from cratelab.sae.architectures import ARCHITECTURES, SaeConfig
 from cratelab.sae.autoencoder import Sae
@@ -190,10 +191,7 @@ def _check(model: LanguageModel, training, validation, config: SaeConfig, layers
     if not layers or not whole or len(set(layers)) < len(layers):
         raise ValueError(f"layers must be some of 0 to {known[-1]}, each once; got {layers}")
     for name, corpus in ("training", training), ("validation", validation):
-        if corpus.n_vocab > model.config.vocab_size:
-            raise ValueError(
-                f"the {name} corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}"
-            )
+        check_vocabulary(model, corpus, f"{name} corpus")
     if not len(training):
         raise ValueError("the training corpus holds no token")
     check_text(model, validation, recipe.validation_tokens)
