@@ -10,8 +10,8 @@ import torch
 from cratelab.arguments import check_seed
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.crate import Crate, CrateConfig
-from cratelab.experiments.statistics import interval
 from cratelab.gpt2 import Gpt2, Gpt2Config
+from cratelab.intervals import interval
 from cratelab.language_model import LanguageModel, LanguageModelConfig
 from cratelab.recipe import Recipe
 from cratelab.training import train
