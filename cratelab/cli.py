@@ -29,13 +29,14 @@ from cratelab.corpora.token_store import tokenizer_facts
 from cratelab.corpora.tokenizers import encode
 from cratelab.devices import best_device
 from cratelab.experiments.chapter_9 import reproduce_chapter_9
-from cratelab.experiments.comparison import check_ladder, compare, new_model, summarise
+from cratelab.experiments.comparison import check_ladder, compare, loss_table
 from cratelab.experiments.reference_models import make_reference_models
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.scores import PROTOCOLS
 from cratelab.language_model import LanguageModel, LanguageModelConfig, load
+from cratelab.models import new_model
 from cratelab.provenance import provenance
 from cratelab.recipe import Recipe
 from cratelab.run_directory import check_same_run
@@ -171,7 +172,7 @@ class Compare(CorpusOptions, RecipeOptions):
         _use_one_thread(max(LanguageModelConfig.preset(preset).width for preset in self.presets))
         corpus = _prepare(self, recipe, context)
         runs = compare(corpus, recipe, self.out, self.presets, range(self.seeds), self.context, say, _report)
-        table = summarise(runs)
+        table = loss_table(runs)
         write_json(self.out / "compare.json", {"provenance": provenance(), "runs": runs, "table": table})
         plots.save_comparison(runs, self.out / "compare.png", corpus.floor)
         print_table(table, corpus.floor)

@@ -18,7 +18,7 @@ from notebooks import BOOK, ROOT
 
 import exercises
 from cratelab.checks import experiment
-from cratelab.checks.grading import CheckFailed, NotWritten, grade, random
+from cratelab.checks.grading import CheckFailed, NotWritten, grade, predict, random
 
 SOURCES = {slug: exercises.read(slug) for slug in exercises.slugs()}
 WRONG = {slug: runpy.run_path(str(ROOT / "tests/wrong_answers" / f"{slug}.py"))["WRONG"] for slug in SOURCES}
@@ -361,6 +361,16 @@ def test_right_answers_pass_and_leave_the_seed_alone(capsys):
     graded(lambda x: (x + x).numpy())
     assert "agrees with doubling in 2 random cases" in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("answer", [None, {"a": "up"}, {"a": "up", "b": "down", "c": "up"}, {"a": "up", "b": "left"}])
+def test_a_prediction_has_the_keys_and_words_that_are_asked_for(answer):
+    said = r'<lambda> should return "up", "down" or "same" for each of a, b$'
+    with pytest.raises(CheckFailed, match=said):
+        predict(lambda: answer, keys=["a", "b"], words=("up", "down", "same"))
+    with pytest.raises(CheckFailed, match=r"<lambda> should return a dict with the keys a, d$"):
+        predict(lambda n: answer, 3, keys=["a", "d"])
+    assert predict(lambda n: {"a": n}, 3, keys=["a"]) == {"a": 3}
 
 
 def test_errors_of_the_reader_pass_through():

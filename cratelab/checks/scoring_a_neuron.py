@@ -8,7 +8,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, call, grade, random, unmended
+from cratelab.checks.grading import CheckFailed, call, grade, predict, random, unmended
 
 
 def _words(*shape: int, n: int, seed: int) -> Tensor:
@@ -111,12 +111,7 @@ def changes_of_the_score(function: Callable[[], dict[str, str]]) -> None:
             "two positive numbers become 0, of as many as before",
         ),
     }
-    answer = call(function)
-    allowed = {"up", "down", "same", "undefined"}
-    if not isinstance(answer, dict) or set(answer) != set(changed) or not set(answer.values()) <= allowed:
-        raise CheckFailed(
-            f'{function.__name__} should return "up", "down", "same" or "undefined" for each of {", ".join(changed)}'
-        )
+    answer = predict(function, keys=changed, words=("up", "down", "same", "undefined"))
     for key, (before, after, reason) in changed.items():
         step = after - before
         measured = "undefined" if np.isnan(step) else "same" if abs(step) < 1e-9 else "up" if step > 0 else "down"

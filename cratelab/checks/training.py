@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cratelab as cl
-from cratelab.checks.grading import CheckFailed, call, grade, random, unmended
+from cratelab.checks.grading import CheckFailed, call, grade, predict, random, unmended
 
 
 def reach(function: Callable[[int, int, float, float], float]) -> None:
@@ -250,9 +250,7 @@ def products(function: Callable[[int, int, int, int, int, int], dict[str, int]])
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 model(text)
             counted[-1][name] = counter.get_total_flops() // 2 // n
-        answers.append(call(function, d, h, L, v, n, T))
-        if not isinstance(answers[-1], dict) or set(answers[-1]) != set(models):
-            raise CheckFailed(f"{function.__name__} should return a dict with the keys {', '.join(models)}")
+        answers.append(predict(function, d, h, L, v, n, T, keys=models))
     for key in counted[0]:
         said, right = ([int(entry[key]) for entry in entries] for entries in (answers, counted))
         excess = [a - b for a, b in zip(said, right, strict=True)]
