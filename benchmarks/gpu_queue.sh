@@ -11,7 +11,7 @@
 # Each number is in its file as soon as it is known. A stage that is cut off goes on when the same line is started
 # again; what is large and needed for that alone lies in OUT.work. --stage chooses, and may be given several times.
 # --toy runs few tests and small sizes, to see that the queue works, on any machine. PYTHON and SECONDS_A_STAGE (225)
-# may be set. Needed are torch, einops, safetensors, numpy, scipy, scikit-learn, accelerate, tqdm, filelock,
+# may be set. Needed are torch, einops, safetensors, numpy, scipy, scikit-learn, accelerate, tqdm, filelock, lazy_loader,
 # tiktoken, tokenizers, hypothesis and pytest; transformers for some tests.
 set -uo pipefail
 usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }

@@ -1,57 +1,6 @@
 """cratelab: CRATE, the transformer derived from sparse rate reduction, as mathematics, models and measurements."""
 
-from cratelab import corpora
-from cratelab.coding_rate import (
-    coding_rate,
-    coding_rate_gradient,
-    project,
-    rate_reduction,
-    sparse_rate_reduction,
-    subspace_rate,
-    subspace_rate_gradient,
-)
-from cratelab.crate import Crate, CrateConfig
-from cratelab.devices import best_device
-from cratelab.gpt2 import Gpt2, Gpt2Config
-from cratelab.ista import Ista, ista, ista_complete, lasso_objective, soft_threshold
-from cratelab.language_model import LanguageModel, LanguageModelConfig, load
-from cratelab.mssa import (
-    Mssa,
-    attention_map,
-    attention_step,
-    compression_step,
-    gram_attention,
-    mssa,
-    neumann_gradient,
-)
+import lazy_loader
 
-__all__ = [
-    "Crate",
-    "CrateConfig",
-    "Gpt2",
-    "Gpt2Config",
-    "Ista",
-    "LanguageModel",
-    "LanguageModelConfig",
-    "Mssa",
-    "attention_map",
-    "attention_step",
-    "best_device",
-    "coding_rate",
-    "coding_rate_gradient",
-    "compression_step",
-    "corpora",
-    "gram_attention",
-    "ista",
-    "ista_complete",
-    "lasso_objective",
-    "load",
-    "mssa",
-    "neumann_gradient",
-    "project",
-    "rate_reduction",
-    "soft_threshold",
-    "sparse_rate_reduction",
-    "subspace_rate",
-    "subspace_rate_gradient",
-]
+# What `cl.…` names is listed in __init__.pyi, and imported when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

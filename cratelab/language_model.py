@@ -298,6 +298,9 @@ def load(folder: str | Path) -> LanguageModel:
         raise FileNotFoundError(f"{folder} holds no model, since there is no config.json in it{hint}")
     config = read_json(folder / "config.json")
     name = config.pop("model", None)
+    import cratelab.crate  # for __subclasses__
+    import cratelab.gpt2  # noqa: F401
+
     classes = {subclass.__name__: subclass for subclass in LanguageModel.__subclasses__()}
     model_class = classes.get(str(name))
     if model_class is None:

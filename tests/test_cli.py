@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import cratelab as cl
-from cratelab.cli import main, print_table
+from cratelab.cli import main
+from cratelab.cli.shared import print_table
 from cratelab.corpora.prepare import prepare
 from cratelab.run_directory import read_metrics
 from cratelab.steering import neuron_maxima
@@ -81,7 +82,7 @@ def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("cratelab.cli._report", stop)
+        patched.setattr("cratelab.cli.train.report", stop)
         with pytest.raises(Killed):
             main([*options, "--run-dir", str(cut)])
     assert len(read_metrics(cut)) == 2
@@ -151,7 +152,7 @@ def test_a_run_without_a_model_says_what_it_is(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match="130"):
-        patched.setattr("cratelab.cli._report", stop)
+        patched.setattr("cratelab.cli.train.report", stop)
         main(["train", "--run-dir", str(tmp_path / "run"), *SHORT])
     with pytest.raises(SystemExit, match=r"has not ended, and no model yet: go on with cratelab train --resume"):
         main(["interpret", str(tmp_path / "run")])
@@ -343,7 +344,13 @@ def never(*arguments, **options):
 )
 def test_options_out_of_range_are_named_before_anything_is_read_or_made(arguments, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in "prepare", "train", "make_reference_models", "reproduce_chapter_9", "collect_for_protocols":
+    for name in (
+        "shared.prepare",
+        "train.train",
+        "reproduce.make_reference_models",
+        "reproduce.reproduce_chapter_9",
+        "interpret.collect_for_protocols",
+    ):
         monkeypatch.setattr(f"cratelab.cli.{name}", never)
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "other/crate-toy-0").mkdir(parents=True)
@@ -528,8 +535,8 @@ def undefined(*arguments, **options) -> list[SimpleNamespace]:
 
 
 def test_numbers_that_are_not_defined_are_called_so_and_are_null_in_the_file(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cratelab.cli.evaluate", undefined)
-    monkeypatch.setattr("cratelab.cli.collect_for_protocols", lambda *arguments: None)
+    monkeypatch.setattr("cratelab.cli.interpret.evaluate", undefined)
+    monkeypatch.setattr("cratelab.cli.interpret.collect_for_protocols", lambda *arguments: None)
     main(["interpret", str(run), "--out", str(tmp_path / "scores.json")])
     row = capsys.readouterr().out.splitlines()[1]
     assert row.split() == ["trained", "random-only", "token"] + ["undefined"] * 3 + ["100%"]
@@ -557,8 +564,8 @@ class Closed(io.StringIO):
 
 
 def test_a_pipe_that_is_closed_costs_neither_scores_nor_status(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("cratelab.cli.evaluate", undefined)
-    monkeypatch.setattr("cratelab.cli.collect_for_protocols", lambda *arguments: None)
+    monkeypatch.setattr("cratelab.cli.interpret.evaluate", undefined)
+    monkeypatch.setattr("cratelab.cli.interpret.collect_for_protocols", lambda *arguments: None)
     monkeypatch.setattr(sys, "stdout", Closed())
     monkeypatch.setattr(sys, "stderr", None)
     main(["interpret", str(run), "--out", str(tmp_path / "scores.json")])
@@ -573,7 +580,7 @@ def test_compare_keeps_table_and_plot_on_a_terminal_that_knows_only_ascii(tmp_pa
             for seed in range(2)
         ]
 
-    monkeypatch.setattr("cratelab.cli.compare", compared)
+    monkeypatch.setattr("cratelab.cli.compare.compare", compared)
     seen = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", seen)
     main(["compare", "--seeds", "2", "--out", str(tmp_path), *SHORT])
@@ -584,7 +591,7 @@ def test_compare_keeps_table_and_plot_on_a_terminal_that_knows_only_ascii(tmp_pa
 def test_control_characters_of_a_corpus_do_not_reach_the_terminal(run, monkeypatch, capsys):
     corpus = prepare("tinyworld", characters=60_000, context=65)
     monkeypatch.setattr(corpus.tokenizer, "decode", lambda tokens: "\x1b]0;owned\x07\x9b2J\n")
-    monkeypatch.setattr("cratelab.cli.prepare", lambda *arguments, **options: corpus)
+    monkeypatch.setattr("cratelab.cli.shared.prepare", lambda *arguments, **options: corpus)
     main(["steer", str(run), "--n-tokens", "200", "--n-new", "1"])
     printed = capsys.readouterr().out
     assert "\\x1b]0;owned" in printed and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", printed)
@@ -606,7 +613,7 @@ def test_what_can_go_wrong_ends_with_a_message(error, message, monkeypatch, tmp_
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("cratelab.cli.prepare", fail)
+    monkeypatch.setattr("cratelab.cli.shared.prepare", fail)
     fails(["train", "--run-dir", str(tmp_path / "run")], message)
 
 
@@ -615,7 +622,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(error, monkeypatch, tmp_path
     def fail(*arguments, **options):
         raise error("expected a tensor")
 
-    monkeypatch.setattr("cratelab.cli.prepare", fail)
+    monkeypatch.setattr("cratelab.cli.shared.prepare", fail)
     with pytest.raises(error):
         main(["train", "--run-dir", str(tmp_path / "run")])
 
@@ -625,7 +632,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(command, more, run, tmp_path
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cratelab.cli.prepare", stop)
+    monkeypatch.setattr("cratelab.cli.shared.prepare", stop)
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--run-dir", str(tmp_path / "run")] if command == "train" else ["steer", str(run)])
     assert stopped.value.code == 130

@@ -4,7 +4,7 @@ from cratelab.steering.continuations import generate_when_set, repetition
 from cratelab.steering.cost import STRENGTHS, Frontier, frontier
 from cratelab.steering.edits import Edit, steer
 from cratelab.steering.effects import atoms, direct_effect, full_effect, neuron_maxima, steered_logits
-from cratelab.steering.targets import control_tokens, draw_live, most_raised, token_counts
+from cratelab.steering.targets import control_tokens, draw_live, most_raised, neuron_that_raises_most, token_counts
 
 __all__ = [
     "STRENGTHS",
@@ -19,6 +19,7 @@ __all__ = [
     "generate_when_set",
     "most_raised",
     "neuron_maxima",
+    "neuron_that_raises_most",
     "repetition",
     "steer",
     "steered_logits",

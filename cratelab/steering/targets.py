@@ -6,6 +6,8 @@ from torch import Tensor
 
 from cratelab.arguments import check_seed, check_whole
 from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.language_model import LanguageModel
+from cratelab.steering.effects import direct_effect
 
 
 def draw_live(maxima: Tensor, n: int, seed: int = 0) -> Tensor:
@@ -38,6 +40,12 @@ def most_raised(effects: Tensor, n: int, n_vocab: int) -> Tensor:
             f"n_vocab={n_vocab}, {int(effects.isnan().sum())} NaN"
         )
     return torch.zeros_like(effects, dtype=torch.bool).scatter_(1, effects[:, :n_vocab].topk(n, 1).indices, True)
+
+
+def neuron_that_raises_most(model: LanguageModel, layer: int, maxima: Tensor, n: int, n_vocab: int) -> int:
+    """The neuron of a layer that by its atom, set to its maximum (h,), raises its n tokens below `n_vocab` most."""
+    effects = direct_effect(model, layer, torch.arange(len(maxima)))[:, :n_vocab]
+    return int((effects.topk(n).values.mean(1) * maxima).argmax())
 
 
 def token_counts(corpus: TokenizedCorpus, v: int) -> Tensor:

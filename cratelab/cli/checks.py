@@ -1,4 +1,4 @@
-"""What the command line checks before any work: numbers, folders, and what an earlier command has left."""
+"""What the command line checks before any work: folders, and what an earlier command has left."""
 
 import tempfile
 from pathlib import Path
@@ -6,26 +6,6 @@ from typing import Literal, get_args, get_origin
 
 from cratelab.run_directory import read_metrics
 from cratelab.storage import read_json
-
-MOST = 10**12  # of anything that is counted
-RANGES = {  # of numbers, but for those that a `Recipe` checks
-    "characters": (1, MOST),
-    "context": (1, MOST),
-    "seed": (0, 2**32 - 1),
-    "seeds": (1, 1000),
-    "n_tokens": (1, MOST),
-    "n_new": (0, 10**6),
-    "temperature": (0, 10**6),
-    "value": (-(10**15), 10**15),  # squares of what follows still fit single precision
-}
-
-
-def check_ranges(command) -> None:
-    """Raises ValueError if a number is none that the option can take."""
-    for option, value in vars(command).items():
-        low, high = RANGES.get(option, (-MOST, MOST))
-        if (option in RANGES or isinstance(value, int)) and value is not None and not low <= value <= high:
-            raise ValueError(f"{dashed(option)} must be at least {low} and at most {high}; got {value}")
 
 
 def check_different(option: str, names: tuple[str, ...]) -> None:
@@ -56,10 +36,6 @@ def check_writable(option: str, file: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"{option}: nothing can be written into {folder}: {error}") from error
-
-
-def dashed(option: str) -> str:
-    return "--" + option.replace("_", "-")
 
 
 def fits(value: object, hint: object) -> bool:

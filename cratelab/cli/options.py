@@ -1,0 +1,180 @@
+"""The options of every command, from which tyro makes help and errors. Nothing here takes long to import."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+MOST = 10**12  # of anything that is counted
+RANGES = {  # of numbers, but for those that a `Recipe` checks
+    "characters": (1, MOST),
+    "context": (1, MOST),
+    "seed": (0, 2**32 - 1),
+    "seeds": (1, 1000),
+    "n_tokens": (1, MOST),
+    "n_new": (0, 10**6),
+    "temperature": (0, 10**6),
+    "value": (-(10**15), 10**15),  # squares of what follows still fit single precision
+}
+Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]
+Protocol = Literal["top-and-random", "random-only", "anthropic"]
+
+
+@dataclass
+class RecipeOptions:
+    """Options of the recipe; what is not given comes from the preset."""
+
+    steps: int | None = None
+    """Updates of the weights."""
+    batch: int | None = None
+    """Windows a step, over all processes."""
+    accumulate: int | None = None
+    """Parts into which each process cuts its share of the batch, to save memory."""
+    peak_rate: float | None = None
+    """Learning rate after the warm-up."""
+    final_rate: float | None = None
+    """Learning rate at the end."""
+    warmup: int | None = None
+    """Steps of warm-up."""
+    validate_every: int | None = None
+    """Steps between validations."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints."""
+    precision: Literal["auto", "no", "bf16"] | None = None
+    """bf16, no (float32), or auto: bf16 where a GPU can."""
+    compile: bool | None = None
+    """torch.compile; where there is CUDA unless given."""
+
+
+@dataclass
+class CorpusOptions:
+    corpus: str = "tinyworld"
+    """tinyworld, pydocs, packages, wikitext, tinystories, pile, or a path to text (./pile if it has such a name);
+    several are joined by +, which an existing path may hold, too."""
+    tokenizer: str | None = None
+    """gpt2, bytes, bpe-N for one trained on the corpus, or a file such as a run's tokenizer.json; the corpus's usual
+    one unless given."""
+    characters: int = 200_000_000
+    """Training text to use at most."""
+    context: int | None = None
+    """Tokens the model sees at once; the preset's unless given."""
+
+
+@dataclass
+class Train(CorpusOptions, RecipeOptions):
+    """Train one model. A run that was stopped goes on with --resume DIR, or with the same command again."""
+
+    preset: Preset = "toy"
+    """Size: toy for a laptop, the others as in the paper."""
+    model: Literal["crate", "gpt2"] = "crate"
+    """Which model."""
+    seed: int = 0
+    """Of weights and windows."""
+    run_dir: Path | None = None
+    """Where the run is kept; runs/MODEL-PRESET-CORPUS-SEED unless given."""
+    resume: Path | None = None
+    """Go on with the run in this folder; all other options come from it."""
+    dry_run: bool = False
+    """Only print parameters, memory, arithmetic and the time to expect."""
+
+    goes_on: ClassVar = True
+
+
+@dataclass
+class Compare(CorpusOptions, RecipeOptions):
+    """Train CRATE and GPT-2 on equal tokens under several seeds: a table and a plot. Start it again to go on."""
+
+    presets: tuple[Preset, ...] = ("toy",)
+    """Sizes."""
+    seeds: int = 3
+    """How many seeds, counted from 0."""
+    out: Path = Path("runs/compare")
+    """Where runs, table and plot go."""
+
+    goes_on: ClassVar = True
+
+
+@dataclass
+class TrainedModel:
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run or of a model."""
+    corpus: str | None = None
+    """What it reads, as for train; a run's own validation text unless given."""
+    tokenizer: str | None = None
+    """As for train; a run's own unless given."""
+
+    goes_on: ClassVar = False
+
+
+@dataclass
+class Interpret(TrainedModel):
+    """Explain and score every neuron of a trained model, by rule and without a language model."""
+
+    n_tokens: int = 200_000
+    """Tokens to read at most."""
+    protocols: tuple[Protocol, ...] = ("top-and-random", "random-only", "anthropic")
+    """Which excerpts explain and which validate."""
+    official: bool = False
+    """With the oddities of the paper's code: excerpts may overlap and cross documents."""
+    seed: int = 0
+    """Of the random excerpts and of the untrained model."""
+    out: Path | None = None
+    """Where the scores go; interpret.json in the model's folder unless given."""
+
+
+@dataclass
+class Steer(TrainedModel):
+    """Edit one neuron of a trained model: which tokens this raises and lowers, and a text with and without it."""
+
+    layer: int | None = None
+    """Counted from 0; the last unless given."""
+    neuron: int | None = None
+    """Unless given, the one that by its atom, at its maximum, raises ten tokens most."""
+    by: Literal["set", "add", "scale"] = "set"
+    """What is done with the value, at every position and every new token."""
+    value: float | None = None
+    """Unless given, twice the neuron's maximum, or 2 to scale by."""
+    prompt: str | None = None
+    """What to continue; the beginning of the validation text unless given."""
+    n_new: int = 30
+    """Tokens to add to it."""
+    temperature: float = 0.8
+    """Of sampling; 0 takes the most likely token."""
+    n_tokens: int = 4096
+    """Validation tokens over which maxima and effects are taken."""
+    seed: int = 0
+    """Of sampling."""
+
+
+@dataclass
+class Reproduce:
+    """Make again what the package carries. Start it again to go on."""
+
+    what: Annotated[Literal["reference", "chapter-9"], tyro.conf.Positional]
+    """reference: CRATE and GPT-2, one to three layers of width 128, on Python's documentation, and toys on TinyWorld.
+    chapter-9: what their neurons mean, and those of models of width 64 on TinyWorld."""
+    out: Path | None = None
+    """Where runs and results go; runs/reference or runs/chapter-9 unless given."""
+    reference: Path = Path("runs/reference")
+    """For chapter-9: where the reference models are, or will be."""
+    seeds: int = 3
+    """How many seeds, counted from 0; of the models on documentation the weights of seed 0 are packed."""
+    text: tuple[str, ...] = ()
+    """For reference: local text to read besides, files or folders."""
+    steps: int | None = None
+    """Fewer than there should be, only to try it out."""
+
+    goes_on: ClassVar = True
+
+
+def check_ranges(command) -> None:
+    """Raises ValueError if a number is none that the option can take."""
+    for option, value in vars(command).items():
+        low, high = RANGES.get(option, (-MOST, MOST))
+        if (option in RANGES or isinstance(value, int)) and value is not None and not low <= value <= high:
+            raise ValueError(f"{dashed(option)} must be at least {low} and at most {high}; got {value}")
+
+
+def dashed(option: str) -> str:
+    return "--" + option.replace("_", "-")
