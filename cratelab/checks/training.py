@@ -1,7 +1,7 @@
 """Checks of the exercises of chapter 7: the reach of a schedule, gap and floor, AdamW, the arithmetic of a token."""
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from math import log
 
 import torch
@@ -16,6 +16,7 @@ from cratelab.checks.grading import CheckFailed, call, grade, predict, random, u
 def reach(function: Callable[[int, int, float, float], float]) -> None:
     """Exercise 7.A: the sum of all learning rates, against PyTorch's own schedulers, step by step."""
 
+    @cache  # the mistakes ask for the same again
     def scheduled(steps: int, warmup: int, peak: float, final: float) -> tuple[Tensor, Tensor]:
         """The rates of the warm-up, and those of the descent."""
         schedulers = torch.optim.lr_scheduler
