@@ -31,11 +31,12 @@ def _as_in_a_notebook(monkeypatch):
     """What a notebook's first cell sets, undone afterwards; figures are not shown."""
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)  # "cpu" would cost each call of torch a detour through Python
     with plt.rc_context():
         yield
     torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
+    if device.type != "cpu":
+        torch.set_default_device(device)
 
 
 def run(slug: str, exercise: exercises.Exercise, answer=None) -> dict:
