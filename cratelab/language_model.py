@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cratelab import generation
 from cratelab.devices import memory
-from cratelab.storage import read_json, read_tensors, replacing, write_json, write_tensors
-from cratelab.weights import check_shapes, renamed
+from cratelab.storage import replacing, write_json, write_tensors
+from cratelab.weights import check_shapes
 
 
 @dataclass
@@ -208,40 +208,6 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{source}: {error}") from error
         model.load_state_dict(weights)
         return model.eval()
-
-
-def load(folder: str | Path) -> LanguageModel:
-    """The model that `save` wrote into `folder`, on the CPU, in evaluation mode and in float32 whatever the file holds.
-
-    Raises:
-        FileNotFoundError: `folder` holds no config.json or model.safetensors.
-        ValueError: config.json describes no known model, or the weights do not fit it, each misfit by name.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        hint = f": give {folder / 'model'}" if (folder / "model" / "config.json").is_file() else ""
-        raise FileNotFoundError(f"{folder} holds no model, since there is no config.json in it{hint}")
-    config = read_json(folder / "config.json")
-    name = config.pop("model", None)
-    import cratelab.crate  # for __subclasses__
-    import cratelab.gpt2  # noqa: F401
-
-    classes = {subclass.__name__: subclass for subclass in LanguageModel.__subclasses__()}
-    model_class = classes.get(str(name))
-    if model_class is None:
-        raise ValueError(f"{folder / 'config.json'} names the model {name!r}; known are {', '.join(sorted(classes))}")
-    known = {field.name for field in fields(model_class.config_class)}
-    if unknown := sorted(config.keys() - known):
-        raise ValueError(
-            f"{folder / 'config.json'} has settings that {name} does not know, perhaps of a newer cratelab: "
-            f"{', '.join(unknown)}"
-        )
-    try:
-        config = model_class.config_class(**config)
-    except (TypeError, ValueError) as error:  # a field is missing, or of a wrong type or value
-        raise ValueError(f"{folder / 'config.json'} does not fit {name}: {error}") from error
-    weights = folder / "model.safetensors"
-    return model_class.with_weights(config, renamed(read_tensors(weights), str, weights), weights)
 
 
 def _outline(make: Callable[[], nn.Module], config: LanguageModelConfig) -> nn.Module:

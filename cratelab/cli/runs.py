@@ -16,7 +16,8 @@ from cratelab.cli.shared import new_recipe, prepare_corpus, use_one_thread
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.corpora.token_store import tokenizer_facts
 from cratelab.devices import best_device
-from cratelab.language_model import LanguageModel, load
+from cratelab.language_model import LanguageModel
+from cratelab.models import load
 from cratelab.reading import check_vocabulary
 from cratelab.storage import read_json
 
