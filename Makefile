@@ -7,9 +7,10 @@ STAMP := $(VENV)/.installed
 PASSED := $(VENV)/.passed
 # Two processes at once, each with one thread (conftest.py); one file's tests stay together because a notebook's cells share a kernel.
 WORKERS ?= 2
-# What the notebooks run on, the notebooks, and all else that a test may read. Folders are among them: a file may go.
+# What the notebooks run on, the chapters' notebooks, and all else that a test may read (tests/test_colab.py runs those of
+# exercises and solutions). Folders are among them: a file may go.
 CODE := pyproject.toml constraints.txt conftest.py $(shell find cratelab -not -path '*__pycache__*')
-NOTEBOOKS := $(wildcard book/*.ipynb solutions/*.ipynb)
+NOTEBOOKS := $(wildcard book/*.ipynb)
 REST := Makefile $(shell find tests book exercises solutions benchmarks .ci *.md *.yml *.cff -type f \
 	-not -path '*__pycache__*' -not -path '*/_build/*' -not -path '*/.*' -not -name '*.pyc')
 
@@ -43,10 +44,11 @@ book: $(STAMP)
 test: $(PASSED)
 	$(if $(RAN),,@echo "All tests passed on $$(cat $(PASSED)), and nothing has changed since. make -B test repeats them.")
 
-# Changed code: everything. Else the tests, and the notebooks that changed.
+# Changed code: everything. Else the tests, and the notebooks that changed. The chapters come first and in this order, for
+# a long one that came last would leave a process idle.
 $(PASSED): $(STAMP) $(CODE) $(NOTEBOOKS) $(REST)
-	$(BIN)/python -m pytest --nbval -n $(WORKERS) --dist loadfile \
-	  $(if $(filter $(STAMP) $(CODE),$?),tests book solutions,tests $(filter $(NOTEBOOKS),$?))
+	$(BIN)/python -m pytest --nbval -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20 \
+	  $(if $(filter $(STAMP) $(CODE),$?),book,$(filter $(NOTEBOOKS),$?)) tests
 	@date > $@$(eval RAN := yes)
 
 lint: $(STAMP)

@@ -13,33 +13,20 @@
 """
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 import cratelab as cl
 from cratelab.gpt2 import Attention
 
 
-def seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The fastest of several runs, after one to warm up."""
-
-    def once() -> float:
-        synchronise(device)
-        start = time.perf_counter()
-        call()
-        synchronise(device)
-        return time.perf_counter() - start
-
-    once()
-    return min(once() for _ in range(repeats))
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+def seconds(call: Callable[[], object], at_least: float = 1.0) -> float:
+    """The fastest of the runs that fit into `at_least` seconds, one at least, after others to warm up."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=at_least).times)
 
 
 def plain_rate(z: torch.Tensor, eps: float = 0.5) -> torch.Tensor:
@@ -86,7 +73,7 @@ def main() -> None:
     print(f"{'':44}{'ours':>10}{'peer':>10}   peer/ours")
 
     def compare(label: str, ours: Callable[[], object], peer: Callable[[], object]) -> None:
-        mine, theirs = seconds(ours, device), seconds(peer, device)
+        mine, theirs = seconds(ours), seconds(peer)
         print(f"{label:44}{1e3 * mine:8.1f}ms{1e3 * theirs:8.1f}ms   {theirs / mine:8.2f}")
 
     compare(f"coding rate, n = {n}", lambda: cl.coding_rate(z), lambda: plain_rate(z))

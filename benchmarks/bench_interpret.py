@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.benchmark import timer
 
 import cratelab as cl
 from cratelab.corpora.token_store import TokenizedCorpus
@@ -53,23 +54,20 @@ def new_model(name: str, preset: str, device: torch.device, **overrides) -> cl.L
     return model(model.config_class.preset(preset, **overrides)).to(device).eval()
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """Of the process on a CPU, where other work then counts less; elsewhere PyTorch's, which waits for the device."""
+    return time.process_time if device.type == "cpu" else timer
+
+
 def seconds(calls: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """The fastest of several rounds, in each of which every call has its turn."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    best: dict[str, float] = defaultdict(lambda: float("inf"))
+    """The fastest of several rounds, in each of which every call has its turn; PyTorch's Timer times one at a time."""
+    now, best = clock(device), dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for name, call in calls.items():
-            synchronise(device)
-            start = clock()
+            start = now()
             call()
-            synchronise(device)
-            best[name] = min(best[name], clock() - start)
+            best[name] = min(best[name], now() - start)
     return best
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def collecting(name: str, preset: str, device: torch.device, n_tokens: int, batch: int, rounds: int, **sizes) -> dict:

@@ -17,11 +17,10 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 
 import torch
-from bench_interpret import new_model, peak_of_process, seconds, synchronise, text_of
+from bench_interpret import clock, new_model, peak_of_process, seconds, text_of
 
 import cratelab as cl
 from cratelab.reading import watch_neurons
@@ -54,7 +53,7 @@ def trainings(name: str, preset: str, expansion: int, n_tokens: int, device: tor
     model = new_model(name, preset, device, **sizes)
     corpus = text_of(2 * n_tokens, model.config.vocab_size)
     pieces = [text.tokens.clamp(min=0) for text, _ in watch_neurons(model, corpus, 16, n_tokens=n_tokens, ahead=64)]
-    n_layers, clock = len(model.blocks), time.process_time if device.type == "cpu" else time.perf_counter
+    n_layers, now = len(model.blocks), clock(device)
 
     @torch.no_grad()
     def forward() -> None:
@@ -68,13 +67,11 @@ def trainings(name: str, preset: str, expansion: int, n_tokens: int, device: tor
     found = seconds({"forward": forward, "to the neurons": to_the_neurons}, device, 2)
     told = []
     for kind in KINDS:
-        config = SaeConfig(model.config.expansion * model.config.width, expansion, kind)
+        config = SaeConfig(model.config.n_neurons, expansion, kind)
         recipe = SaeRecipe(max_tokens=n_tokens, evaluations=1, validation_tokens=100, resample_at=(), buffer=16_384)
-        synchronise(device)
-        start = clock()
+        start = now()
         tokens = train_saes(model, corpus, corpus, config, recipe=recipe).curve[-1]["tokens"]
-        synchronise(device)
-        took = clock() - start
+        took = now() - start
         share = found["to the neurons"] / n_tokens * tokens / took
         told.append(f"{kind} {tokens / took:,.0f} tokens/s, {share:.0%} of it the model's")
     print(
@@ -97,7 +94,7 @@ def train_alone(preset: str, expansion: int, n_tokens: int, sizes: dict[str, int
     device = cl.best_device()
     model = new_model("Gpt2", preset, device, **sizes)
     corpus = text_of(50_000, model.config.vocab_size)
-    config = SaeConfig(model.config.expansion * model.config.width, expansion)
+    config = SaeConfig(model.config.n_neurons, expansion)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else peak_of_process()

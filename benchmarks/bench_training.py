@@ -18,16 +18,16 @@ by autocast, and each row is repeated under torch.compile (elsewhere with --comp
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from bench_core import five_products, seconds, synchronise
+from bench_core import five_products, seconds
 from einops import rearrange
 from torch import Tensor
+from torch.utils.benchmark import timer
 
 import cratelab as cl
 from cratelab.crate import CrateBlock
@@ -54,16 +54,17 @@ def official(module: torch.nn.Module) -> torch.nn.Module:
     return copy
 
 
-def interleaved(calls: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after a round to warm up."""
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round, after a round to warm up.
+
+    PyTorch's Timer ends with one call before it begins the next, so that what slows the machine would slow one alone.
+    """
     taken = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
-            synchronise(device)
-            start = time.perf_counter()
+            start = timer()
             call()
-            synchronise(device)
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(timer() - start)
     return {name: times[1:] for name, times in taken.items()}
 
 
@@ -138,7 +139,7 @@ class Bench:
 
         variants = compile_all(modules, compiled)
         calls = {name: lambda module=module: forward(module).backward(grad) for name, module in variants.items()}
-        taken = interleaved(calls, self.device, 3 if self.toy else 9)
+        taken = interleaved(calls, 3 if self.toy else 9)
         saved = {name: saved_bytes(lambda module=variants[name]: forward(module), modules[name]) for name in modules}
         return {
             "tokens": [b, n],
@@ -162,12 +163,12 @@ class Bench:
         variants = compile_all(modules, compiled)
         calls = {name: lambda model=model: loss(model).backward() for name, model in variants.items()}
         calls["product"] = lambda: self.product[0] @ self.product[1]
-        taken = interleaved(calls, self.device, 3 if self.toy else 5)
+        taken = interleaved(calls, 3 if self.toy else 5)
         product = 2 * self.product.shape[1] ** 3
         row = {"tokens": [b, n], "product FLOP/s": product / min(taken["product"])}
         for name, model in modules.items():
             calls[name]()
-            update = seconds(torch.optim.AdamW(model.parameters(), fused=True).step, self.device, 3)
+            update = seconds(torch.optim.AdamW(model.parameters(), fused=True).step)
             model.zero_grad()
             if self.device.type == "cuda":
                 held = {"peak bytes": peak_bytes(calls[name], self.device)}

@@ -21,8 +21,9 @@ from results import Results
 
 import cratelab as cl
 from cratelab.corpora.prepare import prepare
-from cratelab.experiments.comparison import MODELS, compare, summarise
+from cratelab.experiments.comparison import compare, loss_table
 from cratelab.layerwise import layer_statistics
+from cratelab.models import MODELS
 from cratelab.recipe import Recipe
 
 
@@ -86,7 +87,7 @@ def main() -> None:
                 run["layers"] = {name: values.tolist() for name, values in statistics.items()}
                 run["provenance"] = json.loads((runs / name / "run.json").read_text())["provenance"]
                 results.add(name, run)
-    for row in summarise(list(results.rows.values())):
+    for row in loss_table(list(results.rows.values())):
         print(row)
 
 

@@ -29,6 +29,7 @@ from nbformat.notebooknode import NotebookNode
 from notebooks import BOOK
 
 import exercises
+from cratelab.storage import write_json, write_text
 
 CELL_TIMEOUT = 600  # seconds; a chapter is meant to take less than 60 in all
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -85,7 +86,7 @@ def update(slug: str, book: Path = BOOK, again: bool = True) -> float | None:
     seconds = None
     if again or not keep_outputs(path, notebook):
         seconds = execute(notebook, f"book/src/{slug}.md", book)
-    write(path, nbformat.writes(notebook) + "\n")
+    write_text(path, nbformat.writes(notebook) + "\n")
     if seconds is not None:
         record(slug, seconds, book)
     return seconds
@@ -100,7 +101,7 @@ def update_exercises(slug: str, book: Path = BOOK, again: bool = True) -> float 
         seconds = execute(done, f"solutions/{slug}.py", book.parent / "solutions")
     for path, notebook in zip(paths, (to_do, done), strict=True):
         path.parent.mkdir(exist_ok=True)
-        write(path, nbformat.writes(notebook) + "\n")
+        write_text(path, nbformat.writes(notebook) + "\n")
     return seconds
 
 
@@ -159,7 +160,7 @@ def record(slug: str, seconds: float, book: Path = BOOK) -> None:
         "cpu": cpu_name(),
     }
     kept = {slug: entries[slug] for slug in slugs(book) if slug in entries}
-    write(path, json.dumps(kept, indent=1) + "\n")
+    write_json(path, kept)
 
 
 def cpu_name() -> str:
@@ -167,13 +168,6 @@ def cpu_name() -> str:
     lines = info.read_text(encoding="utf8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf8", newline="\n")
-    new.replace(path)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from .crate import Crate, CrateConfig
 from .devices import best_device
 from .gpt2 import Gpt2, Gpt2Config
 from .ista import Ista, ista, ista_complete, lasso_objective, soft_threshold
-from .language_model import LanguageModel, LanguageModelConfig, load
+from .language_model import LanguageModel, LanguageModelConfig
+from .models import load
 from .mssa import (
     Mssa,
     attention_map,

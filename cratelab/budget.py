@@ -5,7 +5,7 @@ numbers, while PyTorch's own counter adds up its arithmetic and a hook what it k
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -86,6 +86,26 @@ def estimate(
         ValueError: the batch cannot be divided so.
     """
     recipe.check_division(processes)
+    # one layer with all that stands around them, and for each further layer what a second one adds
+    one, two = (_count(model_class, replace(config, n_layers=n)) for n in (1, 2))
+    n_parameters, flops, activation_bytes = (
+        first + (config.n_layers - 1) * (both - first) for first, both in zip(one, two, strict=True)
+    )
+    device = best_device()
+    return Budget(
+        parameters=n_parameters,
+        flops_per_token=flops / config.context,
+        state_bytes=16 * n_parameters,
+        activation_bytes=activation_bytes,
+        windows=recipe.batch // (recipe.accumulate * processes),
+        tokens=recipe.steps * recipe.batch * config.context,
+        matmul_rate=measure_matmul_rate(device),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper(),
+    )
+
+
+def _count(model_class: type[LanguageModel], config: LanguageModelConfig) -> tuple[int, int, int]:
+    """Parameters, floating-point operations and bytes kept for the backward pass, of one window."""
     with FakeTensorMode():
         model, window = model_class(config), torch.zeros(1, config.context + 1, dtype=torch.long)
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -104,18 +124,7 @@ def estimate(
         # the counter knows attention's products only where they are plain ones
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             next_token_loss(model, window).backward()
-    n_parameters = model.count_parameters()
-    device = best_device()
-    return Budget(
-        parameters=n_parameters,
-        flops_per_token=counter.get_total_flops() / config.context,
-        state_bytes=16 * n_parameters,
-        activation_bytes=activation_bytes,
-        windows=recipe.batch // (recipe.accumulate * processes),
-        tokens=recipe.steps * recipe.batch * config.context,
-        matmul_rate=measure_matmul_rate(device),
-        device=torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper(),
-    )
+        return model.count_parameters(), counter.get_total_flops(), activation_bytes
 
 
 def measure_matmul_rate(device: torch.device, size: int = 2048, seconds: float = 0.5) -> float:

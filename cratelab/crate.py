@@ -11,9 +11,10 @@ from typing import Self
 from torch import Tensor, nn
 
 from cratelab.ista import Ista
-from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head, renamed
+from cratelab.language_model import LanguageModel, LanguageModelConfig
 from cratelab.mssa import Mssa
 from cratelab.storage import read_tensors
+from cratelab.weights import drop_tied_head, renamed
 
 
 @dataclass

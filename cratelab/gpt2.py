@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cratelab.language_model import LanguageModel, LanguageModelConfig, drop_tied_head, renamed
+from cratelab.language_model import LanguageModel, LanguageModelConfig
 from cratelab.mssa import attend
 from cratelab.storage import read_json, read_tensors
+from cratelab.weights import drop_tied_head, renamed
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
@@ -46,7 +47,7 @@ class Gpt2Config(LanguageModelConfig):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
         if self.norm_eps <= 0:
             raise ValueError(f"norm_eps must be positive; got {self.norm_eps}")
-        k, most = self.top_k, self.expansion * self.width
+        k, most = self.top_k, self.n_neurons
         if k is not None:
             if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= most:
                 raise ValueError(f"top_k must be 1 to {most}, or None; got {k!r}")
@@ -80,14 +81,13 @@ class Gpt2Block(nn.Module):
 
     def __init__(self, config: Gpt2Config):
         super().__init__()
-        hidden = config.expansion * config.width
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps, bias=config.bias)
-        self.mlp_in = nn.Linear(config.width, hidden, bias=config.bias)
+        self.mlp_in = nn.Linear(config.width, config.n_neurons, bias=config.bias)
         self.activation, self.top_k = ACTIVATIONS[config.activation], config.top_k
         self.neurons = nn.Identity()
-        self.mlp_out = nn.Linear(hidden, config.width, bias=config.bias)
+        self.mlp_out = nn.Linear(config.n_neurons, config.width, bias=config.bias)
 
     def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cache, position)

@@ -5,12 +5,11 @@ The overcomplete code of a token z is an approximate minimiser of ½‖z − Da�
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from cratelab.arguments import check_whole
 from cratelab.devices import exact
-from cratelab.differentiation import is_transformed
+from cratelab.ista_gradient import ista_saving_memory
 
 
 def soft_threshold(x: Tensor, threshold: float) -> Tensor:
@@ -132,79 +131,6 @@ def _check_constants(step_size: float, lam: float, n_steps: int) -> None:
     check_whole("n_steps", n_steps)
 
 
-class _Encode(torch.autograd.Function):
-    """`ista` of rows z (n, d) in D = weightᵀ with its gradient by hand: fewer passes over memory, less of it saved.
-
-    Autograd would save every code. Here what is narrow is kept, z and the residuals r_t = z − D a_t, and of the wide
-    codes only the last, which `decode` needs anyway: 6d numbers a token in place of 10d (T = 2, h = 4d). One product a
-    step gives an earlier code back. The sums are made where the products are written (`_add_product`).
-
-    Backwards through a_{t+1} = S_{ηλ}(a_t + η Dᵀr_t), let g be the gradient of a_{t+1} where that is positive, else 0::
-
-        ∂r_t = η D g      ∂D += η r_t gᵀ − ∂r_t a_tᵀ      ∂z += ∂r_t      ∂a_t = g − Dᵀ ∂r_t
-
-    down to the first step, whose residual r_0 is z itself and whose a_0 is zero. If that pass is itself to be
-    differentiated or batched, it is the one that autograd finds for `ista`.
-    """
-
-    @staticmethod
-    def forward(ctx, z: Tensor, weight: Tensor, step_size: float, lam: float, n_steps: int) -> Tensor:
-        code, residuals = _first_code(z, weight, step_size, lam), []
-        for _ in range(n_steps - 1):
-            residuals.append(_add_product(z.clone(), code, weight, -1))
-            code = _next_code(code, residuals[-1], weight, step_size, lam)
-        ctx.save_for_backward(z, weight, code, *residuals)
-        ctx.constants = step_size, lam, n_steps
-        return code
-
-    @staticmethod
-    def backward(ctx, grad_code: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight, code, *residuals = ctx.saved_tensors
-        step_size, lam, n_steps = ctx.constants
-        needs_z, needs_weight = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() or is_transformed(grad_code):
-            with torch.enable_grad():
-                plain = ista(z, weight.mT, step_size, lam, n_steps)
-            wanted = [tensor for tensor, needed in ((z, needs_z), (weight, needs_weight)) if needed]
-            grads = iter(torch.autograd.grad(plain, wanted, grad_code, create_graph=torch.is_grad_enabled()))
-            return *(next(grads) if needed else None for needed in (needs_z, needs_weight)), None, None, None
-        grad_z, grad_weight = torch.zeros_like(z), torch.zeros_like(weight) if needs_weight else None
-        codes = [_first_code(z, weight, step_size, lam)] if residuals else []
-        for r in residuals[:-1]:
-            codes.append(_next_code(codes[-1].clone(), r, weight, step_size, lam))
-        g = _where_positive(grad_code, code)
-        while residuals:
-            r, code = residuals.pop(), codes.pop()
-            grad_r = _add_product(torch.zeros_like(r), g, weight, step_size)
-            if needs_weight:
-                _add_product(grad_weight, g.mT, r, step_size)
-                _add_product(grad_weight, code.mT, grad_r, -1)
-            grad_z += grad_r
-            g = _where_positive(_add_product(g, grad_r, weight.mT, -1), code)
-        if needs_weight:
-            _add_product(grad_weight, g.mT, z, step_size)
-        grad_z = _add_product(grad_z, g, weight, step_size) if needs_z else None
-        return grad_z, grad_weight, None, None, None
-
-
-def _first_code(z: Tensor, weight: Tensor, step_size: float, lam: float) -> Tensor:
-    bias, code = z.new_full((len(weight),), -step_size * lam), z.new_empty(len(z), len(weight))
-    return torch.addmm(bias, z, weight.mT, alpha=step_size, out=code).relu_()
-
-
-def _next_code(code: Tensor, residual: Tensor, weight: Tensor, step_size: float, lam: float) -> Tensor:
-    return _add_product(code.sub_(step_size * lam), residual, weight.mT, step_size).relu_()
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """total += scale · left @ right. With `out`, unlike `addmm_`, FlopCounterMode counts it; neither is autocast."""
-    return torch.addmm(total, left, right, alpha=scale, out=total)
-
-
-def _where_positive(grad: Tensor, code: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(grad, code, 0)  # ReLU's own: one pass, no mask in memory
-
-
 class Ista(nn.Module):
     """The sparsifying layer (eq-04-6): `encode` tokens by a few steps of ISTA, `decode` with the same dictionary.
 
@@ -241,16 +167,7 @@ class Ista(nn.Module):
         Second derivatives, forward-mode AD and `torch.func`'s transforms are those of `ista`, as is what they cost.
         """
         _check(z, self.D, self.step_size, self.lam, self.n_steps)
-        if torch.compiler.is_compiling():  # the compiler fuses and saves by itself; torch 2.11 got `_Encode` wrong
-            return ista(z, self.D, self.step_size, self.lam, self.n_steps)
-        weight, device = self.weight, z.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if autocast and z.dtype != torch.float64:  # what autocast does for plain products
-            z, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (z, weight))
-        if is_transformed(z, weight):
-            return ista(z, weight.mT, self.step_size, self.lam, self.n_steps)
-        code = _Encode.apply(rearrange(z, "... d -> (...) d"), weight, self.step_size, self.lam, self.n_steps)
-        return code.reshape(*z.shape[:-1], len(weight))
+        return ista_saving_memory(ista, z, self.weight, self.step_size, self.lam, self.n_steps)
 
     def decode(self, code: Tensor) -> Tensor:
         """Codes (..., n, h) to tokens D a (..., n, d)."""

@@ -5,12 +5,11 @@ Z^{ℓ+½} = Z^ℓ + attention after it, through the same LayerNorm. They are ta
 and averaged over sequences. CRATE's subspaces are its U_k; GPT-2 has none, and its heads' value projections stand in.
 """
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from cratelab.arguments import check_whole
 from cratelab.coding_rate import check_precision, coding_rate, subspace_rate
@@ -18,7 +17,7 @@ from cratelab.crate import Crate
 from cratelab.devices import exact, single
 from cratelab.ista import ista, lasso_objective
 from cratelab.language_model import LanguageModel
-from cratelab.reading import check_contexts
+from cratelab.reading import check_contexts, hooked
 
 
 def subspaces(model: LanguageModel) -> list[Tensor]:
@@ -68,7 +67,7 @@ def layer_statistics(
         """Add the mean of `values` a sequence, times the sequences."""
         sums[layer][name] = sums[layer].get(name, 0.0) + float(exact(values).mean()) * sequences
 
-    def watch(layer: int, stack: ExitStack) -> None:
+    def watchers(layer: int) -> list[tuple[nn.Module, Callable]]:
         block, inputs = model.blocks[layer], {}
 
         def measure(when: str, z: Tensor) -> None:
@@ -92,19 +91,17 @@ def layer_statistics(
                 add(layer, "lasso active", converged > 1e-6)
 
         hooks = [
-            block.register_forward_pre_hook(lambda module, arguments: inputs.update(z=arguments[0])),
-            block.attention.register_forward_hook(around_attention),
-            block.neurons.register_forward_hook(at_neurons),
+            # `measure` calls this norm too, with Z^{ℓ+½}: z has been used by then
+            (block.attention_norm, lambda module, arguments, normed: inputs.update(z=arguments[0])),
+            (block.attention, around_attention),
+            (block.neurons, at_neurons),
         ]
         if lasso_steps:
-            hooks.append(block.ista_norm.register_forward_hook(lambda m, arguments, out: inputs.update(target=out)))
-        for hook in hooks:
-            stack.callback(hook.remove)
+            hooks.append((block.ista_norm, lambda module, arguments, normed: inputs.update(target=normed)))
+        return hooks
 
     total = 0
-    with ExitStack() as stack:
-        for layer in range(len(model.blocks)):
-            watch(layer, stack)
+    with hooked(*(each for layer in range(len(model.blocks)) for each in watchers(layer))):
         for tokens in batches:
             check_contexts(model, tokens)
             sequences = len(tokens)

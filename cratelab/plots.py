@@ -8,11 +8,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from cratelab.colours import CRATE, GPT2
 from cratelab.storage import replacing
 
-CRATE = "#0072B2"
-GPT2 = "#D55E00"
-PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+PALETTE = [CRATE, GPT2, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 SEQUENTIAL = "viridis"
 DIVERGING = "RdBu_r"
 

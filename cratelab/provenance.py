@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from cratelab.devices import best_device
-from cratelab.storage import write_json as write_json  # also known by this module's name
 
 _SECRET = r"(?:key|token|secret|password|passwd|passphrase|pwd|credentials?|auth|authorization)"
 

@@ -1,13 +1,13 @@
 """Reading a corpus with a model, document by document, and seeing what its neurons do."""
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cratelab.arguments import check_whole
 from cratelab.corpora.token_store import TokenizedCorpus
@@ -16,6 +16,21 @@ from cratelab.devices import check_floating
 from cratelab.language_model import LanguageModel
 
 NO_TOKEN = -1  # stands behind the end of a piece of text
+
+
+@contextmanager
+def hooked(*hooks: tuple[nn.Module, Callable], prepend: bool = False) -> Iterator[None]:
+    """Inside the `with` block, functions see, and may replace, what modules give; afterwards they are gone.
+
+    Args:
+        hooks: (module, function), called as torch calls forward hooks: `function(module, inputs, output)`. What it
+            returns, unless that is None, stands in place of the output.
+        prepend: before the hooks that the modules have already, not after them.
+    """
+    with ExitStack() as stack:
+        for module, function in hooks:
+            stack.callback(module.register_forward_hook(function, prepend=prepend).remove)
+        yield
 
 
 @torch.no_grad()
@@ -53,8 +68,7 @@ def watch_neurons(
     for name, value in ("batch", batch), ("window", window), ("ahead", ahead):
         check_whole(name, value)
     total = tokens_to_read(corpus, n_tokens)
-    if corpus.n_vocab > model.config.vocab_size:
-        raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
+    check_vocabulary(model, corpus)
     pieces = pieces_of(corpus, model.config.context, by_document, total)
     activations: list[Tensor] = []
 
@@ -63,8 +77,7 @@ def watch_neurons(
         if len(activations) == len(model.blocks):
             raise _AllSeen
 
-    hooks = [block.neurons.register_forward_hook(note) for block in model.blocks]
-    try:
+    with hooked(*((block.neurons, note) for block in model.blocks)):
         while some := list(islice(pieces, batch * ahead)):
             if ahead > 1:
                 some.sort(key=lambda piece: piece[0] - piece[1])  # the longest first
@@ -78,9 +91,6 @@ def watch_neurons(
                     model(text.tokens.clamp(min=0))
                 _check_finite(activations, text)
                 yield text, activations
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _AllSeen(Exception):
@@ -95,6 +105,15 @@ def _check_finite(layers: list[Tensor], text: "Text") -> None:
                 f"layer {layer} of the model has activations that are NaN or infinite, and nothing can be said of "
                 "them: are its weights finite, and did its training diverge?"
             )
+
+
+def check_vocabulary(model: LanguageModel, corpus: TokenizedCorpus, name: str = "corpus") -> None:
+    """Raises ValueError if the corpus, known as `name`, has tokens that the model does not know."""
+    if corpus.n_vocab > model.config.vocab_size:
+        raise ValueError(
+            f"the {name} has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}: take a corpus of the "
+            f"model's tokenizer, or a model made with vocab_size={corpus.n_vocab} or more"
+        )
 
 
 def tokens_to_read(corpus: TokenizedCorpus, n_tokens: int | None) -> int:

@@ -3,12 +3,12 @@
     run.json          model, recipe, tokenizer and corpora (sizes and hashes), provenance, written before the first step
     tokenizer.json    what made the corpora, where it is known
     metrics.jsonl     one line a step, flushed
-    checkpoint-1000   a state: the model as `LanguageModel.save` writes it, AdamW's moments, and SHA-256 sums
+    checkpoint-1000   a state: see `cratelab.checkpoints`
     model             the trained model
     lock              held while a process trains here
 
-Checkpoints are written beside and renamed, so one that has its name is whole. The latest two are kept, so that there is
-another should a disk spoil one. What the program has not written is left alone, whatever its name.
+The latest two checkpoints are kept, so that there is another should a disk spoil one. What the program has not written
+is left alone, whatever its name.
 """
 
 import hashlib
@@ -26,40 +26,25 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import nn
 from torch.optim import Optimizer
 
+from cratelab.checkpoints import (
+    check_sums,
+    is_checkpoint,
+    load_state,
+    remove_checkpoint,
+    whole_state,
+    whole_weights,
+    write_checkpoint,
+)
 from cratelab.corpora import tokenizers
 from cratelab.corpora.token_store import TokenizedCorpus, tokenizer_facts
 from cratelab.devices import exact
 from cratelab.language_model import LanguageModel
 from cratelab.provenance import provenance
 from cratelab.recipe import Recipe
-from cratelab.storage import (
-    digest_of,
-    digest_of_file,
-    locked,
-    read_json,
-    read_tensors,
-    remove_leftovers,
-    replacing,
-    write_json,
-    write_tensors,
-    write_text,
-)
-
-SUMS = "checksums.json"
-_FILES = "config.json", "model.safetensors", "optimizer.safetensors"  # of a checkpoint, beside its sums
-
-# Whole tensors on the main process's CPU, under the model's own names, however the weights are spread over GPUs.
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+from cratelab.storage import digest_of, digest_of_file, locked, read_json, remove_leftovers, write_json, write_text
 
 # Where each model was trained last by this process, so that an interrupted call can be made again.
 _TRAINED_IN: WeakKeyDictionary[LanguageModel, Path] = WeakKeyDictionary()
@@ -153,7 +138,7 @@ class RunDirectory:
         found = {}
         for entry in self.path.glob("checkpoint-*"):
             name = re.fullmatch(r"checkpoint-([1-9][0-9]*)", entry.name, re.ASCII)
-            if name and self._wrote(entry, int(name[1])):
+            if name and is_checkpoint(entry, self.digest, int(name[1])):
                 found[int(name[1])] = entry
         return dict(sorted(found.items()))
 
@@ -173,21 +158,15 @@ class RunDirectory:
         step = self.latest_step()
         if step:
             folder = self.checkpoint_path()
-            self._check_sums(folder)
-            weights = read_tensors(folder / "model.safetensors")
-            moments = read_tensors(folder / "optimizer.safetensors")
-            options = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(model, weights, options=options)
-            state = get_optimizer_state_dict(model, optimizer.optimizer, options=options)
-            if _moments(state).keys() != moments.keys():
-                raise ValueError(f"{folder / 'optimizer.safetensors'} is not the state of this optimizer")
-            for parameter, held in state["state"].items():
-                held.update({name: moments[f"{parameter}.{name}"] for name in held})
-            set_optimizer_state_dict(model, optimizer.optimizer, state, options=options)
+            try:
+                sums = check_sums(folder)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{error}; {self._way_on(folder)}") from error
+            load_state(folder, model, optimizer)
         self.accelerator.wait_for_everyone()
         file = self.path / "metrics.jsonl"
         lines = file.read_bytes().splitlines(keepends=True)[:step] if step and file.is_file() else []
-        if step and hashlib.sha256(b"".join(lines)).hexdigest() != read_json(folder / SUMS).get("metrics"):
+        if step and hashlib.sha256(b"".join(lines)).hexdigest() != sums.get("metrics"):
             raise ValueError(f"{file} does not hold steps 1 to {step} as they were written; {self._way_on(folder)}")
         if self.accelerator.is_main_process:
             with self._writing():
@@ -201,58 +180,28 @@ class RunDirectory:
 
     def save_checkpoint(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Write the state after `step` whole, then remove those before the one before."""
-        weights = get_model_state_dict(model, options=_WHOLE)
-        state = get_optimizer_state_dict(model, optimizer.optimizer, options=_WHOLE)
+        state = whole_state(model, optimizer)
         if self.accelerator.is_main_process:
-            whole = self.path / f"checkpoint-{step}"
-            if os.path.lexists(whole):
-                warnings.warn(f"{whole} is not this run's, so step {step} is not kept", stacklevel=2)
+            folder = self.path / f"checkpoint-{step}"
+            if os.path.lexists(folder):
+                warnings.warn(f"{folder} is not this run's, so step {step} is not kept", stacklevel=2)
             else:
                 with self._writing():
                     with (self.path / "metrics.jsonl").open("a") as metrics:
                         os.fsync(metrics.fileno())  # no checkpoint is on the disk before the steps up to it
-                    with replacing(whole) as part:
-                        self.model.save(part, weights)
-                        write_tensors(part / "optimizer.safetensors", _moments(state))
-                        sums = {name: digest_of_file(part / name) for name in _FILES}
-                        facts = {
-                            "run": self.digest,
-                            "step": step,
-                            "metrics": digest_of_file(self.path / "metrics.jsonl"),
-                        }
-                        write_json(part / SUMS, facts | {"sha256": sums})
+                    sum_of_metrics = digest_of_file(self.path / "metrics.jsonl")
+                    write_checkpoint(folder, self.model, *state, run=self.digest, step=step, metrics=sum_of_metrics)
                 for path in list(self.checkpoints().values())[:-2]:
-                    _remove_checkpoint(path)
+                    remove_checkpoint(path)
         self.accelerator.wait_for_everyone()
 
     def finish(self, model: nn.Module) -> None:
         """Write the trained model."""
-        weights = get_model_state_dict(model, options=_WHOLE)
+        weights = whole_weights(model)
         if self.accelerator.is_main_process:
             with self._writing():
                 self.model.save(self.path / "model", weights)
         self.accelerator.wait_for_everyone()
-
-    def _wrote(self, folder: Path, step: int) -> bool:
-        """Whether the run wrote this checkpoint, which may have been damaged since."""
-        if not folder.is_dir():
-            return False
-        try:
-            sums = read_json(folder / SUMS)
-        except (ValueError, OSError):
-            return any((folder / name).exists() for name in (SUMS, "optimizer.safetensors"))
-        return (sums.get("run"), sums.get("step")) == (self.digest, step)
-
-    def _check_sums(self, folder: Path) -> None:
-        try:
-            sums = read_json(folder / SUMS)["sha256"]
-            for name in _FILES:
-                if digest_of_file(folder / name) != sums[name]:
-                    raise ValueError(f"{folder / name} cannot be read as it was written: its SHA-256 differs")
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder / SUMS} is damaged; {self._way_on(folder)}") from error
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{error}; {self._way_on(folder)}") from error
 
     def _way_on(self, folder: Path) -> str:
         before = [path for path in self.checkpoints().values() if path != folder]
@@ -280,14 +229,6 @@ class RunDirectory:
             raise OSError(
                 f"{self.path} cannot be written: {error}; {kept}. Make room, then start the same run again: it goes on"
             ) from error
-
-
-def _remove_checkpoint(folder: Path) -> None:
-    """What the program wrote; a folder that holds other files stays."""
-    with suppress(OSError):
-        for name in *_FILES, SUMS:
-            (folder / name).unlink(missing_ok=True)
-        folder.rmdir()
 
 
 @torch.no_grad()
@@ -318,11 +259,6 @@ def _check_start(file: Path, ours: dict[str, float]) -> None:
 
 def _close(a: float, b: object) -> bool:
     return isinstance(b, int | float) and math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4)
-
-
-def _moments(state: dict) -> dict[str, Tensor]:
-    """AdamW's tensors of each parameter under one name each."""
-    return {f"{parameter}.{name}": held[name] for parameter, held in state["state"].items() for name in held}
 
 
 def _refuse(constant: str) -> None:

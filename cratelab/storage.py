@@ -21,20 +21,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _SUM = "cratelab_sha256"  # in the metadata of a .safetensors file; not every file has one
+_PART = re.compile(r"(.+)\.\d+-[0-9a-f]{8}\.part")  # what stands beside NAME while it is written
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A place beside `path` at which to write a file or a folder, which then takes the place of `path`.
 
-    It does so only once it is on the disk, so that whatever happens, a loss of power included, `path` is what it was or
-    what was written. If the block fails, what it wrote is removed. Each writer has a place of its own, NAME.….part.
-    A folder replaces no other.
+    It does so only once it is on the disk (fsync of the file, or of all in the folder, then of the folder above), so
+    that whatever happens, a loss of power included, `path` is what it was or what was written. A folder replaces no
+    other.
+
+    Each writer has a place of its own, NAME.….part. If the block fails, it is removed; after a kill it stays, until who
+    holds the lock calls `remove_leftovers`. At such a place, or in a folder that is one, `replacing` yields `path`
+    itself: the outer block syncs, renames and removes.
 
     Raises:
-        OSError: it cannot be written, such as on a full disk; the message names `path`.
+        OSError: it cannot be written, such as on a full disk.
     """
     path = Path(path)
+    if any(_PART.fullmatch(each.name) for each in (path, *path.parents)):
+        yield path
+        return
     part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield part
@@ -42,8 +50,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
             _sync(written)
         os.replace(part, path)
         _sync(path.parent)
-    except SafetensorError as error:  # a full disk, among others
-        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
@@ -55,11 +61,11 @@ def remove_leftovers(path: str | Path) -> None:
     """Remove what killed writers of `path` have left beside it. Only for who knows that nobody is writing it now."""
     path = Path(path)
     for entry in path.parent.glob("*.part"):
-        if re.fullmatch(re.escape(path.name) + r"\.\d+-[0-9a-f]{8}\.part", entry.name):
+        if (part := _PART.fullmatch(entry.name)) and part[1] == path.name:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def kept(path: str | Path, made_from: object, make: Callable[[], object]) -> object:
+def cached_json(path: str | Path, made_from: object, make: Callable[[], object]) -> object:
     """What `make` returns, as JSON has it: from the file `path`, if it was made there from the same.
 
     Args:
@@ -115,15 +121,22 @@ def read_json(path: str | Path) -> dict:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, whole or not at all, with a sum that `read_tensors` checks."""
+    """Write tensors as safetensors, whole or not at all, with a sum that `read_tensors` checks.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk; the message names `path`.
+    """
     own, seen = {}, set()
     for name, tensor in tensors.items():
         own[name] = tensor.detach().cpu().contiguous()
         if (place := own[name].untyped_storage().data_ptr()) in seen:
             own[name] = own[name].clone()  # the format has no two names for the same numbers
         seen.add(place)
-    with replacing(path) as part:
-        save_file(own, part, (metadata or {}) | {_SUM: digest_of_tensors(own)})
+    try:
+        with replacing(path) as part:
+            save_file(own, part, (metadata or {}) | {_SUM: digest_of_tensors(own)})
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

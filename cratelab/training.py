@@ -12,11 +12,11 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import Tokenizer, fingerprint
 from cratelab.language_model import LanguageModel
 from cratelab.losses import next_token_loss, validation_loss
+from cratelab.reading import check_vocabulary
 from cratelab.recipe import Recipe
 from cratelab.run_directory import RunDirectory
 
@@ -88,7 +89,8 @@ def train(
     if torch.is_autocast_enabled(accelerator.device.type):  # it would also keep old weights in its cache
         raise ValueError("train is called within torch.autocast: call it outside, with the precision in its recipe")
     length = model.config.context + 1
-    held_out = validation.validation_windows(length, min(recipe.validation_windows, len(validation) // length))
+    n_windows = min(recipe.validation_windows, len(validation) // length)
+    held_out = torch.from_numpy(validation.validation_windows(length, n_windows))
     arguments = model, recipe, training, validation, accelerator, command, tokenizer
     with RunDirectory.open(run_dir, *arguments) if run_dir else nullcontext() as run:
         model.zero_grad()  # of whatever was done with it before
@@ -96,7 +98,7 @@ def train(
             twin = _twin(model, recipe, precision, accelerator)
             trained, optimizer = accelerator.prepare(twin, _optimizer(model, recipe))
             metrics = run.resume(trained, optimizer) if run else []
-            _train(trained, optimizer, training, held_out, recipe, accelerator, metrics, run, on_step)
+            _Loop(trained, optimizer, training, held_out, recipe, accelerator, metrics, run).run(on_step)
             if run:
                 run.finish(trained)
         finally:
@@ -114,73 +116,106 @@ def _twin(model: LanguageModel, recipe: Recipe, precision: str, accelerator: Acc
     return twin
 
 
-def _train(
-    trained: nn.Module,
-    optimizer: Optimizer,
-    training: TokenizedCorpus,
-    held_out: np.ndarray,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    metrics: list[dict],
-    run: RunDirectory | None,
-    on_step: Callable[[dict], None] | None,
-) -> None:
-    """The steps that `metrics` does not hold yet; each adds its row."""
-    length = held_out.shape[1]
-    silent = None if accelerator.is_main_process else True
-    with tqdm(total=recipe.steps, initial=len(metrics), unit="step", disable=silent) as bar:
-        for step in range(len(metrics), recipe.steps):
-            start = time.perf_counter()
-            rate = recipe.learning_rate(step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            windows = training.random_windows(recipe.batch, length, [recipe.seed, step])
-            mine = torch.from_numpy(windows[accelerator.process_index :: accelerator.num_processes])
-            losses = []
-            for part in mine.to(accelerator.device).chunk(recipe.accumulate):
-                with accelerator.accumulate(trained):
-                    loss = next_token_loss(trained, part)
-                    accelerator.backward(loss)
-                    losses.append(loss.detach())
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(trained.parameters(), recipe.clip)
-                        mean_loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
-                        _check_progress(step + 1, mean_loss, float(norm), metrics, run)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            row = {
-                "step": step + 1,
-                "loss": mean_loss,
-                "gradient_norm": float(norm),
-                "learning_rate": rate,
-                "tokens": (step + 1) * recipe.batch * (length - 1),
-            }
-            last = step + 1 == recipe.steps
-            if last or (step + 1) % recipe.validate_every == 0:
-                row["validation_loss"] = _validate(trained, held_out, recipe, accelerator)
-                if not math.isfinite(row["validation_loss"]):
-                    raise _diverged(step + 1, f"the validation loss after it is {row['validation_loss']}", run)
-            to_keep = last or (step + 1) % recipe.checkpoint_every == 0
-            if to_keep and not _is_finite(trained, optimizer, accelerator):
-                raise _diverged(step + 1, "a weight, or an average of AdamW's, is no finite number after it", run)
-            row["seconds"] = time.perf_counter() - start
-            metrics.append(row)
-            if run:
-                run.write_metrics(row)
+@dataclass
+class _Loop:
+    """What every step needs; `metrics` holds the rows of those that are done.
+
+    Attributes:
+        model: what is called and trained: compiled, wrapped, in mixed precision.
+        held_out: (w, n + 1) windows to validate on.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    training: TokenizedCorpus
+    held_out: Tensor
+    recipe: Recipe
+    accelerator: Accelerator
+    metrics: list[dict]
+    directory: RunDirectory | None
+
+    def run(self, on_step: Callable[[dict], None] | None) -> None:
+        """The steps that are left."""
+        recipe, main = self.recipe, self.accelerator.is_main_process
+        with tqdm(total=recipe.steps, initial=len(self.metrics), unit="step", disable=None if main else True) as bar:
+            for step in range(len(self.metrics) + 1, recipe.steps + 1):
+                start, last = time.perf_counter(), step == recipe.steps
+                row = self.update(step)
+                if last or step % recipe.validate_every == 0:
+                    row["validation_loss"] = self.validate(step)
+                to_keep = last or step % recipe.checkpoint_every == 0
                 if to_keep:
-                    run.save_checkpoint(step + 1, trained, optimizer)
-            if on_step and accelerator.is_main_process:
-                on_step(row)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, {recipe.batch * (length - 1) / row['seconds']:,.0f} tokens/s")
-            bar.update()
+                    self.check_state(step)
+                row["seconds"] = time.perf_counter() - start
+                self.metrics.append(row)
+                if self.directory:
+                    self.directory.write_metrics(row)
+                    if to_keep:
+                        self.directory.save_checkpoint(step, self.model, self.optimizer)
+                if on_step and main:
+                    on_step(row)
+                speed = row["tokens"] / step / row["seconds"]
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s")
+                bar.update()
 
+    def update(self, step: int) -> dict:
+        """One update of the weights, on this process's share of the step's windows; its row of the metrics."""
+        recipe, accelerator, length = self.recipe, self.accelerator, self.held_out.shape[1]
+        rate = recipe.learning_rate(step - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        windows = torch.from_numpy(self.training.random_windows(recipe.batch, length, [recipe.seed, step - 1]))
+        losses = []
+        for part in self.share(windows).chunk(recipe.accumulate):
+            with accelerator.accumulate(self.model):
+                loss = next_token_loss(self.model, part)
+                accelerator.backward(loss)
+                losses.append(loss.detach())
+                if accelerator.sync_gradients:  # after the last part
+                    norm = float(accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip))
+                    mean_loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+                    self.check_progress(step, mean_loss, norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        tokens = step * recipe.batch * (length - 1)
+        return dict(step=step, loss=mean_loss, gradient_norm=norm, learning_rate=rate, tokens=tokens)
 
-def _validate(model: nn.Module, held_out, recipe: Recipe, accelerator: Accelerator) -> float:
-    """`validation_loss`, each process on its share of the windows."""
-    mine = torch.from_numpy(held_out[accelerator.process_index :: accelerator.num_processes]).to(accelerator.device)
-    batch = max(1, recipe.batch // (accelerator.num_processes * recipe.accumulate))
-    total = validation_loss(model, mine, batch) * len(mine) if len(mine) else 0.0
-    return float(accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum")) / len(held_out)
+    def share(self, windows: Tensor) -> Tensor:
+        """Those of the windows that are this process's, on its device."""
+        return windows[self.accelerator.process_index :: self.accelerator.num_processes].to(self.accelerator.device)
+
+    def validate(self, step: int) -> float:
+        """`validation_loss`, each process on its share of the windows."""
+        accelerator, mine = self.accelerator, self.share(self.held_out)
+        batch = max(1, self.recipe.batch // (accelerator.num_processes * self.recipe.accumulate))
+        total = validation_loss(self.model, mine, batch) * len(mine) if len(mine) else 0.0
+        loss = float(accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum")) / len(self.held_out)
+        if not math.isfinite(loss):
+            raise self.diverged(step, f"the validation loss after it is {loss}")
+        return loss
+
+    def check_progress(self, step: int, loss: float, norm: float) -> None:
+        """Raises Diverged if the step has no finite gradient, or the last 20 are worse than the untrained model."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self.diverged(step, f"the loss is {loss}, the norm of its gradient {norm}")
+        recent = [row["loss"] for row in self.metrics[-19:]] + [loss]
+        if len(recent) == 20 and not sum(recent) / 20 < self.metrics[0]["loss"] + 1:
+            what = f"the mean loss of the last 20 steps is {sum(recent) / 20:.3g}, the untrained model's was "
+            raise self.diverged(step, what + f"{self.metrics[0]['loss']:.3g}")
+
+    def check_state(self, step: int) -> None:
+        """Raises Diverged unless all weights and AdamW's averages are finite, on all processes."""
+        averages = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        held = [*self.model.parameters(), *averages]
+        mine = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
+        n_wrong = float(sum(not tensor.detach().isfinite().all() for tensor in mine))
+        if self.accelerator.reduce(torch.tensor(n_wrong, device=self.accelerator.device), "sum"):
+            raise self.diverged(step, "a weight, or an average of AdamW's, is no finite number after it")
+
+    def diverged(self, step: int, what: str) -> Diverged:
+        run = self.directory
+        kept = f"; {run.checkpoint_path()} is from before" if run and run.latest_step() else ""
+        return Diverged(f"step {step}: {what}{kept}. A lower peak_rate or a longer warmup often helps")
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
@@ -221,11 +256,7 @@ def _check_corpora(
 ) -> None:
     config = model.config
     for name, corpus in ("training", training), ("validation", validation):
-        if corpus.n_vocab > config.vocab_size:
-            raise ValueError(
-                f"the {name} corpus has {corpus.n_vocab} tokens, the model {config.vocab_size}: "
-                f"make it with vocab_size={corpus.n_vocab} or more"
-            )
+        check_vocabulary(model, corpus, f"{name} corpus")
         if len(corpus) <= config.context:
             raise ValueError(
                 f"the {name} corpus has {len(corpus)} tokens, fewer than the context and one more "
@@ -240,25 +271,3 @@ def _check_corpora(
             "training and validation corpus and the tokenizer do not belong together; their tokenizers' sha256 are "
             + ", ".join(each[:12] + "…" if each else "unknown" for each in made_by)
         )
-
-
-def _check_progress(step: int, loss: float, norm: float, metrics: list[dict], run: RunDirectory | None) -> None:
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise _diverged(step, f"the loss is {loss}, the norm of its gradient {norm}", run)
-    recent = [row["loss"] for row in metrics[-19:]] + [loss]
-    if len(recent) == 20 and not sum(recent) / 20 < metrics[0]["loss"] + 1:
-        what = f"the mean loss of the last 20 steps is {sum(recent) / 20:.3g}, the untrained model's was "
-        raise _diverged(step, what + f"{metrics[0]['loss']:.3g}", run)
-
-
-def _is_finite(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> bool:
-    """Whether all weights and AdamW's averages are, on all processes."""
-    held = [*model.parameters(), *(tensor for state in optimizer.state.values() for tensor in state.values())]
-    mine = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in held]
-    n_wrong = sum(not tensor.detach().isfinite().all() for tensor in mine)
-    return not accelerator.reduce(torch.tensor(float(n_wrong), device=accelerator.device), "sum")
-
-
-def _diverged(step: int, what: str, run: RunDirectory | None) -> Diverged:
-    kept = f"; {run.checkpoint_path()} is from before" if run and run.latest_step() else ""
-    return Diverged(f"step {step}: {what}{kept}. A lower peak_rate or a longer warmup often helps")

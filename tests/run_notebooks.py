@@ -1,8 +1,9 @@
-"""Run notebooks cell by cell, without a network, each in a process of its own; print what failed as JSON.
+"""Run notebooks cell by cell, without a network, each in a process of its own; say as JSON what they print.
 
     python run_notebooks.py ONE.ipynb OTHER.ipynb
 
-For each notebook, where `cratelab` was imported from and a list of [type, message] of the errors, not stopping at any.
+For each notebook, where `cratelab` was imported from, what each cell of code prints, and a list of [types, message] of
+the errors, not stopping at any.
 """
 
 import contextlib
@@ -20,15 +21,16 @@ def run(path: str) -> dict:
 
     import cratelab
 
-    shell, errors = InteractiveShell(), []
+    shell, errors, printed = InteractiveShell(), [], []
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
                 result = shell.run_cell(cell.source)
+            printed.append(out.getvalue())
             if not result.success:
                 error = result.error_before_exec or result.error_in_exec
                 errors.append([[kind.__name__ for kind in type(error).__mro__], str(error)])
-    return {"errors": errors, "library": cratelab.__file__}
+    return {"errors": errors, "printed": printed, "library": cratelab.__file__}
 
 
 def refuse(*_):

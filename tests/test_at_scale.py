@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_paper_and_us import quotes
 
 import cratelab as cl
 from cratelab import budget
@@ -41,7 +42,6 @@ def test_the_table_has_the_counts_of_estimate(counted):
 def test_the_plan_of_the_long_run_follows_from_the_table(counted):
     days = {row.split(" | ")[1]: int(row.split(" | ")[-1].strip(" |").replace(",", "")) for row in counted[-2:]}
     plan = PAGE[PAGE.index("## The paper's 12-layer run") :]
-    assert f"The table gives {days['CRATE']:,} days" in plan
-    each = [round(days["CRATE"] / rate) for rate in (100, 200, 400)]
-    assert f"it is {each[0]}, {each[1]} or {each[2]} GPU-days" in plan
-    assert f"{Recipe().steps * Recipe().batch * 1024:,} tokens" in plan
+    rates = 100, 200, 400
+    assert quotes(plan, f"{days['CRATE']:,}", *map(str, rates), *(str(round(days["CRATE"] / r)) for r in rates))
+    assert quotes(plan, f"{Recipe().steps * Recipe().batch * 1024:,}")

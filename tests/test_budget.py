@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,6 +59,15 @@ def test_saved_activations_are_those_of_the_real_pass():
         loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[0, 1:])
     assert loss.requires_grad
     assert found.activation_bytes == pytest.approx(sum(sizes.values()), rel=0.05)
+
+
+def test_layers_are_counted_without_being_built():
+    config, recipe = cl.CrateConfig.preset("toy"), Recipe(steps=1, batch=1)
+    found = [estimate(cl.Crate, replace(config, n_layers=n), recipe) for n in (1, 3, 10**6)]
+    assert found[1].parameters == cl.Crate(replace(config, n_layers=3)).count_parameters()
+    for name in "parameters", "flops_per_token", "activation_bytes":
+        one, three, million = (getattr(each, name) for each in found)
+        assert million - one == pytest.approx((three - one) / 2 * (10**6 - 1))
 
 
 def test_reads_as_a_table_with_units():

@@ -18,7 +18,7 @@ from notebooks import BOOK, ROOT
 
 import exercises
 from cratelab.checks import experiment
-from cratelab.checks.grading import CheckFailed, NotWritten, grade, random
+from cratelab.checks.grading import CheckFailed, NotWritten, grade, predict, random
 
 SOURCES = {slug: exercises.read(slug) for slug in exercises.slugs()}
 WRONG = {slug: runpy.run_path(str(ROOT / "tests/wrong_answers" / f"{slug}.py"))["WRONG"] for slug in SOURCES}
@@ -31,11 +31,12 @@ def _as_in_a_notebook(monkeypatch):
     """What a notebook's first cell sets, undone afterwards; figures are not shown."""
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)  # "cpu" would cost each call of torch a detour through Python
     with plt.rc_context():
         yield
     torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
+    if device.type != "cpu":
+        torch.set_default_device(device)
 
 
 def run(slug: str, exercise: exercises.Exercise, answer=None) -> dict:
@@ -52,8 +53,15 @@ def run(slug: str, exercise: exercises.Exercise, answer=None) -> dict:
     return names
 
 
+def is_an_experiment(exercise: exercises.Exercise) -> bool:
+    """Whether its check is `conduct`: seconds of training, which the run of the notebook does once (test_colab.py)."""
+    return any("conduct(" in cell.source for cell in exercise.cells)
+
+
 @each_exercise
 def test_solution_passes(slug, exercise, capsys):
+    if is_an_experiment(exercise):
+        pytest.skip("an experiment: its notebook is run from the wheel, and prints what it should")
     run(slug, exercise)
     assert capsys.readouterr().out, "a check that passes says so"
 
@@ -95,7 +103,7 @@ def with_nan(answer):
 
 @each_exercise
 def test_nan_is_never_right(slug, exercise):
-    if any("conduct(" in cell.source for cell in exercise.cells):
+    if is_an_experiment(exercise):
         pytest.skip("an experiment, of which test_conduct_of_an_experiment tries it")
     right = run(slug, exercise)[exercise.functions[-1]]
     changed = []
@@ -361,6 +369,16 @@ def test_right_answers_pass_and_leave_the_seed_alone(capsys):
     graded(lambda x: (x + x).numpy())
     assert "agrees with doubling in 2 random cases" in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("answer", [None, {"a": "up"}, {"a": "up", "b": "down", "c": "up"}, {"a": "up", "b": "left"}])
+def test_a_prediction_has_the_keys_and_words_that_are_asked_for(answer):
+    said = r'<lambda> should return "up", "down" or "same" for each of a, b$'
+    with pytest.raises(CheckFailed, match=said):
+        predict(lambda: answer, keys=["a", "b"], words=("up", "down", "same"))
+    with pytest.raises(CheckFailed, match=r"<lambda> should return a dict with the keys a, d$"):
+        predict(lambda n: answer, 3, keys=["a", "d"])
+    assert predict(lambda n: {"a": n}, 3, keys=["a"]) == {"a": 3}
 
 
 def test_errors_of_the_reader_pass_through():

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import cratelab as cl
-from cratelab.ista import _Encode
+from cratelab.ista_gradient import _Encode
 
 from conftest import tokens
 

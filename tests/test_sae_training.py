@@ -13,8 +13,8 @@ from test_training import corpus
 import cratelab as cl
 from cratelab import storage
 from cratelab.corpora.token_store import TokenizedCorpus
-from cratelab.sae import Sae, SaeConfig, SaeRecipe, evaluate_sae, train_saes
-from cratelab.sae import training as module
+from cratelab.sae import Sae, SaeConfig, SaeRecipe, architectures, evaluate_sae, train_saes, trainer
+from cratelab.sae.activations import ActivationBlocks
 from cratelab.sae.learner import Learner
 from cratelab.training import Diverged
 
@@ -177,7 +177,8 @@ def test_a_planted_dictionary_is_found(kind):
 def test_a_block_is_the_activations_of_whole_pieces_in_random_order():
     model, text, r = talkative(cl.Crate), corpus(500), recipe()
     pieces = np.array([(s, min(s + 12, stop)) for start, stop in spans(text) for s in range(start, stop, 12)])
-    blocks = [module._read_block(model, text, pieces, [1], r, block) for block in (0, 0, 1)]
+    activations = ActivationBlocks(model, text, [1], r.buffer, r.seed)
+    blocks = [activations.read(block) for block in (0, 0, 1)]
     assert blocks[0].equal(blocks[1]) and not blocks[0][0, :30].equal(blocks[2][0, :30])
     seen = []
     model.blocks[1].neurons.register_forward_hook(lambda m, i, x: seen.append(x[0].detach()))
@@ -215,10 +216,10 @@ def test_every_piece_and_every_token_of_it_is_equally_likely():
         np.arange(500), np.repeat(np.arange(document.n_documents), [b - a for a, b in spans(document)]),
         ["a"] * document.n_documents, 500,
     )  # fmt: skip
-    pieces = np.array([(s, min(s + 12, stop)) for start, stop in spans(text) for s in range(start, stop, 12)])
+    activations = ActivationBlocks(Positions(), text, [0], buffer=2400, seed=0)
     counts = torch.zeros(500, device="cpu")
     for block in range(40):
-        found = module._read_block(Positions(), text, pieces, [0], recipe(buffer=2400), block)[0, :, 0]
+        found = activations.read(block)[0, :, 0]
         assert (found.diff() == 1).float().mean() < 0.05  # neighbours in the text are none here
         counts += torch.bincount(found.long().cpu(), minlength=500).cpu()
     expected = counts.sum() / 500
@@ -286,8 +287,7 @@ def test_one_layer_alone_is_the_same_as_among_others():
 
 def test_the_bias_starts_as_the_mean_of_the_first_block():
     model, text, r = talkative(), corpus(), recipe(max_tokens=1, learning_rate=1e-30)
-    pieces = np.array([(s, min(s + 12, stop)) for start, stop in spans(text) for s in range(start, stop, 12)])
-    (x,) = module._read_block(model, text, pieces, [1], r, 0)
+    (x,) = ActivationBlocks(model, text, [1], r.buffer, r.seed).read(0)
     torch.testing.assert_close(train_saes(model, text, text, config(), [1], r).saes[1].b_dec.detach(), x.mean(0))
 
 
@@ -329,9 +329,9 @@ def test_either_gain_keeps_training_going(gain, fall, stops):
         for i, tokens in enumerate((600, 800))
         for layer in (0, 1)
     ]
-    assert bool(module._reason_to_stop(rows, SaeRecipe(max_tokens=1000))) == stops
-    assert not module._reason_to_stop(rows, SaeRecipe(max_tokens=4000))
-    assert not module._reason_to_stop(rows[2:], SaeRecipe(max_tokens=1000))
+    assert bool(SaeRecipe(max_tokens=1000).reason_to_stop(rows)) == stops
+    assert not SaeRecipe(max_tokens=4000).reason_to_stop(rows)
+    assert not SaeRecipe(max_tokens=1000).reason_to_stop(rows[2:])
 
 
 class Killed(Exception):
@@ -401,6 +401,17 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch
         patch.setattr(storage, "save_file", dying)
         train_saes(*arguments)
     assert train_saes(*arguments).saes[1].W_dec.equal(whole.saes[1].W_dec)
+
+
+def test_what_killed_writers_left_is_removed_finished_layers_included(tmp_path):
+    arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(max_tokens=300), tmp_path
+    train_saes(*arguments)
+    written = [*tmp_path.rglob("*")]
+    for path in "run.json", "checkpoint.safetensors", "layer-1/cfg.json", "layer-1/sae_weights.safetensors":
+        (tmp_path / f"{path}.7-00c0ffee.part").write_bytes(b"half")
+    (tmp_path / "layer-1" / "mine.part").write_bytes(b"not ours")
+    train_saes(*arguments)
+    assert {*tmp_path.rglob("*")} == {*written, tmp_path / "layer-1" / "mine.part"}
 
 
 def test_another_run_or_other_files_are_not_touched(tmp_path):
@@ -525,9 +536,9 @@ def test_undefined_scores_neither_end_nor_prolong_training():
         for i, tokens in enumerate((600, 800))
         for layer in (0, 1)
     ]
-    assert not module._reason_to_stop(rows[:4], SaeRecipe(max_tokens=1000))
-    assert "nan" not in module._reason_to_stop(rows[4:], SaeRecipe(max_tokens=1000))
-    assert module._reason_to_stop(rows[4:], SaeRecipe(max_tokens=1000))
+    assert not SaeRecipe(max_tokens=1000).reason_to_stop(rows[:4])
+    assert "nan" not in SaeRecipe(max_tokens=1000).reason_to_stop(rows[4:])
+    assert SaeRecipe(max_tokens=1000).reason_to_stop(rows[4:])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -570,7 +581,7 @@ def test_a_diverged_state_never_replaces_a_good_one(tmp_path, monkeypatch, how):
         return loss
 
     with monkeypatch.context() as patch, pytest.raises(Diverged, match=r"checkpoint\.safetensors is from before"):
-        patch.setattr(module, "evaluate_sae", spoiling)
+        patch.setattr(trainer, "evaluate_sae", spoiling)
         patch.setattr(Learner, "step", last)
         train_saes(*arguments)
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as opened:
@@ -660,3 +671,27 @@ def test_what_does_not_fit_is_refused_before_work_starts(tmp_path, changes, comp
 def test_impossible_recipes_are_refused(changes):
     with pytest.raises(ValueError, match=r"must be (at least|from 0 to|positive|shares|a number)"):
         SaeRecipe(**changes)
+
+
+class TopK(architectures.JumpRelu):
+    """A new architecture: the k largest of each token, in training and in use."""
+
+    saelens, trained, has_threshold = "topk", True, False
+
+    def code(self, pre, threshold):
+        largest = pre.topk(self.config.k, -1)
+        return torch.zeros_like(pre).scatter(-1, largest.indices, largest.values.relu())
+
+
+def test_a_new_architecture_is_one_class(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="kind must be one of"):
+        SaeConfig(WIDTH, 2, "topk", k=3)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "topk", TopK)
+    model, topk = talkative(), SaeConfig(WIDTH, 2, "topk", k=3)
+    trained = train_saes(model, corpus(), corpus(200), topk, [1], recipe(), tmp_path)
+    assert trained.curve[-1]["explained_variance"] > trained.curve[0]["explained_variance"]
+    loaded = Sae.load(tmp_path / "layer-1")
+    assert loaded.config == topk
+    x = torch.randn(5, WIDTH)
+    torch.testing.assert_close(loaded(x.cpu()), trained.saes[1](x).cpu())
+    assert ((loaded.encode(x.cpu()) > 0).sum(1) <= 3).all() and evaluate_sae(model, corpus(200), {1: loaded})[1].l0 <= 3

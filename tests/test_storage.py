@@ -53,6 +53,26 @@ def test_what_is_written_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     assert seen == ["sync", "replace", "sync"]
 
 
+def test_what_is_written_within_a_place_is_synced_and_renamed_with_it(tmp_path, monkeypatch):
+    renamed, synced, replace, sync = [], [], os.replace, storage._sync
+    monkeypatch.setattr("os.replace", lambda *paths: (renamed.append(paths[1].name), replace(*paths)))
+    monkeypatch.setattr(storage, "_sync", lambda path: (synced.append(path.name), sync(path)))
+    with storage.replacing(tmp_path / "folder") as part:
+        (part / "inner").mkdir(parents=True)
+        storage.write_json(part / "inner" / "a.json", {"a": 1})
+    with storage.replacing(tmp_path / "b.json") as part:
+        storage.write_json(part, {"b": 1})
+    assert renamed == ["folder", "b.json"] and len(synced) == 3 + 1 + 1 + 1 and synced.count("a.json") == 1
+    assert storage.read_json(tmp_path / "folder" / "inner" / "a.json") == {"a": 1} and names(tmp_path / "folder") == [
+        "inner"
+    ]
+    with pytest.raises(TypeError), storage.replacing(tmp_path / "c") as part:
+        part.mkdir()
+        storage.write_text(part / "half", "half")
+        storage.write_json(part / "c.json", {"c": object()})
+    assert names(tmp_path) == ["b.json", "folder"]
+
+
 def test_two_writers_do_not_share_a_place(tmp_path):
     with storage.replacing(tmp_path / "file") as first, storage.replacing(tmp_path / "file") as second:
         assert first != second
@@ -88,7 +108,9 @@ def test_a_result_is_made_once_and_anew_from_anything_else(tmp_path):
     file, made = tmp_path / "found.json", []
 
     def find(made_from):
-        return storage.kept(file, made_from, lambda: made.append(made_from) or {"n": len(made), "nan": float("nan")})
+        return storage.cached_json(
+            file, made_from, lambda: made.append(made_from) or {"n": len(made), "nan": float("nan")}
+        )
 
     one, other = {"seed": 0, "lam": 0.1}, {"lam": 0.1, "seed": 1}
     assert find(one) == find(dict(reversed(one.items()))) == {"n": 1, "nan": None}

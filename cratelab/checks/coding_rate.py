@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, call, grade, random, tokens, unmended
+from cratelab.checks.grading import CheckFailed, grade, predict, random, tokens, unmended
 
 CASES = [(tokens(30, 6, seed=1), 0.5), (tokens(5, 9, seed=2), 1.7), (tokens(12, 4, seed=3), 0.08)]
 
@@ -44,9 +44,7 @@ def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
             "padded": _rate(torch.cat([z, torch.zeros_like(z)], dim=1), eps),
             "diluted": _rate(torch.cat([z, torch.zeros_like(z)], dim=0), eps),
         }
-        answer = call(function, r)
-        if not isinstance(answer, dict) or set(answer) != set(after):
-            raise CheckFailed(f"{function.__name__} should return a dict with the keys {', '.join(after)}")
+        answer = predict(function, r, keys=after)
         for key, rate in after.items():
             measured = rate - _rate(z, eps)
             if not abs(float(answer[key]) - measured) <= 1e-4:  # NaN is not right

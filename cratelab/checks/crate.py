@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cratelab as cl
-from cratelab.checks.grading import CheckFailed, call, grade, random, unmended
+from cratelab.checks.grading import CheckFailed, call, grade, predict, random, unmended
 
 SIZES = [(16, 64, 2, 50, 12), (12, 24, 3, 31, 7), (8, 40, 1, 19, 30)]
 
@@ -63,9 +63,7 @@ def parameters(function: Callable[[int, int, int, int, int], dict[str, int]]) ->
                 "OpenAI": cl.Gpt2(cl.Gpt2Config(**size, bias=True)),
             }
         counted.append({key: sum(tensor.numel() for tensor in model.parameters()) for key, model in models.items()})
-        answers.append(call(function, d, h, L, v, n))
-        if not isinstance(answers[-1], dict) or set(answers[-1]) != set(models):
-            raise CheckFailed(f"{function.__name__} should return a dict with the keys {', '.join(models)}")
+        answers.append(predict(function, d, h, L, v, n, keys=models))
     for key in counted[0]:
         excess = [int(answer[key]) - right[key] for answer, right in zip(answers, counted, strict=True)]
         if any(excess):
@@ -133,9 +131,7 @@ def change_of_block(function: Callable[[], dict[str, str]]) -> None:
             "without the residual everything comes through LN(Z), which forgets the length of tokens",
         ),
     }
-    answer = call(function)
-    if not isinstance(answer, dict) or set(answer) != set(measured) or not set(answer.values()) <= {"same", "changed"}:
-        raise CheckFailed(f'{function.__name__} should return "same" or "changed" for each of {", ".join(measured)}')
+    answer = predict(function, keys=measured, words=("same", "changed"))
     for key, (difference, reason) in measured.items():
         size = float(difference.detach().abs().max() / before.abs().max())
         right = "same" if size < 1e-3 else "changed"

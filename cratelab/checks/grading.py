@@ -105,6 +105,24 @@ def unmended(variant: Callable, bugs: Mapping[str, Mapping]) -> dict[str, Callab
     }
 
 
+def predict(function: Callable, *case: object, keys: Iterable[str], words: tuple[str, ...] = ()) -> dict:
+    """A reader's predictions, one for each key: one of the words, or anything where there are none.
+
+    Raises:
+        CheckFailed: the answer is no such dict.
+        NotWritten: the function is a stub.
+    """
+    answer, keys = call(function, *case), list(keys)
+    complete = isinstance(answer, dict) and set(answer) == set(keys)
+    if complete and (not words or all(value in words for value in answer.values())):
+        return answer
+    what = "a dict with the keys"
+    if words:
+        *others, last = (f'"{word}"' for word in words)
+        what = f"{', '.join(others)} or {last} for each of"
+    raise CheckFailed(f"{function.__name__} should return {what} {', '.join(keys)}")
+
+
 def ask(function: Callable, case: tuple, shape: torch.Size) -> Tensor:
     """The answer to one case as a float64 tensor of the expected shape, from arguments of its own.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cratelab.checks.grading import CheckFailed, call, grade, random, unmended
+from cratelab.checks.grading import CheckFailed, grade, predict, random, unmended
 
 SQUARE = [
     (random(6, 5, seed=1), random(5, 5, seed=2), 0.1, 0.3, 3),
@@ -48,15 +48,7 @@ def change_of_firing(function: Callable[[], dict[str, str]]) -> None:
         ),
         "disguised": (twice, (z, 2 * D, 0.025, 0.2, 2), "eq. 4.10 with c = 2: all codes are halved, none is set to 0"),
     }
-    answer = call(function)
-    if (
-        not isinstance(answer, dict)
-        or set(answer) != set(changed)
-        or not set(answer.values()) <= {"more", "fewer", "same"}
-    ):
-        raise CheckFailed(
-            f'{function.__name__} should return "more", "fewer" or "same" for each of {", ".join(changed)}'
-        )
+    answer = predict(function, keys=changed, words=("more", "fewer", "same"))
     for key, (before, after, reason) in changed.items():
         shares = [float((_projected(*case) > 1e-12).mean()) for case in (before, after)]
         measured = "same" if shares[0] == shares[1] else "more" if shares[1] > shares[0] else "fewer"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cratelab.checks.grading import CheckFailed, call, grade, random, subspaces, tokens, unmended
+from cratelab.checks.grading import CheckFailed, grade, predict, random, subspaces, tokens, unmended
 
 ATTENTION = [
     (tokens(7, 6, seed=1), subspaces(3, 6, 2, seed=2)),
@@ -50,9 +50,7 @@ def exponents(function: Callable[[], dict[str, float]]) -> None:
         ),
         "softmax_large": (_softmax, z, 1e4, "one key takes all the weight, and its token comes back at full length"),
     }
-    answer = call(function)
-    if not isinstance(answer, dict) or set(answer) != set(maps):
-        raise CheckFailed(f"{function.__name__} should return a dict with the keys {', '.join(maps)}")
+    answer = predict(function, keys=maps)
     if empty := [key for key in maps if not isinstance(answer[key], Real)]:
         raise CheckFailed(f"{empty[0]}: the exponent should be a number; got {answer[empty[0]]!r}")
     for key, (attention, at, scale, reason) in maps.items():

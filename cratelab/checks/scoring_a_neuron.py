@@ -8,7 +8,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, call, grade, random, unmended
+from cratelab.checks.grading import CheckFailed, call, grade, predict, random, unmended
 
 
 def _words(*shape: int, n: int, seed: int) -> Tensor:
@@ -111,12 +111,7 @@ def changes_of_the_score(function: Callable[[], dict[str, str]]) -> None:
             "two positive numbers become 0, of as many as before",
         ),
     }
-    answer = call(function)
-    allowed = {"up", "down", "same", "undefined"}
-    if not isinstance(answer, dict) or set(answer) != set(changed) or not set(answer.values()) <= allowed:
-        raise CheckFailed(
-            f'{function.__name__} should return "up", "down", "same" or "undefined" for each of {", ".join(changed)}'
-        )
+    answer = predict(function, keys=changed, words=("up", "down", "same", "undefined"))
     for key, (before, after, reason) in changed.items():
         step = after - before
         measured = "undefined" if np.isnan(step) else "same" if abs(step) < 1e-9 else "up" if step > 0 else "down"
@@ -356,13 +351,15 @@ def strongest_windows(function: Callable[[Tensor, Tensor, int, int], Tensor]) ->
 
     def removed(a: Tensor, document: Tensor, width: int, k: int) -> np.ndarray:
         """Every token's window by trial; then take the strongest token left, and all whose windows touch its own."""
+        a, document = a.tolist(), document.tolist()
+        whole = [s for s in range(len(a) - width + 1) if len(set(document[s : s + width])) == 1]
         reach = [
-            min((s for s in range(len(a)) if _inside(s, width, document)), key=partial(_far, i, width, document))
-            for i in range(len(a))
+            min((s for s in whole if document[s] == own), key=lambda s, i=i: abs(s - (i - width // 2)))
+            for i, own in enumerate(document)
         ]
         left, starts = {i for i in range(len(a)) if a[i] > 0}, []
         while left and len(starts) < k:
-            best = max(left, key=lambda i: float(a[i]))
+            best = max(left, key=a.__getitem__)
             starts.append(reach[best])
             left = {i for i in left if abs(reach[i] - reach[best]) >= width}
         return np.array(starts + [-1] * (k - len(starts)))
@@ -426,15 +423,6 @@ def strongest_windows(function: Callable[[Tensor, Tensor, int, int], Tensor]) ->
         "by place: the strongest comes first": partial(variant, order="place"),
     }
     grade(function, TEXTS, removed, "removing places until none is left", mistakes)
-
-
-def _inside(start: int, width: int, document: Tensor) -> bool:
-    return start + width <= len(document) and bool((document[start : start + width] == document[start]).all())
-
-
-def _far(centre: int, width: int, document: Tensor, start: int) -> float:
-    """How far a window is from where it should start; one of another document is out of the question."""
-    return abs(start - (centre - width // 2)) if document[start] == document[centre] else float("inf")
 
 
 def _pearson(a: np.ndarray, s: np.ndarray) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, call, grade, random, subspaces, tokens
+from cratelab.checks.grading import CheckFailed, grade, predict, random, subspaces, tokens
 
 CASES = [
     (tokens(20, 8, seed=1), subspaces(4, 8, 2, seed=2), 0.5),
@@ -50,13 +50,7 @@ def change_of_reduction(function: Callable[[], dict[str, str]]) -> None:
             "R^c loses a term and R nothing; that ΔR grows all the same says that it is no objective for subspaces",
         ),
     }
-    answer = call(function)
-    if (
-        not isinstance(answer, dict)
-        or set(answer) != set(changed)
-        or not set(answer.values()) <= {"up", "down", "same"}
-    ):
-        raise CheckFailed(f'{function.__name__} should return "up", "down" or "same" for each of {", ".join(changed)}')
+    answer = predict(function, keys=changed, words=("up", "down", "same"))
     before = _rate(z, d, eps) - _subspace_rate(z, U, eps)
     for key, (moved, bases, reason) in changed.items():
         difference = _rate(moved, d, eps) - _subspace_rate(moved, bases, eps) - before

@@ -1,7 +1,7 @@
 """Checks of the exercises of chapter 7: the reach of a schedule, gap and floor, AdamW, the arithmetic of a token."""
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from math import log
 
 import torch
@@ -10,12 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cratelab as cl
-from cratelab.checks.grading import CheckFailed, call, grade, random, unmended
+from cratelab.checks.grading import CheckFailed, call, grade, predict, random, unmended
 
 
 def reach(function: Callable[[int, int, float, float], float]) -> None:
     """Exercise 7.A: the sum of all learning rates, against PyTorch's own schedulers, step by step."""
 
+    @cache  # the mistakes ask for the same again
     def scheduled(steps: int, warmup: int, peak: float, final: float) -> tuple[Tensor, Tensor]:
         """The rates of the warm-up, and those of the descent."""
         schedulers = torch.optim.lr_scheduler
@@ -250,9 +251,7 @@ def products(function: Callable[[int, int, int, int, int, int], dict[str, int]])
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 model(text)
             counted[-1][name] = counter.get_total_flops() // 2 // n
-        answers.append(call(function, d, h, L, v, n, T))
-        if not isinstance(answers[-1], dict) or set(answers[-1]) != set(models):
-            raise CheckFailed(f"{function.__name__} should return a dict with the keys {', '.join(models)}")
+        answers.append(predict(function, d, h, L, v, n, T, keys=models))
     for key in counted[0]:
         said, right = ([int(entry[key]) for entry in entries] for entries in (answers, counted))
         excess = [a - b for a, b in zip(said, right, strict=True)]

@@ -8,8 +8,9 @@ from cratelab.cli.checks import (
 from cratelab.cli.options import Compare
 from cratelab.cli.shared import new_recipe, prepare_corpus, print_table, report, use_one_thread
 from cratelab.corpora.prepare import vocabulary_size
-from cratelab.experiments.comparison import check_ladder, compare, new_model, summarise
+from cratelab.experiments.comparison import check_ladder, compare, loss_table
 from cratelab.language_model import LanguageModelConfig
+from cratelab.models import new_model
 from cratelab.provenance import provenance
 from cratelab.storage import write_json
 from cratelab.terminal import say
@@ -29,7 +30,7 @@ def run(options: Compare) -> None:
     use_one_thread(max(LanguageModelConfig.preset(preset).width for preset in options.presets))
     corpus = prepare_corpus(options, recipe, context)
     runs = compare(corpus, recipe, options.out, options.presets, range(options.seeds), options.context, say, report)
-    table = summarise(runs)
+    table = loss_table(runs)
     write_json(options.out / "compare.json", {"provenance": provenance(), "runs": runs, "table": table})
     plots.save_comparison(runs, options.out / "compare.png", corpus.floor)
     print_table(table, corpus.floor)

@@ -16,7 +16,9 @@ from cratelab.cli.shared import new_recipe, prepare_corpus, use_one_thread
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.corpora.token_store import tokenizer_facts
 from cratelab.devices import best_device
-from cratelab.language_model import LanguageModel, load
+from cratelab.language_model import LanguageModel
+from cratelab.models import load
+from cratelab.reading import check_vocabulary
 from cratelab.storage import read_json
 
 
@@ -119,8 +121,4 @@ def _check_tokenizer(folder: Path, theirs: dict, model: LanguageModel, corpus: P
             "as after a change of its text: bring back the text that it has read, or give another as --corpus, "
             f"which is read with {folder.parent / 'tokenizer.json'} unless --tokenizer names another"
         )
-    if corpus.validation.n_vocab > model.config.vocab_size:
-        raise ValueError(
-            f"the corpus has {corpus.validation.n_vocab} tokens, the model in {folder} {model.config.vocab_size}: "
-            "give a corpus of the tokenizer that it was trained with"
-        )
+    check_vocabulary(model, corpus.validation)

@@ -13,7 +13,7 @@ from cratelab.cli.options import Train, dashed
 from cratelab.cli.runs import read_command, remembered
 from cratelab.cli.shared import defined, new_recipe, prepare_corpus, report, use_one_thread
 from cratelab.corpora.prepare import vocabulary_size
-from cratelab.experiments.comparison import new_model
+from cratelab.models import new_model
 from cratelab.run_directory import check_same_run
 from cratelab.terminal import say
 from cratelab.training import train

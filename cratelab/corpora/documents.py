@@ -5,10 +5,8 @@ belongs to (a subset of The Pile, a Python package, a genre), and is what the an
 """
 
 import hashlib
-import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
 
 SPLITS = "train", "validation", "test"
 FRACTIONS = 0.9, 0.05, 0.05
@@ -69,17 +67,3 @@ def select(
 def encode_utf8(text: str) -> bytes:
     """UTF-8 that also takes the lone surrogates which JSON's escapes can spell, so that every str has a hash."""
     return text.encode("utf8", "surrogatepass")
-
-
-def require(package: str, extra: str = "corpora") -> ModuleType:
-    """Import a package of one of the project's extras when it is first needed.
-
-    Raises:
-        ImportError: it is not installed; the message says how to get it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"this needs the package {package!r}, which is not installed here: pip install 'cratelab[{extra}]'"
-        ) from error

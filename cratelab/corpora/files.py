@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cratelab.corpora.documents import Document, require
+from cratelab.corpora.documents import Document
+from cratelab.extras import require
 
 _JSONL, _TEXT = (".jsonl", ".ndjson", ".json"), (".txt", ".text", ".md", ".rst", ".raw")
 _COMPRESSED = (".gz", ".zst")

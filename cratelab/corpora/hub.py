@@ -7,8 +7,9 @@ already on this machine are read by `cratelab.corpora.files`, which needs no net
 import os
 from collections.abc import Iterator
 
-from cratelab.corpora.documents import Document, require
+from cratelab.corpora.documents import Document
 from cratelab.corpora.files import as_document
+from cratelab.extras import require
 
 PILE = "monology/pile-uncopyrighted"
 TINY_STORIES = "roneneldan/TinyStories"

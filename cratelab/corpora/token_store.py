@@ -168,17 +168,6 @@ class TokenizedCorpus:
         starts = self._starts_in(shard)
         return int(starts[row]), int(starts[row + 1])
 
-    def document_at(self, position: int) -> int:
-        """The document that a token of the stream belongs to.
-
-        Raises:
-            IndexError: the stream has no such position.
-        """
-        position = range(len(self))[position]
-        shard = int(np.searchsorted(self._token_ends, position, side="right"))
-        row = int(np.searchsorted(self._starts_in(shard), position, side="right")) - 1
-        return int(self._document_ends[shard]) - len(self._documents[shard]) + row
-
     def domain(self, index: int) -> str:
         """The domain of a document.
 

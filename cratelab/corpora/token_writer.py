@@ -16,6 +16,7 @@ from threading import Event
 
 import numpy as np
 
+from cratelab.arguments import check_whole
 from cratelab.corpora.documents import Document, encode_utf8
 from cratelab.corpora.token_store import (
     DTYPES,
@@ -61,10 +62,9 @@ def tokenize(
             tokenizer cannot encode a document, which is named, or gives a token that is not in its vocabulary.
         OSError: a file cannot be written. What was finished stays, and the next run goes on from there.
     """
-    if any(type(number) is not int or number < 1 for number in (shard_characters, 1 if workers is None else workers)):
-        raise ValueError(
-            f"workers and shard_characters must be integers, at least 1; got {workers} and {shard_characters}"
-        )
+    check_whole("shard_characters", shard_characters)
+    if workers is not None:
+        check_whole("workers", workers)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock"):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from cratelab.corpora.documents import Document, require
+from cratelab.corpora.documents import Document
+from cratelab.extras import require
 from cratelab.storage import digest_of, read_json, write_text
 
 if TYPE_CHECKING:

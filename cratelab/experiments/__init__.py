@@ -1,1 +1,1 @@
-"""What makes the book's tables: comparisons, reference models, statistics; one module a chapter."""
+"""What makes the book's tables: comparisons and reference models; one module a chapter."""

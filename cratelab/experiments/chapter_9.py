@@ -7,6 +7,7 @@ GPT-2 with a limit to its active neurons. On Python's documentation the referenc
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from cratelab.corpora import tinyworld
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import fingerprint
-from cratelab.experiments.comparison import MODELS, check_ladder, new_model
+from cratelab.experiments.comparison import check_ladder
 from cratelab.experiments.reference_models import PRESETS, train_on_documentation
 from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
@@ -23,11 +24,12 @@ from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, Tok
 from cratelab.interpret.ground_truth import match_concepts, separate_senses
 from cratelab.interpret.records import Records
 from cratelab.interpret.scores import ScoringProtocol
-from cratelab.language_model import LanguageModel, load
+from cratelab.language_model import LanguageModel
 from cratelab.losses import document_log_probs
+from cratelab.models import MODELS, load, new_model
 from cratelab.provenance import provenance
 from cratelab.recipe import Recipe
-from cratelab.storage import digest_of_file, kept, write_json
+from cratelab.storage import cached_json, digest_of_file, write_json
 from cratelab.training import train
 
 DEPTHS = 1, 2, 3
@@ -64,6 +66,11 @@ class Setting:
         """The model with fresh weights."""
         own = {"lam": self.lam} if self.model == "crate" else {"top_k": self.top_k}
         return new_model(self.model, "toy", n_vocab, seed, CONTEXT, n_layers=self.n_layers, **own)
+
+    def recipe(self, seed: int) -> Recipe:
+        """How it is trained."""
+        rates = {"peak_rate": 1e-2, "final_rate": 1e-3}
+        return Recipe.preset("toy", steps=self.steps, batch=8, seed=seed, validate_every=self.steps, **rates)
 
 
 def settings(steps: int) -> list[Setting]:
@@ -107,32 +114,30 @@ def compare_on_tinyworld(
             run_dir = Path(folder) / f"{setting.name}-{seed}"
             if on_run:
                 on_run(run_dir.name)
-            recipe = Recipe.preset(
-                "toy",
-                steps=setting.steps,
-                batch=8,
-                peak_rate=1e-2,
-                final_rate=1e-3,
-                seed=seed,
-                validate_every=setting.steps,
-            )
             model = setting.new(text.n_vocab, seed)
-            train(model, training, text, recipe, run_dir, on_step)  # a run that is done is read
-            model.eval()
-            full = setting.steps == steps
-
-            def find(model=model, setting=setting, seed=seed, full=full) -> dict:
-                gap = held_out.log_prob - document_log_probs(model, text)
-                measured = {"trained": measure(model, text, concepts, seed, truth=True, ladder=full)}
-                if full:
-                    measured["untrained"] = measure(untrained(model, seed), text, concepts, seed, truth=True)
-                facts = {"parameters": model.count_parameters(positions=False), "gap": float(np.nanmean(gap))}
-                return asdict(setting) | {"seed": seed} | facts | measured
-
+            train(model, training, text, setting.recipe(seed), run_dir, on_step)  # a run that is done is read
+            longest = setting.steps == steps
+            find = partial(_findings_on_tinyworld, setting, seed, model.eval(), held_out, concepts, longest)
             weights = digest_of_file(run_dir / "model" / "model.safetensors")
-            made_from = [asdict(setting), seed, full, text.facts(), weights]
-            runs.append(kept(run_dir / "findings.json", made_from, find))
+            made_from = [asdict(setting), seed, longest, text.facts(), weights]
+            runs.append(cached_json(run_dir / "findings.json", made_from, find))
     return runs
+
+
+def _findings_on_tinyworld(
+    setting: Setting, seed: int, model: LanguageModel, held_out: tinyworld.World, concepts: Concepts, longest: bool
+) -> dict:
+    text = held_out.corpus()
+    gap = held_out.log_prob - document_log_probs(model, text)
+    found = asdict(setting) | {
+        "seed": seed,
+        "parameters": model.count_parameters(positions=False),
+        "gap": float(np.nanmean(gap)),
+        "trained": measure(model, text, concepts, seed, truth=True, ladder=longest),
+    }
+    if longest:
+        found["untrained"] = measure(untrained(model, seed), text, concepts, seed, truth=True)
+    return found
 
 
 def compare_on_documentation(
@@ -176,18 +181,23 @@ def compare_on_documentation(
                 on_run(f"{run_dir.name}: its neurons")
             facts = {key: run[key] for key in ("model", "seed", "parameters", "validation_loss")}
 
-            def find(run_dir=run_dir, facts=facts, steps=each, text=text, concepts=concepts) -> dict:
-                model, seed = load(run_dir / "model"), facts["seed"]
-                measured = {
-                    "trained": measure(model, text, concepts, seed, n_tokens=n_tokens),
-                    "untrained": measure(untrained(model, seed), text, concepts, seed, n_tokens=n_tokens),
-                }
-                return facts | {"n_layers": model.config.n_layers, "steps": steps} | measured
-
+            find = partial(_findings_on_documentation, run_dir / "model", facts, each, text, concepts, n_tokens)
             made_from = [facts, each, n_tokens, text.facts(), fingerprint(documentation.tokenizer)]
             weights = digest_of_file(run_dir / "model" / "model.safetensors")
-            found.append(kept(run_dir / "findings.json", [*made_from, weights], find))
+            found.append(cached_json(run_dir / "findings.json", [*made_from, weights], find))
     return found
+
+
+def _findings_on_documentation(
+    folder: Path, facts: dict, steps: int, text: TokenizedCorpus, concepts: Concepts, n_tokens: int
+) -> dict:
+    model, seed = load(folder), facts["seed"]
+    return facts | {
+        "n_layers": model.config.n_layers,
+        "steps": steps,
+        "trained": measure(model, text, concepts, seed, n_tokens=n_tokens),
+        "untrained": measure(untrained(model, seed), text, concepts, seed, n_tokens=n_tokens),
+    }
 
 
 @torch.no_grad()

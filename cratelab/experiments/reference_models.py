@@ -11,8 +11,9 @@ from pathlib import Path
 
 from cratelab.corpora import tokenizers
 from cratelab.corpora.prepare import PreparedCorpus, prepare
-from cratelab.experiments.comparison import check_ladder, compare, summarise
-from cratelab.language_model import LanguageModel, load
+from cratelab.experiments.comparison import check_ladder, compare, loss_table
+from cratelab.language_model import LanguageModel
+from cratelab.models import load
 from cratelab.provenance import provenance
 from cratelab.recipe import Recipe
 from cratelab.storage import read_json, write_json
@@ -105,7 +106,7 @@ def make_reference_models(
         on_step: as for `cratelab.training.train`.
 
     Returns:
-        The table of `cratelab.experiments.comparison.summarise`.
+        The table of `cratelab.experiments.comparison.loss_table`.
 
     Raises:
         ValueError: no seeds or steps; `folder` holds runs of other arguments or text; or a weight is too large for half
@@ -119,19 +120,24 @@ def make_reference_models(
     packed = folder / "packed"
     packed.mkdir(parents=True, exist_ok=True)
     for run in runs:
-        label = f"{run['model']}-{run['preset']}-{run['seed']}"
+        run_dir = folder / "runs" / f"{run['model']}-{run['preset']}-{run['seed']}"
+        run["provenance"] = read_json(run_dir / "run.json")["provenance"]
         if run["seed"] == 0 or run["preset"] == "toy":
-            trained = load(folder / "runs" / label / "model")
-            halves = {key: tensor.half() for key, tensor in trained.state_dict().items()}
-            if not all(tensor.isfinite().all() for tensor in halves.values()):
-                raise ValueError(f"{folder / 'runs' / label / 'model'} has weights too large for half precision")
-            trained.save(packed / label, halves)
-        run["provenance"] = read_json(folder / "runs" / label / "run.json")["provenance"]
+            _pack(run_dir / "model", packed / run_dir.name)
     tokenizers.save(documentation.tokenizer, packed / "tokenizer.json")
     about = provenance(
         documentation={"name": "+".join(["pydocs", "packages", *text])} | documentation.training.facts(),
         tinyworld=world.training.facts() | {"floor": world.floor},
     )
-    table = summarise(runs)
+    table = loss_table(runs)
     write_json(packed / "reference_models.json", {"provenance": about, "findings": runs, "table": table})
     return table
+
+
+def _pack(model: Path, packed: Path) -> None:
+    """Save a model anew in half precision."""
+    trained = load(model)
+    halves = {key: tensor.half() for key, tensor in trained.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in halves.values()):
+        raise ValueError(f"{model} has weights too large for half precision")
+    trained.save(packed, halves)

@@ -9,7 +9,8 @@ from cratelab.arguments import check_seed
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.explainers import Explainer, Explanations, shuffle
 from cratelab.interpret.records import Records, collect_records
-from cratelab.interpret.scores import PROTOCOLS, Scores, ScoringProtocol, needs, score, split, summarise
+from cratelab.interpret.scores import PROTOCOLS, Scores, ScoringProtocol, needs, score, split
+from cratelab.intervals import interval_over_neurons
 from cratelab.language_model import LanguageModel
 
 
@@ -32,30 +33,33 @@ class Evaluation:
     explanations: Explanations
 
     def row(self, layers: Iterable[int] | None = None) -> dict:
-        """The numbers to report, scores × 100; over all layers, or some.
+        """The numbers to report, scores × 100; over all layers, or some: the paper leaves the last out at 6 and 12.
 
-        mean and interval count neurons without a score as 0; mean_defined leaves them out, as the paper does, and is
-        NaN if a layer has none with a score; undefined is their share, dead the share that is so because the neuron is
-        constant.
+        layers are the means of each, mean and variance those of layers (eq-09-1). All three and interval count neurons
+        without a score as 0; mean_defined leaves them out, as the paper does, and is NaN if a layer has none with a
+        score; undefined is their share, dead the share that is so because the neuron is constant.
 
         Raises:
             ValueError: there is no such layer, or none is asked for.
         """
-        layers = list(range(len(self.scores.correlation)) if layers is None else layers)
-        counted = summarise(self.scores, layers)
+        n_layers = len(self.scores.correlation)
+        layers = list(range(n_layers) if layers is None else layers)
+        if not layers or not all(-n_layers <= layer < n_layers for layer in layers):
+            raise ValueError(f"row needs layers below {n_layers}, at least one; got {layers}")
+        means, held = self.scores.by_layer()[layers], self.scores.correlation[layers]
         return {
             "protocol": self.protocol,
             "explainer": self.explainer,
-            "layers": [round(float(mean), 3) for mean in self.scores.by_layer()[layers]],
-            "mean": counted.mean,
-            "interval": list(counted.interval),
-            "variance": counted.variance,
-            "mean_defined": summarise(self.scores, layers, undefined_as_zero=False).mean,
+            "layers": [round(mean, 3) for mean in means.tolist()],
+            "mean": float(means.mean()),
+            "interval": list(interval_over_neurons(held.nan_to_num(0))),
+            "variance": float(means.var(correction=0)),
+            "mean_defined": float(self.scores.by_layer(undefined_as_zero=False)[layers].mean()),
             "rank_mean": float(100 * self.scores.rank_correlation[layers].nan_to_num(0).mean()),
-            "undefined": float(self.scores.correlation[layers].isnan().double().mean()),
+            "undefined": float(held.isnan().double().mean()),
             "dead": float(self.scores.dead[layers].double().mean()),
             "coverage": float(self.scores.coverage[layers].mean()),
-            "control": summarise(self.control, layers).mean,
+            "control": float(self.control.by_layer()[layers].mean()),
         }
 
 

@@ -20,7 +20,7 @@ from cratelab.arguments import check_seed
 from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.asking.answers import Asker, Cost
 from cratelab.interpret.asking.endpoints import Request
-from cratelab.interpret.asking.prompts import explanation_prompt, printable, token_writer
+from cratelab.interpret.asking.prompts import drop_unprintable, explanation_prompt, token_writer
 from cratelab.interpret.asking.simulator import LanguageModelSimulator
 from cratelab.interpret.explainers import discretise
 from cratelab.interpret.records import Excerpts
@@ -185,4 +185,4 @@ def first_line(text: str) -> str:
 
     It is cut where no sentence is so long: every token that is simulated is asked for with the explanation before it.
     """
-    return printable(text.strip().partition("\n")[0]).strip('"“”')[:LONGEST_SENTENCE]
+    return drop_unprintable(text.strip().partition("\n")[0]).strip('"“”')[:LONGEST_SENTENCE]

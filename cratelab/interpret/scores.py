@@ -1,19 +1,16 @@
-"""How well a simulation of a neuron agrees with the neuron, and what may be said of many neurons.
+"""How well a simulation of a neuron agrees with the neuron.
 
 The score is Pearson's correlation over all tokens of a neuron's validation excerpts together: concatenate first,
 correlate once. A protocol says which excerpts explain and which validate (`split`).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from cratelab.arguments import check_seed
 from cratelab.interpret.records import Excerpts, Records
 from cratelab.reading import NO_TOKEN
 
@@ -142,8 +139,10 @@ class Scores:
     coverage: Tensor
 
     def by_layer(self, undefined_as_zero: bool = True) -> Tensor:
-        """(l,) means over neurons × 100; neurons without a score count as 0, or not at all as in the paper."""
-        return 100 * (self.correlation.nan_to_num(0).mean(1) if undefined_as_zero else self.correlation.nanmean(1))
+        """(l,) means over neurons × 100 (eq-09-1); without a score they count as 0, or not at all as in the paper."""
+        if undefined_as_zero:
+            return 100 * self.correlation.nan_to_num(0).mean(1)
+        return 100 * torch.stack([layer[~layer.isnan()].mean() for layer in self.correlation])
 
 
 def score(simulated: Tensor, validation: Excerpts, coverage: Tensor | None = None) -> Scores:
@@ -168,67 +167,6 @@ def score(simulated: Tensor, validation: Excerpts, coverage: Tensor | None = Non
         constant=found.isnan() & ~dead,
         coverage=torch.ones_like(found) if coverage is None else coverage,
     )
-
-
-@dataclass
-class LayerMeans:
-    """The paper's two numbers for a model, with an interval: mean and population variance over layers, × 100.
-
-    Attributes:
-        mean: over the chosen layers of each layer's mean.
-        variance: of the layers' means.
-        interval: 95 % bootstrap interval of `mean` over the neurons of each layer.
-    """
-
-    mean: float
-    variance: float
-    interval: tuple[float, float]
-
-
-def summarise(
-    scores: Scores,
-    layers: Sequence[int] | None = None,
-    undefined_as_zero: bool = True,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> LayerMeans:
-    """Mean and variance over layers of a model's scores (eq-09-1).
-
-    Args:
-        scores: of all its neurons.
-        layers: which layers; all unless given. The paper leaves the last out at 6 and 12 layers.
-        undefined_as_zero: count neurons without a score as 0; the paper drops them.
-        n_resamples: of the bootstrap.
-        seed: of the bootstrap.
-
-    Returns:
-        NaN where a layer has no neuron to count.
-
-    Raises:
-        ValueError: there is no such layer, none is chosen, or `n_resamples` is below 1.
-    """
-    layers = list(range(len(scores.correlation)) if layers is None else layers)
-    if (
-        not layers
-        or n_resamples < 1
-        or not all(-len(scores.correlation) <= i < len(scores.correlation) for i in layers)
-    ):
-        raise ValueError(
-            f"summarise needs layers below {len(scores.correlation)} and n_resamples >= 1; got {layers}, {n_resamples}"
-        )
-    check_seed(seed)
-    chosen = scores.correlation[layers]
-    values = [layer.nan_to_num(0) if undefined_as_zero else layer[~layer.isnan()] for layer in chosen]
-    if not all(len(layer) for layer in values):
-        return LayerMeans(np.nan, np.nan, (np.nan, np.nan))
-    means = np.array([100 * float(layer.mean()) for layer in values])
-    draw = np.random.default_rng(seed)
-    resampled = np.zeros(n_resamples)
-    for layer in values:
-        n = len(layer)
-        resampled += 100 * layer.numpy()[draw.integers(n, size=(n_resamples, n))].mean(1) / len(values)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return LayerMeans(float(means.mean()), float(means.var()), (float(low), float(high)))
 
 
 def _without_overlap(excerpts: Excerpts, others: Excerpts) -> Excerpts:

@@ -1,9 +1,11 @@
 """Sparse auto-encoders: a sparse code bolted on to the neurons of a trained model (chapter 10)."""
 
-from cratelab.sae.autoencoder import Sae, SaeConfig
-from cratelab.sae.evaluation import SaeScores, cross_entropy, evaluate_sae
+from cratelab.sae.architectures import SaeConfig
+from cratelab.sae.autoencoder import Sae
+from cratelab.sae.fidelity import SaeScores, cross_entropy, evaluate_sae
+from cratelab.sae.sae_recipe import SaeRecipe
 from cratelab.sae.splicing import splice
-from cratelab.sae.training import SaeRecipe, SaeTraining, train_saes
+from cratelab.sae.trainer import SaeTraining, train_saes
 
 __all__ = [
     "Sae",

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cratelab.devices import exact
+from cratelab.sae.architectures import keep_largest
 from cratelab.sae.autoencoder import Sae
 
 
@@ -33,24 +34,17 @@ class Learner:
 
     def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What `train_saes` minimises (eq-10-2), and the code (n, m)."""
-        code = F.relu(self.sae.pre_activations(x))
-        if self.sae.config.kind == "batchtopk":
-            code = self.keep_largest(code)
+        sae = self.sae
+        code = sae.architecture.code_in_training(sae.pre_activations(x), sae.threshold)
         size = x.square().sum(1)
-        errors = (self.sae.decode(code) - x).square().sum(1)
+        errors = (sae.decode(code) - x).square().sum(1)
         least = float(size.mean()) / 100
         loss = (errors / size.clamp(min=least if least > 1e-12 else 1.0)).mean()  # a silent batch has no scale
-        if self.sae.config.kind == "relu":
-            loss = loss + self.sae.config.l1 * code.sum() / len(x)
-        return loss, code
+        return loss + sae.architecture.penalty(code), code
 
     def keep_largest(self, code: Tensor) -> Tensor:
-        """All but the k·n largest entries set to 0 (eq-10-3). What they exceed, averaged, is the threshold in use."""
-        n_kept = min(self.sae.config.k * len(code), code.numel() - 1)
-        floor = code.detach().flatten().topk(n_kept + 1, sorted=False).values.min()
-        threshold = self.sae.threshold
-        threshold.lerp_(floor, 0.01) if threshold[0] > 0 else threshold.fill_(floor)
-        return F.threshold(code, float(floor), 0.0)
+        """`architectures.keep_largest` with this auto-encoder's k and threshold."""
+        return keep_largest(code, self.sae.config.k, self.sae.threshold)
 
     @torch.no_grad()
     def resample(self, x: Tensor, patience: int, draw: np.random.Generator) -> None:

@@ -31,7 +31,7 @@ def splice(model: LanguageModel, saes: dict[int, Sae], error_term: bool = False)
             or weights were cast to integers.
     """
     check_floating(model)
-    width = model.config.expansion * model.config.width
+    width = model.config.n_neurons
     for layer, sae in saes.items():
         if layer not in range(len(model.blocks)):
             raise ValueError(f"the model has the layers 0 to {len(model.blocks) - 1}; got {layer}")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cratelab.arguments import check_whole
 from cratelab.language_model import LanguageModel
-from cratelab.reading import check_contexts
+from cratelab.reading import check_contexts, hooked
 from cratelab.steering.edits import check_values
 
 
@@ -43,11 +43,8 @@ def generate_when_set(
         code[rows, :, neurons] = values.to(code.dtype)[:, None]
         return code
 
-    hook = model.blocks[layer].neurons.register_forward_hook(set_own)
-    try:
+    with hooked((model.blocks[layer].neurons, set_own)):
         tokens = model.generate(repeat(prompts, "p n -> (m p) n", m=len(rows) // p), n_new, **options)
-    finally:
-        hook.remove()
     return rearrange(tokens[:, prompts.shape[1] :], "(m p) n -> m p n", p=p)
 
 

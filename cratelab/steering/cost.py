@@ -126,20 +126,7 @@ def frontier(
     """
     check_contexts(model, contexts, batch, least=2)
     strengths = [float(strength) for strength in strengths]
-    if not strengths or not all(low < high < np.inf for low, high in pairwise([0, *strengths])):
-        raise ValueError(f"strengths must be positive numbers that rise; got {strengths}")
-    if not len(neurons) or maxima.shape != neurons.shape or not ((maxima >= 0) & maxima.isfinite()).all():
-        raise ValueError(
-            f"a frontier needs one neuron or more, and their maxima, finite and at least 0; got {neurons.tolist()} and "
-            f"{maxima.tolist()}"
-        )
-    shape = len(neurons), model.config.vocab_size
-    for name, tokens in ("targets", targets), ("controls", controls):
-        if tokens.shape != shape or tokens.dtype != torch.bool:
-            raise ValueError(f"{name} must be {shape} bool; got {tuple(tokens.shape)} {tokens.dtype}")
-        if (useless := ~tokens.any(1) | tokens.all(1)).any():
-            rows = useless.nonzero()[:, 0].tolist()
-            raise ValueError(f"{name} must name some and not all tokens for each neuron; leave out rows {rows}")
+    _check(model, neurons, maxima, targets, controls, strengths)
     device = model.token_embedding.weight.device
     targets, controls, maxima = targets.to(device), controls.to(device), single(maxima.to(device))
     values = torch.outer(torch.tensor(strengths, dtype=maxima.dtype, device=device), maxima)
@@ -159,6 +146,25 @@ def frontier(
         loss_penalty += float(exact_sum((clean - plain)[:, :-1].gather(2, tokens[:, 1:, None].long())))
     n_contexts, n = contexts.shape
     return Frontier(*sums / contexts.numel(), loss_penalty / (n_contexts * (n - 1)), kl_penalty / contexts.numel())
+
+
+def _check(
+    model: LanguageModel, neurons: Tensor, maxima: Tensor, targets: Tensor, controls: Tensor, strengths: list[float]
+) -> None:
+    if not strengths or not all(low < high < np.inf for low, high in pairwise([0, *strengths])):
+        raise ValueError(f"strengths must be positive numbers that rise; got {strengths}")
+    if not len(neurons) or maxima.shape != neurons.shape or not ((maxima >= 0) & maxima.isfinite()).all():
+        raise ValueError(
+            f"a frontier needs one neuron or more, and their maxima, finite and at least 0; got {neurons.tolist()} and "
+            f"{maxima.tolist()}"
+        )
+    shape = len(neurons), model.config.vocab_size
+    for name, tokens in ("targets", targets), ("controls", controls):
+        if tokens.shape != shape or tokens.dtype != torch.bool:
+            raise ValueError(f"{name} must be {shape} bool; got {tuple(tokens.shape)} {tokens.dtype}")
+        if (useless := ~tokens.any(1) | tokens.all(1)).any():
+            rows = useless.nonzero()[:, 0].tolist()
+            raise ValueError(f"{name} must name some and not all tokens for each neuron; leave out rows {rows}")
 
 
 def _measure(logits: Tensor, targets: Tensor, controls: Tensor) -> Tensor:

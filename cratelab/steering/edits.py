@@ -1,7 +1,7 @@
 """Neurons edited while a model computes (eq-11-1): in every forward pass inside a `with` block."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cratelab.devices import all_finite, check_floating, single
 from cratelab.language_model import LanguageModel
+from cratelab.reading import hooked
 
 LARGEST = 1e15  # in size, of an edited activation: norms square what it makes of the tokens, and float32 ends at 3e38
 
@@ -45,8 +46,7 @@ class Edit:
             self.neuron, self.value = torch.as_tensor(self.neuron).reshape(-1), torch.as_tensor(self.value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"neuron and value must be numbers; got {self.neuron!r} and {self.value!r}") from error
-        if self.by not in ("set", "add", "scale"):
-            raise ValueError(f'by must be "set", "add" or "scale"; got {self.by!r}')
+        _check_by(self.by)
         _check_numbers(self.neuron)
         if len(self.neuron.unique()) != len(self.neuron):
             raise ValueError(f"neuron must be one integer or several different ones; got {self.neuron.tolist()}")
@@ -110,24 +110,33 @@ def steer(model: LanguageModel, *edits: Edit, **edit) -> Iterator[None]:
     for each in edits:
         check_neurons(model, each.layer, each.neuron)
         _check_range(model, each.value)
-    with ExitStack() as hooks:
-        for each in edits:
-            block = model.blocks[each.layer]
-            edit = block.neurons.register_forward_hook(lambda module, inputs, code, each=each: each(code))
-            check = block.register_forward_hook(lambda module, inputs, output, each=each: _check_output(each, output))
-            hooks.callback(edit.remove)
-            hooks.callback(check.remove)
+    hooks = []
+    for each in edits:
+        block = model.blocks[each.layer]
+        hooks.append((block.neurons, lambda module, inputs, code, each=each: each(code)))
+        hooks.append((block, lambda module, inputs, output, each=each: _check_output(each, output)))
+    with hooked(*hooks):
         yield
 
 
 def check_values(model: LanguageModel, layer: int, neurons: Tensor, values: Tensor, by: str = "set") -> None:
     """Raises ValueError unless the layer has these neurons (m,), and they can take these values (s, m)."""
-    if by not in ("set", "add", "scale"):
-        raise ValueError(f'by must be "set", "add" or "scale"; got {by!r}')
+    _check_by(by)
     check_neurons(model, layer, neurons)
     if values.ndim != 2 or values.shape[1] != len(neurons):
         raise ValueError(f"{len(neurons)} neurons need as many values each time; got {tuple(values.shape)}")
     _check_range(model, values)
+
+
+def check_neurons(model: LanguageModel, layer: int, neurons: Tensor) -> None:
+    """Raises ValueError if the model has no such layer, or the layer no such neurons."""
+    _check_numbers(neurons)
+    check_floating(model)
+    if not isinstance(layer, Integral) or layer not in range(len(model.blocks)):
+        raise ValueError(f"the model has layers 0 to {len(model.blocks) - 1}; got {layer}")
+    n_neurons = _count_neurons(model, layer)
+    if not ((neurons >= 0) & (neurons < n_neurons)).all():
+        raise ValueError(f"layer {layer} has neurons 0 to {n_neurons - 1}; got {neurons.tolist()}")
 
 
 def _check_output(edit: Edit, output: Tensor) -> None:
@@ -136,6 +145,11 @@ def _check_output(edit: Edit, output: Tensor) -> None:
             f"layer {edit.layer}: after {edit.by} {edit.value.tolist()} of neurons {edit.neuron.tolist()} its output "
             f"is not finite in {output.dtype}: take smaller values, if it is without them"
         )
+
+
+def _check_by(by: str) -> None:
+    if by not in ("set", "add", "scale"):
+        raise ValueError(f'by must be "set", "add" or "scale"; got {by!r}')
 
 
 def _in_range(values: Tensor) -> bool:
@@ -157,17 +171,6 @@ def _check_range(model: LanguageModel, values: Tensor) -> None:
         raise ValueError(f"values must be finite in {dtype} and at most {LARGEST:g} in size; got {values.tolist()}")
 
 
-def check_neurons(model: LanguageModel, layer: int, neurons: Tensor) -> None:
-    """Raises ValueError if the model has no such layer, or the layer no such neurons."""
-    _check_numbers(neurons)
-    check_floating(model)
-    if not isinstance(layer, Integral) or layer not in range(len(model.blocks)):
-        raise ValueError(f"the model has layers 0 to {len(model.blocks) - 1}; got {layer}")
-    n_neurons = _count_neurons(model, layer)
-    if not ((neurons >= 0) & (neurons < n_neurons)).all():
-        raise ValueError(f"layer {layer} has neurons 0 to {n_neurons - 1}; got {neurons.tolist()}")
-
-
 @torch.no_grad()
 def _count_neurons(model: LanguageModel, layer: int) -> int:
     """How many pass the layer's site: features where an auto-encoder is spliced in. No other hook of the site runs."""
@@ -176,13 +179,11 @@ def _count_neurons(model: LanguageModel, layer: int) -> int:
         raise _Seen(code.shape[-1])
 
     site = model.blocks[layer].neurons
-    hook = site.register_forward_hook(count, prepend=True)
-    try:
-        site(model.token_embedding.weight.new_zeros(1, 1, model.config.expansion * model.config.width))
-    except _Seen as seen:
-        return seen.args[0]
-    finally:
-        hook.remove()
+    with hooked((site, count), prepend=True):
+        try:
+            site(model.token_embedding.weight.new_zeros(1, 1, model.config.n_neurons))
+        except _Seen as seen:
+            return seen.args[0]
 
 
 class _Seen(Exception):

@@ -16,7 +16,7 @@ from torch import Tensor
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.devices import all_finite, check_floating, exact_sum, single
 from cratelab.language_model import LanguageModel
-from cratelab.reading import check_contexts, watch_neurons
+from cratelab.reading import check_contexts, hooked, watch_neurons
 from cratelab.steering.edits import check_neurons, check_values
 
 CHUNK = 2**20  # logits at a time: what a cache holds
@@ -51,15 +51,11 @@ def atoms(model: LanguageModel, layer: int, neurons: Tensor) -> Tensor:
     block, m = model.blocks[layer], len(neurons)
 
     def one_each(module, inputs, code: Tensor) -> Tensor:
-        codes = torch.zeros_like(code)
-        codes[torch.arange(m, device=code.device), 0, neurons.to(code.device)] = 1
-        return codes  # the last is all zero
+        ones = F.one_hot(neurons.to(code.device).long(), code.shape[-1])
+        return F.pad(ones, (0, 0, 0, 1))[:, None].to(code)  # the last code is all zero
 
-    hook = block.neurons.register_forward_hook(one_each)
-    try:
+    with hooked((block.neurons, one_each)):
         output = block(model.token_embedding.weight.new_zeros(m + 1, 1, model.config.width))[:, 0]
-    finally:
-        hook.remove()
     return output[:-1] - output[-1]
 
 
@@ -107,15 +103,11 @@ def steered_logits(
     directions = single(atoms(model, layer, neurons))
     tokens, neurons, values = tokens.to(device), neurons.to(device), values.to(directions)
     block, seen = model.blocks[layer], {}
-    hooks = [
-        block.neurons.register_forward_hook(lambda module, inputs, code: seen.update(code=code[..., neurons])),
-        block.register_forward_hook(lambda module, inputs, output: seen.update(output=output)),
-    ]
-    try:
+    with hooked(
+        (block.neurons, lambda module, inputs, code: seen.update(code=code[..., neurons])),
+        (block, lambda module, inputs, output: seen.update(output=output)),
+    ):
         n_vocab = model(tokens).shape[-1]
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not all_finite(seen["output"]):
         raise ValueError(
             f"layer {layer} has outputs that are not finite before anything is edited: is the model damaged, or did "

@@ -1,71 +1,48 @@
 """A neuron viewer for notebooks and pages: tokens shaded by activation, explanations, scores, to click through.
 
-A `Viewer` is one piece of HTML with its style, data and script in it: nothing is fetched, everything is escaped. Where
-scripts do not run, as in a notebook that is not trusted, it shows the first neuron whole and the others in brief.
+Where scripts do not run, it shows the first neuron whole and the others in brief.
 
 Activations are rounded to hundredths of the neuron's maximum, statistics to two digits, so that equal records give
 equal bytes. Records made on another CPU can still differ by a hundredth: tag a chapter's cell `nbval-ignore-output`,
 and assert beside it what the reader should see.
 """
 
-import hashlib
-import json
 import math
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from cratelab.colours import CRATE
 from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.explainers import Explanations
 from cratelab.interpret.records import Records
 from cratelab.interpret.scores import Scores
-from cratelab.plots import CRATE
-from cratelab.reading import NO_TOKEN, token_text
-from cratelab.storage import write_text
+from cratelab.reading import NO_TOKEN
+from cratelab.viewers.drawing import Drawing, histogram
 from cratelab.viewers.frame import (
-    FRAGMENT,
-    PAGE,
-    SCRIPT,
-    STYLE,
-    Drawing,
+    Viewer,
+    check_colour,
     escape,
-    histogram,
+    fragment,
+    gap_of,
     number,
+    places,
     script_data,
-    visible,
+    shown_token,
 )
 
 _KINDS = {"top": "strongest", "random": "random", "active": "active"}
 
-
-@dataclass(frozen=True)
-class Viewer:
-    """What `viewer` makes; as the last value of a notebook's cell it is shown.
-
-    Attributes:
-        title: of the viewer, and of the page that `save` writes.
-        neurons: (layer, index) of each.
-        html: the piece of HTML.
-    """
-
-    title: str
-    neurons: tuple[tuple[int, int], ...]
-    html: str = field(repr=False)
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-    def save(self, path: str | Path) -> None:
-        """Write a page of its own, whole or not at all; it forbids the browser to fetch anything.
-
-        Raises:
-            OSError: `path` cannot be written.
-        """
-        write_text(path, PAGE.format(title=escape(self.title), viewer=self.html))
+BODY = """\
+<div class="title">{label} <small>{n_tokens} tokens read</small></div>
+<div class="bar" hidden><button type="button" aria-label="previous neuron">◀</button>
+<select aria-label="neuron">{options}</select><button type="button" aria-label="next neuron">▶</button></div>
+{head}
+<div class="tabs" role="tablist" aria-label="excerpts" hidden></div>
+<div class="text">{sections}</div>
+<div class="said" role="status" hidden></div>
+{rest}"""
 
 
 def viewer(
@@ -112,9 +89,8 @@ def viewer(
         )
         for layer, index in chosen
     ]
-    texts = [_token_text(tokenizer, token) for token in table]
-    gap = " " if tokenizer.decode([0, 0]) != 2 * tokenizer.decode([0]) else ""  # do tokens carry their own spaces?
-    return Viewer(title, chosen, _fragment(title, records.n_tokens, chosen, shown, kinds, Drawing(texts, gap, colour)))
+    drawing = Drawing([shown_token(tokenizer, token) for token in table], gap_of(tokenizer), colour)
+    return Viewer(title, chosen, _fragment(title, records.n_tokens, chosen, shown, kinds, drawing))
 
 
 @dataclass
@@ -143,8 +119,7 @@ def _check(records: Records, kinds: Sequence[str], chosen: Sequence, scores: Map
         if one.correlation.shape != (n_layers, h):
             held = tuple(one.correlation.shape)
             raise ValueError(f"scores {name!r} are of {held} layers and neurons, the records of {(n_layers, h)}")
-    if not re.fullmatch("#[0-9a-fA-F]{6}", colour):
-        raise ValueError(f"colour must be #rrggbb, such as {CRATE}; got {colour!r}")
+    check_colour(colour)
 
 
 def _excerpts(
@@ -160,7 +135,7 @@ def _excerpts(
         tokens = excerpts.tokens[layer, index, k]
         levels = _levels(excerpts.activations[layer, index, k], records.maximum[layer, index])
         text = [(token, level) for token, level in zip(tokens.tolist(), levels, strict=True) if token != NO_TOKEN]
-        found.append(([table.setdefault(token, len(table)) for token, _ in text], [level for _, level in text]))
+        found.append((places(table, [token for token, _ in text]), [level for _, level in text]))
     return found if kind == "random" else sorted(found, key=lambda excerpt: -max(excerpt[1]))
 
 
@@ -174,20 +149,6 @@ def _levels(activations: Tensor, maximum: Tensor) -> list[int]:
         return [0] * len(activations)
     shares = (100 * activations.double() / maximum.double()).nan_to_num(0)
     return shares.round().clamp(0, 100).int().tolist()
-
-
-def _token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as it is shown: bytes that are no character as \\xe2, white space and control characters as signs."""
-    try:
-        text = token_text(tokenizer, token)
-    except ValueError as error:
-        raise ValueError(f"the records hold token {token}, which the tokenizer {tokenizer.name} lacks") from error
-    if hasattr(tokenizer, "decode_single_token_bytes"):  # `decode` loses parts of a character
-        text = tokenizer.decode_single_token_bytes(token).decode("utf8", "backslashreplace")
-    if text.isspace() or not text:
-        return visible(text).replace(" ", "␣") or "∅"
-    mark = unicodedata.category(text[0]).startswith("M")  # an accent, which needs something to stand on
-    return "◌" * mark + visible(text)
 
 
 def _opinions(layer: int, index: int, tokenizer: Tokenizer, explanations: Mapping, scores: Mapping) -> Iterator[str]:
@@ -264,6 +225,5 @@ def _fragment(
         rest=f'<details class="rest"><summary>{len(others)} more, in brief</summary>{rest}</details>' if others else "",
         data=script_data(data),
     )
-    name = "neurons-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
-    style = STYLE.replace("ROOT", f".{name}").replace("COLOUR", drawing.shades[-1][0])
-    return FRAGMENT.format(name=name, style=style, script=SCRIPT.replace("ROOT", f".{name}"), **content)
+    darkest = drawing.shades[-1][0]
+    return fragment("neurons", content["label"], BODY.format(**content), content["data"], darkest, made_of=content)

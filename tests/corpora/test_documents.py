@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 
 from cratelab.corpora import documents
@@ -68,9 +66,3 @@ def test_fractions_that_are_none_are_refused_before_anything_is_read(fractions):
 def test_an_unknown_split_is_named():
     with pytest.raises(ValueError, match="'dev'"):
         select([], "dev")
-
-
-def test_a_missing_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"'datasets'.*pip install 'cratelab\[corpora\]'"):
-        documents.require("datasets")

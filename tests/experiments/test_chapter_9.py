@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from cratelab.cli import main
 from cratelab.corpora import tinyworld
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.corpora.tokenizers import byte_encoding
-from cratelab.experiments import chapter_9, reference_models
+from cratelab.experiments import chapter_9, comparison, reference_models
 from cratelab.experiments.chapter_9 import (
     compare_on_documentation,
     compare_on_tinyworld,
@@ -19,6 +20,7 @@ from cratelab.experiments.chapter_9 import (
 )
 from cratelab.interpret.concepts import tinyworld_concepts
 from cratelab.interpret.records import collect_records
+from cratelab.models import new_model
 
 
 @pytest.fixture
@@ -98,9 +100,10 @@ def test_neurons_are_measured_anew_with_other_tokens_and_only_then(brief, tmp_pa
         compare_on_documentation(tmp_path, 1, 3, n_tokens=100)
 
 
-def test_gaps_lie_above_the_floor_and_fall_with_training(small, brief, tmp_path):
-    runs = [run for run in compare_on_tinyworld(tmp_path, (0,), 60) if run["model"] == "gpt2" and not run["top_k"]]
-    gaps = {run["steps"]: run["gap"] for run in runs}
+def test_gaps_lie_above_the_floor_and_fall_with_training(small, brief, tmp_path, monkeypatch):
+    for name, value in dict(MODELS=["gpt2"], LAMBDAS=(), TOP_KS=()).items():
+        monkeypatch.setattr(chapter_9, name, value)
+    gaps = {run["steps"]: run["gap"] for run in compare_on_tinyworld(tmp_path, (0,), 60)}
     assert gaps[30] > gaps[60] > 0
 
 
@@ -134,6 +137,7 @@ def test_one_command_makes_the_table_of_the_chapter(small, tmp_path, monkeypatch
     monkeypatch.setattr(reference_models, "CONTEXT", 64)
     monkeypatch.setattr(chapter_9, "PRESETS", ("toy",))
     monkeypatch.setattr(chapter_9, "compare_on_tinyworld", lambda *arguments: ["the runs"])
+    monkeypatch.setattr(comparison, "new_model", partial(new_model, expansion=1))  # a quarter of the neurons
     out, reference = tmp_path / "out", tmp_path / "reference"
     out.mkdir()
     main(["reproduce", "chapter-9", "--out", str(out), "--reference", str(reference), "--seeds", "1", "--steps", "4"])

@@ -2,49 +2,16 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
-from test_training import corpus, recipe, weights
+from test_training import corpus, recipe
 
 import cratelab as cl
 from cratelab.corpora.prepare import PreparedCorpus
-from cratelab.experiments.comparison import compare, interval, new_model, summarise
+from cratelab.experiments.comparison import compare, loss_table
 
 
 def prepared() -> PreparedCorpus:
     return PreparedCorpus(corpus(), corpus(seed=1), tokenizer=None)
-
-
-def test_models_hold_the_vocabulary_padded_and_depend_on_the_seed_alone():
-    torch.manual_seed(5)
-    a = new_model("crate", "toy", 19, seed=1)
-    torch.manual_seed(6)
-    state = torch.random.get_rng_state()
-    b = new_model("crate", "toy", 19, seed=1)
-    assert torch.random.get_rng_state().equal(state)
-    assert isinstance(a, cl.Crate) and isinstance(new_model("gpt2", "toy", 19, 0), cl.Gpt2)
-    assert a.config.vocab_size == 64
-    assert all(tensor.equal(weights(b)[name]) for name, tensor in weights(a).items())
-    other = new_model("crate", "toy", 19, seed=2)
-    assert not other.token_embedding.weight.equal(a.token_embedding.weight)
-    assert new_model("crate", "toy", 19, 0, context=9).config.context == 9
-    with pytest.raises(ValueError, match="no model 'bert'; there are crate, gpt2"):
-        new_model("bert", "toy", 19, 0)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 0.0, True, None, "0"])
-def test_a_seed_that_torch_would_take_for_another_is_refused(seed):
-    with pytest.raises(ValueError, match="seed must be from 0 to 4294967295, a whole number; got"):
-        new_model("crate", "toy", 19, seed)
-
-
-@pytest.mark.parametrize(
-    ("context", "message"),
-    [(0, "context must be at least 1"), (10**9, "this machine has"), (10**12, "context must be at least 1 and below")],
-)
-def test_a_context_out_of_range_is_refused(context, message):
-    with pytest.raises(ValueError, match=message):
-        new_model("crate", "toy", 19, 0, context)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +72,7 @@ def test_the_table_has_students_intervals():
         for model, losses in zip(("crate", "gpt2"), draw.tolist(), strict=True)
         for seed, loss in enumerate(losses)
     ]
-    for row, losses in zip(summarise(runs), draw, strict=True):
+    for row, losses in zip(loss_table(runs), draw, strict=True):
         low, high = stats.t.interval(0.95, 4, loc=losses.mean(), scale=stats.sem(losses))
         assert row["mean"] == pytest.approx(losses.mean()) and row["seeds"] == 5
         assert row["half_width"] == pytest.approx((high - low) / 2)
-    assert interval([1.0]) is None

@@ -14,20 +14,30 @@ from cratelab.experiments.reference_models import load_reference, load_reference
 from cratelab.losses import document_log_probs
 
 
-@pytest.fixture
-def made(tmp_path, monkeypatch):
-    asked = []
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """The folder, the table, and what was prepared."""
+    folder, asked = tmp_path_factory.mktemp("made"), []
+    with pytest.MonkeyPatch.context() as patch:
+        as_if_small(patch, asked)
+        return folder, make_reference_models(folder, seeds=2, text=("novels",), steps=2), asked
 
+
+@pytest.fixture
+def made(once, monkeypatch):
+    """The same, while the package carries what was made."""
+    as_if_small(monkeypatch, [])
+    monkeypatch.setattr(reference_models, "REFERENCE", once[0] / "packed")
+    return once
+
+
+def as_if_small(patch: pytest.MonkeyPatch, asked: list) -> None:
     def prepare(name, tokenizer=None, **options):
         asked.append((name, tokenizer))
         return PreparedCorpus(corpus(n=4000), corpus(n=900, seed=1), byte_encoding())
 
-    monkeypatch.setattr(reference_models, "prepare", prepare)
-    monkeypatch.setattr(reference_models, "CONTEXT", 16)
-    monkeypatch.setattr(reference_models, "TINYWORLD_CONTEXT", 12)
-    table = make_reference_models(tmp_path, seeds=2, text=("novels",), steps=2)
-    monkeypatch.setattr(reference_models, "REFERENCE", tmp_path / "packed")
-    return tmp_path, table, asked
+    for name, value in dict(prepare=prepare, CONTEXT=16, TINYWORLD_CONTEXT=12).items():
+        patch.setattr(reference_models, name, value)
 
 
 def test_all_sizes_are_trained_and_the_first_seed_packed_in_half_precision(made):

@@ -8,12 +8,12 @@ import cratelab as cl
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import WordEncoding
 from cratelab.interpret.concepts import text_concepts
-from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
+from cratelab.interpret.evaluation import Evaluation, collect_for_protocols, evaluate, untrained
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.ground_truth import match_concepts, separate_senses
 from cratelab.interpret.openai_records import read_neuron_record, write_neuron_record
 from cratelab.interpret.records import Records, collect_records
-from cratelab.interpret.scores import split
+from cratelab.interpret.scores import Scores, split
 from cratelab.reading import NO_TOKEN
 from cratelab.storage import read_json, write_json
 from cratelab.training import train
@@ -69,6 +69,19 @@ def test_explanations_beat_their_controls(evaluations):
         assert row["mean"] > row["control"] + 5 and 0 <= row["undefined"] <= 1
         assert row["interval"][0] < row["mean"] < row["interval"][1]
         assert row["mean_defined"] >= row["mean"] and row["dead"] <= row["undefined"]
+
+
+def test_a_row_is_of_the_layers_asked_for():
+    values = torch.tensor([[0.2, 0.4], [0.8, torch.nan]]).double()
+    scores = Scores(values, values, values.isnan(), values.isnan() & False, values * 0 + 1)
+    found = Evaluation("random-only", "token", scores, scores, explanations=None)
+    row = found.row()
+    assert row["layers"] == pytest.approx([30, 40]) and row["mean"] == row["control"] == pytest.approx(35)
+    assert row["variance"] == pytest.approx(25) and row["mean_defined"] == pytest.approx(55)
+    assert found.row([-1])["mean"] == pytest.approx(40) and found.row([-1])["undefined"] == 0.5
+    for layers in [2], [-3], []:
+        with pytest.raises(ValueError, match="row needs layers below 2, at least one; got"):
+            found.row(layers)
 
 
 def test_officially_too(trained):

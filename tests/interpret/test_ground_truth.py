@@ -103,7 +103,7 @@ def test_senses_told_apart_by_the_token_before():
     inside = word & (np.arange(4000) % 40 > 0)
     expected = roc_auc_score(before[inside] >= 10, np.maximum(before[inside] - 10, 0))
     assert area == pytest.approx(expected, abs=0.05) and area > 0.9
-    blind = Detector([lambda t: t % 3, lambda t: t])
+    blind = Detector([lambda t: t % 3, lambda t: t])  # the word's own token: one tie
     assert separate_senses(blind, corpus, concepts)["seven"][0] == 0.5
 
 

@@ -14,7 +14,6 @@ from cratelab.interpret.scores import (
     rank_correlation,
     score,
     split,
-    summarise,
 )
 from cratelab.reading import NO_TOKEN
 
@@ -129,23 +128,6 @@ def test_intervals_hold_equally_many_positive_activations(records):
                 assert bounds[part].min() <= value <= bounds[part].max()
 
 
-def test_means_over_layers_with_an_interval_that_covers():
-    """Of many samples whose true mean is 30, the 95 % interval holds it in nearly 95 %."""
-    draw = np.random.default_rng(0)
-    hits = 0
-    for trial in range(200):
-        values = torch.as_tensor(draw.normal([[0.2], [0.4]], 0.3, (2, 80)))
-        validation = excerpts(neurons=(2, 80))
-        found = score(validation.activations, validation)
-        found.correlation = values
-        means = summarise(found, n_resamples=300, seed=trial)
-        hits += means.interval[0] < 30 < means.interval[1]
-        assert means.mean == pytest.approx(100 * float(values.mean()))
-        assert means.variance == pytest.approx(float((100 * values.mean(1)).var(correction=0)))
-    assert 180 <= hits <= 199
-    assert summarise(found, layers=[0]).mean == pytest.approx(100 * float(values[0].mean()))
-
-
 def all_scores(correlation) -> Scores:
     correlation = torch.tensor(correlation, dtype=torch.float64)
     return Scores(correlation, correlation, correlation.isnan(), correlation.isnan() & False, correlation * 0 + 1)
@@ -153,21 +135,13 @@ def all_scores(correlation) -> Scores:
 
 def test_a_layer_without_any_score_counts_as_zero_or_not_at_all(recwarn):
     held = all_scores([[0.5, torch.nan], [torch.nan, torch.nan]])
-    found = summarise(held)
-    assert found.mean == pytest.approx(12.5) and found.interval[0] >= 0
-    undefined = summarise(held, undefined_as_zero=False)
-    assert np.isnan([undefined.mean, undefined.variance, *undefined.interval]).all()
-    assert summarise(held, [0], undefined_as_zero=False).mean == pytest.approx(50)
-    assert held.by_layer(False).isnan().tolist() == [False, True] and not recwarn.list
+    assert held.by_layer().tolist() == [25, 0]
+    assert held.by_layer(False)[0] == 50 and held.by_layer(False)[1].isnan() and not recwarn.list
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: summarise(all_scores([[0.5]]), [1]), "layers below 1"),
-        (lambda: summarise(all_scores([[0.5]]), []), "layers below 1"),
-        (lambda: summarise(all_scores([[0.5]]), n_resamples=0), "n_resamples >= 1"),
-        (lambda: summarise(all_scores([[0.5]]), seed=-1), "seed must be from 0 to"),
         (lambda: needs("best"), "no protocol 'best'"),
         (lambda: score(torch.zeros(2, 5, 3, 7), excerpts()), r"of one shape; got \(2, 5, 3, 7\) and \(2, 5, 3, 8\)"),
     ],

@@ -10,7 +10,6 @@ from test_training import VOCAB, corpus
 
 import cratelab as cl
 from cratelab.corpora.tokenizers import WordEncoding
-from cratelab.experiments.statistics import bootstrap
 from cratelab.interpret.concepts import Concepts, concept_tokens
 from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.records import collect_records
@@ -234,32 +233,6 @@ def test_live_neurons_are_drawn_by_the_seed():
     assert draw_live(maxima, 500).tolist() == list(range(0, 200, 2))
 
 
-def test_the_interval_of_a_mean_is_the_textbooks():
-    values = torch.randn(400).double() * 3 + 1
-    mean, low, high = bootstrap(np.mean, [values])
-    assert mean == pytest.approx(values.mean().item())
-    half = 1.96 * values.std().item() / 20
-    assert (mean - low, high - mean) == pytest.approx((half, half), rel=0.15)
-
-
-def test_the_interval_knows_seeds_pairs_of_arms_and_infinite_costs():
-    seeds = [torch.full((50,), level).double() for level in (0.0, 1.0, 5.0)]
-    assert bootstrap(np.mean, seeds) == (2.0, 0.0, 5.0)
-    better = [values + 1 for values in seeds]
-    difference = bootstrap(lambda a, b: np.mean(a) - np.mean(b), better, seeds)
-    assert difference == pytest.approx((1.0, 1.0, 1.0))
-    costs = torch.arange(100).double()
-    costs[60:] = torch.inf
-    median, low, high = bootstrap(np.median, [costs])
-    assert median == 49.5 and 30 < low < 45 and high >= 58
-    costs[52:] = torch.inf
-    assert bootstrap(np.median, [costs])[2] == torch.inf
-    with pytest.raises(ValueError, match="at least one neuron"):
-        bootstrap(np.mean, [costs, costs[:0]])
-    with pytest.raises(ValueError, match="equally many seeds"):
-        bootstrap(np.mean, [costs], [costs, costs])
-
-
 def test_every_neuron_writes_its_own_text(model):
     prompts, neurons, values = some_tokens(2, 3), torch.tensor([7, 20, 41]), torch.tensor([9.0, 6.0, 12.0])
     for arm in {}, {0: a_sae(model)}:
@@ -379,9 +352,6 @@ def test_without_neurons_there_is_no_frontier():
         (lambda: control_tokens(torch.zeros(2, 5, dtype=torch.bool), torch.ones(4)), r"counts \(v,\)"),
         (lambda: control_tokens(torch.zeros(2, 5, dtype=torch.bool), torch.ones(5), 0), "n_bins must be at least 1"),
         (lambda: control_tokens(torch.zeros(2, 5, dtype=torch.bool), torch.ones(5), seed=2**32), "seed must be"),
-        (lambda: bootstrap(np.mean, [torch.tensor([1.0, torch.nan])]), "values that are numbers"),
-        (lambda: bootstrap(np.mean, [torch.ones(2)], n_resamples=0), "n_resamples must be at least 1"),
-        (lambda: bootstrap(np.mean, [torch.ones(2)], seed=None), "seed must be from 0 to"),
         (lambda: repetition(torch.zeros(1, 5, dtype=torch.long), 0), "length must be at least 1"),
     ],
 )

@@ -12,7 +12,7 @@ from cratelab.corpora import tokenizers
 from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.records import Excerpts, Records
 from cratelab.interpret.scores import score
-from cratelab.viewers.frame import luminance, shades
+from cratelab.viewers.drawing import luminance, shades
 from cratelab.viewers.neurons import viewer
 
 VOID = {"meta", "br", "img", "input", "link"}

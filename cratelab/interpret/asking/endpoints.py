@@ -28,8 +28,8 @@ from functools import cache, cached_property
 from itertools import accumulate
 from typing import NamedTuple, Protocol, Self
 
-from cratelab.corpora.documents import require
-from cratelab.interpret.asking.prompts import printable, simulation_prompt
+from cratelab.extras import require
+from cratelab.interpret.asking.prompts import drop_unprintable, simulation_prompt
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is given up, since a run can be taken up again later
 LARGEST_ANSWER = 2**24  # bytes, decompressed; the log-probabilities of a prompt of 8,000 tokens are about as many
@@ -331,7 +331,7 @@ class OpenAIEndpoint:
         """What a server wrote, to be shown: without secrets, and nothing but characters that print."""
         for secret in self._secrets:
             text = text.replace(secret, "[secret]")
-        return printable(text)[:500]
+        return drop_unprintable(text)[:500]
 
 
 class _UselessError(ValueError):

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from cratelab.arguments import check_seed
-from cratelab.corpora.documents import require
 from cratelab.devices import best_device
+from cratelab.extras import require
 from cratelab.interpret.asking.endpoints import Answer, Request, text_or_problem
 from cratelab.storage import digest_of, digest_of_file, read_json, tensor_shapes
 

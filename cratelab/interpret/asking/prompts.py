@@ -41,7 +41,7 @@ def escape(text: str) -> str:
     return re.sub(r"(<[^<>]*)>", r"\1\\>", printed)
 
 
-def printable(text: str) -> str:
+def drop_unprintable(text: str) -> str:
     """Foreign text in one line, without what does not print: a terminal's escape codes, surrogates, directions."""
     return "".join(c for c in " ".join(text.split()) if c.isprintable())
 

@@ -12,7 +12,7 @@ from cratelab.arguments import check_whole
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.devices import check_floating, exact, exact_sum
 from cratelab.language_model import LanguageModel
-from cratelab.reading import Text, pieces_of, tokens_to_read
+from cratelab.reading import Text, check_vocabulary, pieces_of, tokens_to_read
 from cratelab.sae.autoencoder import Sae
 from cratelab.sae.splicing import on_device, splice
 
@@ -118,8 +118,7 @@ def check_text(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | No
 def _texts(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None, batch: int) -> Iterator[Text]:
     """All pieces, the longest first, which leaves less padding."""
     check_floating(model)
-    if corpus.n_vocab > model.config.vocab_size:
-        raise ValueError(f"the corpus has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}")
+    check_vocabulary(model, corpus)
     check_whole("batch", batch)
     total = tokens_to_read(corpus, n_tokens)
     pieces = sorted(pieces_of(corpus, model.config.context, True, total), key=lambda piece: piece[0] - piece[1])

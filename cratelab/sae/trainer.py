@@ -1,0 +1,197 @@
+"""Training auto-encoders, one for each layer side by side, in one stream of the model's activations.
+
+Nothing random has a state, so a training that was killed goes on to the same weights, bit for bit on one CPU.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.language_model import LanguageModel
+from cratelab.reading import check_vocabulary
+from cratelab.sae.activations import ActivationBlocks, mixed
+from cratelab.sae.architectures import ARCHITECTURES, SaeConfig
+from cratelab.sae.autoencoder import Sae
+from cratelab.sae.fidelity import check_text, evaluate_sae
+from cratelab.sae.learner import Learner
+from cratelab.sae.run_folder import Progress, RunFolder
+from cratelab.sae.sae_recipe import SaeRecipe
+from cratelab.storage import finite
+from cratelab.training import Diverged
+
+
+@dataclass
+class SaeTraining:
+    """What `train_saes` returns.
+
+    Attributes:
+        saes: by layer.
+        curve: one dict for each evaluation and layer: tokens, layer, loss (mean since the last), l0,
+            explained_variance, recovered, dead and threshold, on the validation text; None for what is undefined, as
+            the explained variance and the recovered loss of a layer whose neurons are silent.
+        stopped: why training ended.
+    """
+
+    saes: dict[int, Sae]
+    curve: list[dict]
+    stopped: str
+
+
+def train_saes(
+    model: LanguageModel,
+    training: TokenizedCorpus,
+    validation: TokenizedCorpus,
+    config: SaeConfig,
+    layers: Sequence[int] | None = None,
+    recipe: SaeRecipe | None = None,
+    run_dir: str | Path | None = None,
+) -> SaeTraining:
+    """Train one auto-encoder on the neurons of each layer. With a `run_dir` a killed call goes on where it stopped.
+
+    For "relu" the loss is that of the paper, the mean over tokens of ‖x̂ − x‖²/‖x‖² + λ Σ|f| (eq-10-2); for "batchtopk"
+    its first term alone, with the k·n largest of the n tokens' codes kept (eq-10-3). ‖x‖² counts as no less than a
+    hundredth of its mean, so that silent tokens do not rule. Rows of W_dec keep unit length: the part of the gradient
+    along them is removed.
+
+    Args:
+        model: any, on any device and of any dtype; its weights stay as they are. The auto-encoders are of float32.
+        training: pieces of its documents are drawn at random, with replacement.
+        validation: text for the curve and the decision to stop.
+        config: of every layer's auto-encoder.
+        layers: counted from 0; all unless given.
+        recipe: how.
+        run_dir: folder for `run.json`, the latest `checkpoint.safetensors` and, in the end, `layer-0`, …, to be read by
+            `Sae.load` or SAELens. Without one, nothing is written.
+
+    Raises:
+        ValueError: model, corpora and configuration do not fit one another, activations are not finite, `run_dir` holds
+            another run, or its checkpoint is damaged.
+        BlockingIOError: another process trains in `run_dir`.
+        OSError: a file cannot be written, such as on a full disk; the latest checkpoint is whole.
+        Diverged: a loss or a weight is no finite number; the latest checkpoint is from before.
+    """
+    recipe = recipe or SaeRecipe()
+    layers = list(range(len(model.blocks)) if layers is None else layers)
+    _check(model, training, validation, config, layers, recipe)
+    layers = [int(layer) for layer in layers]
+    run = RunFolder(Path(run_dir), model, training, validation, config, layers, recipe) if run_dir else None
+    with run.held() if run else nullcontext():
+        return _train(model, training, validation, config, layers, recipe, run)
+
+
+def _train(
+    model: LanguageModel,
+    training: TokenizedCorpus,
+    validation: TokenizedCorpus,
+    config: SaeConfig,
+    layers: list[int],
+    recipe: SaeRecipe,
+    run: RunFolder | None,
+) -> SaeTraining:
+    learners = _new_learners(model, config, layers, recipe)
+    saes = {layer: learner.sae for layer, learner in learners.items()}
+    progress = run.resume(learners.values()) if run else Progress()
+    blocks = ActivationBlocks(model, training, layers, recipe.buffer, recipe.seed)
+    if not progress.stopped:
+        old = blocks.read(progress.block)
+        if progress.block == 0:
+            for sae, x in zip(saes.values(), old, strict=True):
+                sae.b_dec.data = x.mean(0)
+    total, n_steps = 0.0, 0  # losses (l,) since the last evaluation
+    with tqdm(total=recipe.max_tokens, initial=progress.tokens, unit="token", unit_scale=True, disable=None) as bar:
+        while not progress.stopped:
+            new, before = blocks.read(progress.block + 1), progress.tokens
+            for batch in mixed(old, new, recipe.batch):
+                total += torch.stack([each.step(x) for each, x in zip(learners.values(), batch, strict=True)])
+                n_steps += 1
+                progress.tokens += batch.shape[1]
+                bar.update(batch.shape[1])
+            progress.block, old = progress.block + 1, new
+            mean_losses = dict(zip(layers, (total / n_steps).tolist(), strict=True))
+            _check_finite(learners, mean_losses, progress, run)
+            evaluate, resample = recipe.due(before, progress.tokens)
+            if evaluate:
+                progress.curve += _evaluate(model, validation, saes, recipe, mean_losses, progress, run)
+                progress.stopped = recipe.reason_to_stop(progress.curve)
+                total, n_steps = 0.0, 0
+            if resample and not progress.stopped:
+                draw = np.random.default_rng([recipe.seed, 1, progress.block])
+                for learner, x in zip(learners.values(), old, strict=True):
+                    learner.resample(x, recipe.patience, draw)
+            if evaluate and run:
+                run.checkpoint(learners.values(), progress)
+    for sae in saes.values():
+        sae.eval()
+    if run:
+        run.finish(saes, model)
+    return SaeTraining(saes, progress.curve, progress.stopped)
+
+
+def _new_learners(
+    model: LanguageModel, config: SaeConfig, layers: Iterable[int], recipe: SaeRecipe
+) -> dict[int, Learner]:
+    device = model.token_embedding.weight.device
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return {layer: Learner(Sae(config).to(device), recipe.learning_rate) for layer in layers}
+
+
+def _evaluate(
+    model: LanguageModel,
+    validation: TokenizedCorpus,
+    saes: dict[int, Sae],
+    recipe: SaeRecipe,
+    losses: dict[int, float],
+    progress: Progress,
+    run: RunFolder | None,
+) -> list[dict]:
+    """Of each layer a row of the curve."""
+    scores = evaluate_sae(model, validation, saes, recipe.validation_tokens)
+    if lost := [layer for layer in saes if not math.isfinite(scores[layer].ce_spliced)]:
+        raise _diverged(f"spliced in, layers {lost} leave the model no finite loss", progress, run)
+    rows = []
+    for layer, sae in saes.items():
+        measured = {name: getattr(scores[layer], name) for name in ("l0", "explained_variance", "recovered", "dead")}
+        row = {"tokens": progress.tokens, "layer": layer, "loss": losses[layer]}
+        rows.append(finite(row | measured | {"threshold": float(sae.threshold[0])}))
+    return rows
+
+
+def _check_finite(
+    learners: dict[int, Learner], losses: dict[int, float], progress: Progress, run: RunFolder | None
+) -> None:
+    lost = [layer for layer, learner in learners.items() if not learner.is_finite()]
+    if lost or not all(map(math.isfinite, losses.values())):
+        what = f"the losses of layers {list(losses)} are {list(losses.values())}"
+        raise _diverged(what + f", the weights of layers {lost} are not finite" * bool(lost), progress, run)
+
+
+def _diverged(what: str, progress: Progress, run: RunFolder | None) -> Diverged:
+    kept = f"; {run.file} is from before" if run and run.file.is_file() else ""
+    return Diverged(f"after {progress.tokens} tokens {what}: a lower learning rate often helps{kept}")
+
+
+def _check(model: LanguageModel, training, validation, config: SaeConfig, layers: list, recipe: SaeRecipe) -> None:
+    width = model.config.n_neurons
+    if not ARCHITECTURES[config.kind].trained:
+        others = " or ".join(f'"{kind}"' for kind, each in ARCHITECTURES.items() if each.trained)
+        raise ValueError(f'"{config.kind}" is read from files, not trained: choose {others}')
+    if config.d_in != width:
+        raise ValueError(f"the model has {width} neurons a layer, the auto-encoder reads {config.d_in}")
+    known = range(len(model.blocks))
+    whole = all(isinstance(i, Integral) and not isinstance(i, bool) and i in known for i in layers)
+    if not layers or not whole or len(set(layers)) < len(layers):
+        raise ValueError(f"layers must be some of 0 to {known[-1]}, each once; got {layers}")
+    for name, corpus in ("training", training), ("validation", validation):
+        check_vocabulary(model, corpus, f"{name} corpus")
+    if not len(training):
+        raise ValueError("the training corpus holds no token")
+    check_text(model, validation, recipe.validation_tokens)
