@@ -154,7 +154,7 @@ def _draw(options: Interpret, model: LanguageModel) -> tuple[np.ndarray, np.ndar
     Raises:
         ValueError: a layer has not so many.
     """
-    h = model.config.width * model.config.expansion
+    h = model.config.n_neurons
     n = options.neurons or (min(10, h) if ASKED in options.explainer else None)
     if n is None:
         return None
