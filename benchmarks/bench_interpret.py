@@ -192,7 +192,7 @@ def scoring(h: int, n_concepts: int, rounds: int) -> None:
     truth = torch.rand(len(stream), n_concepts) < torch.rand(n_concepts) ** 3
     concepts = Concepts([str(i) for i in range(n_concepts)], truth)
     few = min(h, 200)
-    part = [Excerpts(*(value[:, :few] for value in vars(excerpts).values())) for excerpts in (explain, validate)]
+    part = [excerpts.map(lambda value: value[:, :few]) for excerpts in (explain, validate)]
 
     def both(explainer) -> None:
         simulated, coverage = explainer.explain(explain).simulate(validate)

@@ -39,7 +39,7 @@ def watch_neurons(
     corpus: TokenizedCorpus,
     batch: int = 16,
     window: int = 1,
-    strict: bool = True,
+    by_document: bool = True,
     n_tokens: int | None = None,
     ahead: int = 1,
 ) -> Iterator[tuple["Text", list[Tensor]]]:
@@ -49,6 +49,12 @@ def watch_neurons(
     small model, and its logits are the largest tensor.
 
     Args:
+        model: any whose blocks have a `neurons` site, on any device.
+        corpus: text; not the text the model was trained on, where its behaviour shall be judged.
+        batch: pieces at a time.
+        window: w tokens of the excerpts that `Text.around` cuts.
+        by_document: read each document from its first token; else cut pieces from the stream without regard to them.
+        n_tokens: read this many tokens at most.
         ahead: read so many batches ahead and sort their pieces by length, which leaves less padding; 1 keeps the order.
 
     Yields:
@@ -63,7 +69,7 @@ def watch_neurons(
         check_whole(name, value)
     total = tokens_to_read(corpus, n_tokens)
     check_vocabulary(model, corpus)
-    pieces = pieces_of(corpus, model.config.context, strict, total)
+    pieces = pieces_of(corpus, model.config.context, by_document, total)
     activations: list[Tensor] = []
 
     def note(module, inputs, output: Tensor) -> None:
@@ -137,16 +143,16 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     raise ValueError(f"there is no token {token} in the tokenizer {getattr(tokenizer, 'name', '')}")
 
 
-def pieces_of(corpus: TokenizedCorpus, context: int, strict: bool, total: int) -> Iterator[tuple[int, int]]:
+def pieces_of(corpus: TokenizedCorpus, context: int, by_document: bool, total: int) -> Iterator[tuple[int, int]]:
     """Where each sequence that the model reads starts and stops in the corpus.
 
     Args:
-        corpus: of documents, each read from its first token; the stream as a whole where not `strict`.
+        corpus: of documents, each read from its first token; read as one stream where not `by_document`.
         context: longest sequence.
-        strict: whether documents count.
+        by_document: whether documents count.
         total: tokens from the start of the corpus; later ones are not read.
     """
-    spans = (corpus.document_span(i) for i in range(corpus.n_documents)) if strict else [(0, len(corpus))]
+    spans = (corpus.document_span(i) for i in range(corpus.n_documents)) if by_document else [(0, len(corpus))]
     for start, stop in spans:
         for first in range(start, min(stop, total), context):
             yield first, min(first + context, stop, total)

@@ -4,6 +4,8 @@ import torch
 
 from cratelab.devices import best_device
 
+pytest_plugins = ["language_model_server"]  # its fixtures
+
 if best_device().type == "cuda":  # the whole suite then runs there
     torch.set_default_device("cuda")
 

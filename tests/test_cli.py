@@ -193,6 +193,63 @@ def test_interpret_scores_a_run_beside_an_untrained_model(copy, capsys):
         main(["interpret", str(copy / "model")])
 
 
+class Oracle:
+    """A language model that is always of the same opinion."""
+
+    name, concurrency, all_at_once, continues, asked = "oracle", 1, True, True, 0
+
+    def __init__(self, *arguments, **options):
+        self.options = options
+
+    def answer(self, request):
+        type(self).asked += 1
+        if not request.top:
+            return {"text": f"sentence {self.asked}"}
+        return {"next": [[[str(i * len(request.text) % 7), 0.0]] for i, _ in enumerate(request.prompt)]}
+
+    def count_tokens(self, text):
+        return len(text) // 4
+
+
+def test_interpret_asks_a_language_model_about_the_neurons_that_the_rules_explain(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cratelab.cli.interpret.OpenAIEndpoint", Oracle)
+    out = tmp_path / "scores.json"
+    options = ["interpret", str(run), "--n-tokens", "2000", "--protocols", "random-only", "--out", str(out)]
+    options += ["--explainer", "token", "language-model", "--endpoint", "http://user:pass-word@127.0.0.1:9/v1"]
+    options += ["--language-model", "tiny", "--neurons", "3"]
+    main([*options, "--dry-run"])
+    dry = capsys.readouterr().out.splitlines()
+    assert [line.partition(" requests")[0].partition(": at most ")[0] for line in dry] == ["trained", "untrained"]
+    assert Oracle.asked == 0 and not out.exists()
+    main(options)
+    header, cost, *lines = capsys.readouterr().out.splitlines()
+    assert cost == dry[0] and int(cost.split()[3]) > 6 and "explainer" in header
+    held = json.loads(out.read_text())
+    rows = held["rows"]
+    assert [(row["model"], row["explainer"]) for row in rows] == [
+        (model, name) for model in ("trained", "untrained") for name in ("token", "language-model")
+    ]
+    assert len({len(line) for line in (header, *lines[:2])}) == 1 and lines[1].startswith(
+        "trained   random-only     language"
+    )
+    assert all(len(row["layers"]) == 2 and row["coverage"] <= 1 for row in rows)
+    assert len(rows[1]["texts"]) == 6 and any(text.startswith("sentence") for text in rows[1]["texts"] if text)
+    assert [len(set(layer)) for layer in held["neurons"]] == [3, 3]
+    assert "pass-word" not in out.read_text() and held["provenance"]["options"]["endpoint"] == "http://127.0.0.1:9/v1"
+    asked = Oracle.asked
+    main(options)
+    assert Oracle.asked == asked and (tmp_path / "scores.answers.sqlite").is_file()
+    assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_rules_score_drawn_neurons_as_among_all(run, tmp_path):
+    options = ["interpret", str(run), "--n-tokens", "2000", "--protocols", "random-only", "--explainer", "token"]
+    main([*options, "--neurons", "32", "--out", str(tmp_path / "drawn.json")])
+    main([*options, "--out", str(tmp_path / "all.json")])
+    drawn, every = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("drawn", "all"))
+    assert drawn["rows"] == every["rows"] and drawn["neurons"] == [list(range(32))] * 2 and "neurons" not in every
+
+
 def test_steer_shows_what_a_neuron_raises_and_a_text_with_and_without_it(tmp_path, capsys):
     main(["train", "--run-dir", str(tmp_path), *SHORT, "--steps", "30"])
     model, text = cl.load(tmp_path / "model"), prepare("tinyworld", characters=500_000, context=96)
@@ -325,6 +382,18 @@ def never(*arguments, **options):
         ("interpret RUN --out OTHER", "--out must be a file to write"),
         ("interpret RUN --out FILE/scores.json", "--out: nothing can be written into"),
         ("interpret RUN --out /proc/scores.json", "--out: nothing can be written into /proc"),
+        ("interpret RUN --explainer token token", "--explainer must name at least one, and none twice"),
+        ("interpret RUN --neurons 1", "--neurons must be at least 2"),
+        ("interpret RUN --neurons 33", "--neurons must be at most 32, a layer's; got 33"),
+        ("interpret RUN --endpoint FILE", "--endpoint: only with --explainer language-model"),
+        ("interpret RUN --dry-run --cache FILE", "--cache, --dry-run: only with --explainer language-model"),
+        ("interpret RUN --explainer language-model", "needs --endpoint"),
+        ("interpret RUN --explainer language-model --endpoint http://localhost/v1", "say by --language-model which"),
+        ("interpret RUN --explainer language-model --endpoint FILE", "--endpoint: file is no folder, and no address"),
+        ("interpret RUN --explainer language-model --endpoint OTHER --language-model x", "are for a server"),
+        ("interpret RUN --explainer language-model --endpoint OTHER", "other holds no *.safetensors"),
+        ("interpret RUN --explainer language-model --endpoint OTHER --cache FILE", "file is no file of answers"),
+        ("interpret RUN --explainer language-model --endpoint OTHER --cache new --out new", "must be different files"),
         ("steer RUN --n-tokens 0", "--n-tokens must be at least 1"),
         ("steer RUN --n-new -1", "--n-new must be at least 0"),
         ("steer RUN --temperature -1", "--temperature must be at least 0"),

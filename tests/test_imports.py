@@ -43,4 +43,4 @@ def test_a_model_is_loaded_in_a_process_that_has_made_none(tmp_path):
 
 def test_the_options_offer_what_there_is():
     assert get_args(options.Preset) == tuple(cl.LanguageModelConfig.presets)
-    assert get_args(options.Protocol) == PROTOCOLS == options.Interpret.protocols
+    assert get_args(options.ScoringProtocol) == PROTOCOLS == options.Interpret.protocols

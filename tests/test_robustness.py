@@ -18,7 +18,7 @@ from cratelab.corpora.documents import Document
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.token_writer import tokenize
 from cratelab.interpret.language_models import TextExplanations
-from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record
+from cratelab.interpret.openai_records import read_neuron_record, write_neuron_record
 from cratelab.interpret.records import Records, collect_records
 from cratelab.run_directory import read_metrics
 from cratelab.sae import Sae, SaeConfig

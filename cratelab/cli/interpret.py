@@ -1,58 +1,167 @@
-"""`cratelab interpret`: every neuron of a trained model, explained and scored."""
+"""`cratelab interpret`: neurons of a trained model, explained and scored."""
 
+import re
 from dataclasses import asdict
+from functools import reduce
+from operator import add
 from pathlib import Path
 
-from cratelab.cli.checks import (
-    check_different,
-    check_writable,
-    model_folder,
-)
-from cratelab.cli.options import Interpret
+import numpy as np
+
+from cratelab.cli.checks import check_different, check_writable, model_folder
+from cratelab.cli.options import Interpret, dashed
 from cratelab.cli.runs import load_run
 from cratelab.cli.shared import defined
+from cratelab.corpora.prepare import PreparedCorpus
+from cratelab.interpret.asking.answers import AnswerCache
+from cratelab.interpret.asking.endpoints import Endpoint, OpenAIEndpoint
+from cratelab.interpret.asking.local_endpoint import HuggingFaceEndpoint
+from cratelab.interpret.asking.simulator import LanguageModelSimulator
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
-from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
+from cratelab.interpret.explainers import ConceptExplainer, Explainer, SuffixExplainer, TokenExplainer
+from cratelab.interpret.language_models import LanguageModelExplainer
+from cratelab.interpret.scores import split
+from cratelab.language_model import LanguageModel
 from cratelab.provenance import provenance
 from cratelab.storage import read_json, write_json
 from cratelab.terminal import say
 
+ASKED = "language-model"
+
 
 def check(options: Interpret) -> None:
     check_different("--protocols", options.protocols)
+    check_different("--explainer", options.explainer)
     model_folder(options.model)
-    out = options.out or options.model / "interpret.json"
+    out = _out(options)
     if out.is_dir():
         raise IsADirectoryError(f"--out must be a file to write; {out} is a folder")
     if options.out and out.is_file() and "rows" not in read_json(out):
         raise ValueError(f"--out: {out} is there and holds something else than scores: choose another name")
     check_writable("--out", out)
+    _check_asking(options)
 
 
 def run(options: Interpret) -> None:
-    model, corpus = load_run(options)
-    text, world = corpus.validation, corpus.world
-    concepts = tinyworld_concepts(world) if world else text_concepts(text, corpus.tokenizer)
-    explainers = {"token": TokenExplainer(), "suffix": SuffixExplainer(), "concept": ConceptExplainer(concepts)}
-    rows = []
-    say(f"{'':10}{'protocol':16}{'explainer':11}{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}")
+    endpoint = _endpoint(options)
+    model, corpus = load_run(options, lambda model: _draw(options, model))
+    text, neurons = corpus.validation, _draw(options, model)
+    explainers = {name: _explainer(name, options, corpus, endpoint) for name in options.explainer}
+    asking, rows = explainers.get(ASKED), []
+    wide = max(11, *(len(name) + 1 for name in explainers))
+    if not options.dry_run:
+        columns = f"{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}"
+        say(f"{'':10}{'protocol':16}{'explainer':{wide}}{columns}")
     for name, each in ("trained", model), ("untrained", untrained(model, options.seed)):
-        strict = not options.official
-        records = collect_for_protocols(each, text, options.protocols, strict, options.n_tokens, options.seed)
-        for evaluation in evaluate(records, explainers, strict):
+        records = collect_for_protocols(each, text, options.protocols, options.official, options.n_tokens, options.seed)
+        if neurons:
+            records = {protocol: held.neurons(*neurons) for protocol, held in records.items()}
+        if asking:
+            parts = (split(held, protocol, options.official) for protocol, held in records.items())
+            say(f"{name}: at most {reduce(add, (asking.estimate_cost(*part) for part in parts))}")
+        if options.dry_run:
+            continue
+        for evaluation in evaluate(records, explainers, options.official):
             row = {"model": name} | evaluation.row()
             rows.append(row)
-            mean, control, low, high = map(defined, (row["mean"], row["control"], *row["interval"]))
-            interval = "undefined" if "undefined" in (low, high) else f"{low} to {high}"
-            say(
-                f"{name:10}{row['protocol']:16}{row['explainer']:11}{mean:>10}{interval:>16}"
-                f"{control:>10}{row['undefined']:11.0%}"
-            )
-    out = options.out or options.model / "interpret.json"
+            _say_row(row, wide)
+            if row["explainer"] == ASKED:
+                row["texts"] = evaluation.explanations.texts
+    if options.dry_run:
+        return
+    if asking and (problems := asking.simulator.problems):
+        often = "; ".join(f"{reason} ({n:,})" for reason, n in problems.most_common(3))
+        say(f"{problems.total():,} tokens have no number and count as 0: {often}")
+    endpoint_shown = options.endpoint and re.sub("//.*@", "//", options.endpoint)  # no user's name and password
+    facts = provenance(corpus=text.facts(), options=_plain(asdict(options) | {"endpoint": endpoint_shown}))
+    out = _out(options)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"provenance": provenance(corpus=text.facts(), options=_plain(asdict(options))), "rows": rows})
+    write_json(out, {"provenance": facts, "rows": rows} | ({"neurons": neurons[1].tolist()} if neurons else {}))
     say(f"{out} has them layer by layer")
+
+
+def _say_row(row: dict, wide: int) -> None:
+    mean, control, low, high = map(defined, (row["mean"], row["control"], *row["interval"]))
+    interval = "undefined" if "undefined" in (low, high) else f"{low} to {high}"
+    say(
+        f"{row['model']:10}{row['protocol']:16}{row['explainer']:{wide}}{mean:>10}{interval:>16}"
+        f"{control:>10}{row['undefined']:11.0%}"
+    )
+
+
+def _out(options: Interpret) -> Path:
+    return options.out or options.model / "interpret.json"
+
+
+def _cache(options: Interpret) -> Path:
+    return options.cache or _out(options).with_suffix(".answers.sqlite")
+
+
+def _check_asking(options: Interpret) -> None:
+    """Raises ValueError or OSError unless the options about a language model go together."""
+    if ASKED not in options.explainer:
+        names = ("endpoint", "language_model", "completions", "cache", "dry_run")
+        if given := [dashed(name) for name in names if getattr(options, name)]:
+            raise ValueError(f"{', '.join(given)}: only with --explainer {ASKED}")
+        return
+    if not options.endpoint:
+        raise ValueError(f"--explainer {ASKED} needs --endpoint, a server such as http://localhost:8000/v1 or a folder")
+    if _is_server(options.endpoint):
+        if not options.language_model:
+            raise ValueError("--endpoint is a server: say by --language-model which of its models shall be asked")
+    elif not Path(options.endpoint).is_dir():
+        raise FileNotFoundError(f"--endpoint: {options.endpoint} is no folder, and no address that begins with http")
+    elif options.language_model or options.completions:
+        raise ValueError("--language-model and --completions are for a server, and --endpoint is a folder")
+    cache = _cache(options)
+    if cache == _out(options):
+        raise ValueError("--cache and --out must be different files")
+    check_writable("--cache", cache)
+    if cache.exists():
+        AnswerCache(cache).close()  # says if it is something else
+
+
+def _is_server(endpoint: str) -> bool:
+    return endpoint.startswith(("http://", "https://"))
+
+
+def _endpoint(options: Interpret) -> Endpoint | None:
+    if options.endpoint is None:
+        return None
+    if not _is_server(options.endpoint):
+        return HuggingFaceEndpoint(options.endpoint)
+    # the trial whether a server repeats prompts is a question too
+    return OpenAIEndpoint(
+        options.endpoint, options.language_model, chat=not options.completions, echo=not options.dry_run
+    )
+
+
+def _explainer(name: str, options: Interpret, corpus: PreparedCorpus, endpoint: Endpoint) -> Explainer:
+    if name == "concept":
+        world, text = corpus.world, corpus.validation
+        return ConceptExplainer(tinyworld_concepts(world) if world else text_concepts(text, corpus.tokenizer))
+    if name == ASKED:
+        asking = dict(cache=_cache(options), announce=lambda cost: None)  # the sum is said before
+        simulator = LanguageModelSimulator(endpoint, **asking)
+        return LanguageModelExplainer(endpoint, corpus.tokenizer, simulator, **asking)
+    return {"token": TokenExplainer, "suffix": SuffixExplainer}[name]()
+
+
+def _draw(options: Interpret, model: LanguageModel) -> tuple[np.ndarray, np.ndarray] | None:
+    """Layers (l, 1) and their neurons (l, n); None for all.
+
+    Raises:
+        ValueError: a layer has not so many.
+    """
+    h = model.config.width * model.config.expansion
+    n = options.neurons or (min(10, h) if ASKED in options.explainer else None)
+    if n is None:
+        return None
+    if n > h:
+        raise ValueError(f"--neurons must be at most {h}, a layer's; got {n}")
+    draw, n_layers = np.random.default_rng(options.seed), model.config.n_layers
+    return np.arange(n_layers)[:, None], np.stack([np.sort(draw.choice(h, n, replace=False)) for _ in range(n_layers)])
 
 
 def _plain(options: dict) -> dict:

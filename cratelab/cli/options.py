@@ -13,12 +13,13 @@ RANGES = {  # of numbers, but for those that a `Recipe` checks
     "seed": (0, 2**32 - 1),
     "seeds": (1, 1000),
     "n_tokens": (1, MOST),
+    "neurons": (2, MOST),  # the control takes the explanation of another neuron of the layer
     "n_new": (0, 10**6),
     "temperature": (0, 10**6),
     "value": (-(10**15), 10**15),  # squares of what follows still fit single precision
 }
 Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]
-Protocol = Literal["top-and-random", "random-only", "anthropic"]
+ScoringProtocol = Literal["top-and-random", "random-only", "anthropic"]
 
 
 @dataclass
@@ -109,16 +110,35 @@ class TrainedModel:
 
 @dataclass
 class Interpret(TrainedModel):
-    """Explain and score every neuron of a trained model, by rule and without a language model."""
+    """Explain and score neurons of a trained model: all by rule, or some by asking a language model too.
+
+    With --explainer language-model every token of the validating excerpts is a question. What it costs is said before
+    any is asked, answers are kept, and the same command asks none twice.
+    """
 
     n_tokens: int = 200_000
     """Tokens to read at most."""
-    protocols: tuple[Protocol, ...] = ("top-and-random", "random-only", "anthropic")
+    protocols: tuple[ScoringProtocol, ...] = ("top-and-random", "random-only", "anthropic")
     """Which excerpts explain and which validate."""
     official: bool = False
     """With the oddities of the paper's code: excerpts may overlap and cross documents."""
+    explainer: tuple[Literal["token", "suffix", "concept", "language-model"], ...] = ("token", "suffix", "concept")
+    """Who explains; each with a row of its own."""
+    endpoint: str | None = None
+    """For language-model: a server that speaks OpenAI's API, such as http://localhost:8000/v1, or the folder of a
+    Hugging Face model."""
+    language_model: str | None = None
+    """The server's name for the model that explains and simulates."""
+    completions: bool = False
+    """Ask the server at /completions, where an excerpt is one question if the server repeats prompts; else by chat."""
+    neurons: int | None = None
+    """How many of each layer, drawn by --seed, for all explainers; unless given all, or 10 for language-model."""
+    cache: Path | None = None
+    """The language model's answers; beside the scores unless given."""
+    dry_run: bool = False
+    """Only print how many questions there would be at most, and ask none."""
     seed: int = 0
-    """Of the random excerpts and of the untrained model."""
+    """Of the random excerpts, of the untrained model and of the drawn neurons."""
     out: Path | None = None
     """Where the scores go; interpret.json in the model's folder unless given."""
 

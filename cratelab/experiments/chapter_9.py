@@ -23,7 +23,7 @@ from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untra
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.ground_truth import match_concepts, separate_senses
 from cratelab.interpret.records import Records
-from cratelab.interpret.scores import Protocol
+from cratelab.interpret.scores import ScoringProtocol
 from cratelab.language_model import LanguageModel
 from cratelab.losses import document_log_probs
 from cratelab.models import MODELS, load, new_model
@@ -229,10 +229,10 @@ def measure(
     token, longer = {"token": TokenExplainer()}, {"suffix": SuffixExplainer(), "concept": ConceptExplainer(concepts)}
     found: dict = {"rows": []}
     for strict, chosen in ((True, token | longer if ladder else token), (False, token)):
-        records = collect_for_protocols(model, text, strict=strict, n_tokens=n_tokens, seed=seed)
+        records = collect_for_protocols(model, text, as_published=not strict, n_tokens=n_tokens, seed=seed)
         if strict:
             found |= _statistics(records)
-        found["rows"] += [{"strict": strict} | each.row() for each in evaluate(records, chosen, strict)]
+        found["rows"] += [{"strict": strict} | each.row() for each in evaluate(records, chosen, not strict)]
     if truth:
         known = match_concepts(model, text, concepts, max_concepts=0)
         found |= {"f1": known.f1.mean(1).tolist(), "purity": known.purity.mean(1).tolist()}
@@ -246,7 +246,7 @@ def _check_steps(steps: int, least: int) -> None:
         raise ValueError(f"steps must be at least {least}, for some runs take a part of them; got {steps}")
 
 
-def _statistics(records: dict[Protocol, Records]) -> dict:
+def _statistics(records: dict[ScoringProtocol, Records]) -> dict:
     held = next(iter(records.values()))
     return {"density": held.density.mean(1).tolist(), "dead": (held.density == 0).double().mean(1).tolist()}
 

@@ -126,7 +126,7 @@ SPELLING: dict[str, Callable[[str], object]] = {
     "is a Python keyword": lambda text: keyword.iskeyword(_word(text)),
 }
 
-PLACES = (
+PLACES = (  # in the order of the columns that are marked: 0 to 5 by `_scan`, the others one by one in `_places`
     "in double quotes",
     "in single quotes or backticks",
     "in brackets",
@@ -141,7 +141,11 @@ PLACES = (
 
 
 def _places(pieces: list[str]) -> np.ndarray:
-    """(n, places) for the tokens of one document; each is judged at its first character that is no space."""
+    """(n, places) for the tokens of one document; each is judged at its first character that is no space.
+
+    Columns are numbered as in `PLACES`. A web address and a line with a colon are found in the characters, as what
+    `_scan` finds is; the first of a line and of the document are places of tokens, so marked when there are tokens.
+    """
     text = "".join(pieces)
     flags = np.zeros((len(text) + 1, len(PLACES)), bool)
     flags[: len(text), :6] = np.array(list(_scan(text)), bool).reshape(-1, 6)

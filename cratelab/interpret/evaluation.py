@@ -9,7 +9,7 @@ from cratelab.arguments import check_seed
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.explainers import Explainer, Explanations, shuffle
 from cratelab.interpret.records import Records, collect_records
-from cratelab.interpret.scores import PROTOCOLS, Protocol, Scores, needs, score, split
+from cratelab.interpret.scores import PROTOCOLS, Scores, ScoringProtocol, needs, score, split
 from cratelab.intervals import interval_over_neurons
 from cratelab.language_model import LanguageModel
 
@@ -26,7 +26,7 @@ class Evaluation:
         explanations: what was said.
     """
 
-    protocol: Protocol
+    protocol: ScoringProtocol
     explainer: str
     scores: Scores
     control: Scores
@@ -66,18 +66,18 @@ class Evaluation:
 def collect_for_protocols(
     model: LanguageModel,
     corpus: TokenizedCorpus,
-    protocols: Iterable[Protocol] = PROTOCOLS,
-    strict: bool = True,
+    protocols: Iterable[ScoringProtocol] = PROTOCOLS,
+    as_published: bool = False,
     n_tokens: int | None = None,
     seed: int = 0,
-) -> dict[Protocol, Records]:
+) -> dict[ScoringProtocol, Records]:
     """The records that each protocol needs; those of equal windows are collected once.
 
     Args:
         model: any with `neurons`, on any device.
         corpus: text it was not trained on.
         protocols: which.
-        strict: as for `collect_records` and `split`.
+        as_published: as for `collect_records` and `split`.
         n_tokens: to read at most.
         seed: of the random excerpts.
 
@@ -87,26 +87,28 @@ def collect_for_protocols(
     protocols = list(protocols)
     if not protocols:
         raise ValueError(f"no protocol is given; there are {', '.join(PROTOCOLS)}")
-    asks = {protocol: needs(protocol, strict) for protocol in protocols}
-    found: dict[Protocol, Records] = {}
+    asks = {protocol: needs(protocol, as_published) for protocol in protocols}
+    found: dict[ScoringProtocol, Records] = {}
     by_window: dict[int, Records] = {}
     for protocol, asked in asks.items():
         window = asked["window"]
         if window not in by_window:
-            by_window[window] = collect_records(model, corpus, **asked, seed=seed, strict=strict, n_tokens=n_tokens)
+            by_window[window] = collect_records(
+                model, corpus, **asked, seed=seed, as_published=as_published, n_tokens=n_tokens
+            )
         found[protocol] = by_window[window]
     return found
 
 
 def evaluate(
-    records: dict[Protocol, Records], explainers: dict[str, Explainer], strict: bool = True
+    records: dict[ScoringProtocol, Records], explainers: dict[str, Explainer], as_published: bool = False
 ) -> list[Evaluation]:
     """Explain and score every neuron under every protocol that there are records for.
 
     Args:
         records: from `collect_for_protocols`.
         explainers: by the name they are reported under.
-        strict: as the records were collected.
+        as_published: as the records were collected.
 
     Returns:
         One evaluation for each protocol and explainer, protocols first.
@@ -116,7 +118,7 @@ def evaluate(
     """
     if not records or not explainers:
         raise ValueError(f"evaluate needs records and explainers; got {list(records)} and {list(explainers)}")
-    parts = {protocol: split(held, protocol, strict) for protocol, held in records.items()}
+    parts = {protocol: split(held, protocol, as_published) for protocol, held in records.items()}
     found = []
     for protocol, (explaining, validation) in parts.items():
         for name, explainer in explainers.items():

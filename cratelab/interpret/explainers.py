@@ -5,6 +5,7 @@ An explainer sees the explaining excerpts alone; its explanations simulate activ
 
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -193,9 +194,8 @@ class ConceptExplainer:
         level = torch.zeros(n_layers, h, dtype=torch.float64, device="cpu")
         for layer in range(n_layers):
             for start in range(0, h, 32):  # truth of all concepts is large: some neurons at a time
-                some = slice(start, min(start + 32, h))
-                part = Excerpts(*(getattr(excerpts, f)[layer : layer + 1, some] for f in vars(excerpts)))
-                found = self._choose(part)
+                some = torch.arange(start, min(start + 32, h), device="cpu")
+                found = self._choose(excerpts.neurons(layer, some))
                 for target, value in zip((first, second, negated, level), found, strict=True):
                     target[layer, some] = value
         return ConceptExplanations(self.concepts, first, second, negated.bool(), level)
@@ -248,7 +248,7 @@ class ConceptExplanations:
         """The level where the explanation is true, else 0: (l, h, k, w); and coverage, 1 where there is a concept."""
         simulated = []
         for layer, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
-            part = Excerpts(*(getattr(excerpts, f)[layer] for f in vars(excerpts)))
+            part = excerpts.map(itemgetter(layer))
             places = self.concepts.places(part)
             one = self.concepts.truth[places, first.clamp(min=0)[:, None, None]]
             two = self.concepts.truth[places, second.clamp(min=0)[:, None, None]] ^ self.negated[layer][:, None, None]
@@ -274,7 +274,7 @@ def shuffle(explanations: Explanations, excerpts: Excerpts, seed: int = 0) -> tu
     draw = np.random.default_rng(seed)
     order = torch.from_numpy(np.stack([_derangement(draw, h) for _ in range(n_layers)]))
     layer, back = torch.arange(n_layers, device="cpu")[:, None], order.argsort(dim=1)
-    simulated, coverage = explanations.simulate(Excerpts(*(value[layer, order] for value in vars(excerpts).values())))
+    simulated, coverage = explanations.simulate(excerpts.neurons(layer, order))
     return simulated[layer, back], coverage[layer, back]
 
 

@@ -5,9 +5,10 @@ neurons), and a random sample of those where it is active, from which quantiles 
 density and maximum over all tokens. Memory does not grow with the text: the strongest are a running top-k on the
 model's device, the sample is a reservoir.
 
-Strictly, which is the default, windows of a neuron do not overlap, and none crosses the end of a document.
+Unless it shall be as published, windows of a neuron do not overlap, and none crosses the end of a document.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Self
@@ -46,21 +47,33 @@ class Excerpts:
     starts: Tensor
     offsets: Tensor
 
-    def __getitem__(self, which) -> Self:
-        """Some of the k excerpts: an integer, slice or list of them."""
-        which = [which] if isinstance(which, int) else which
-        return type(self)(*(getattr(self, field.name)[:, :, which] for field in fields(Excerpts)))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Excerpts":
+        """`change` of each of the four tensors."""
+        return Excerpts(*map(change, vars(self).values()))
+
+    def neurons(self, layers, indices) -> "Excerpts":
+        """Some neurons: integers that broadcast to (m,), of one row (1, m, k, …), or to (r, m), of r rows (r, m, k, …).
+
+        Raises:
+            ValueError: there is no such neuron, or none is asked for.
+        """
+        which = _places_of_neurons(layers, indices, self.starts.shape[:2])
+        return self.map(lambda value: value[which])
+
+    def __getitem__(self, ranks: int | slice | list[int]) -> "Excerpts":
+        """Some of each neuron's k excerpts: the third axis, not the first."""
+        ranks = [ranks] if isinstance(ranks, int) else ranks
+        return self.map(lambda value: value[:, :, ranks])
 
     def join(self, *others: "Excerpts") -> "Excerpts":
         """These excerpts and others of the same neurons and window, one after another."""
-        all_of_them = [self, *others]
-        return Excerpts(*(torch.cat([getattr(e, f.name) for e in all_of_them], 2) for f in fields(Excerpts)))
+        parts = (vars(each).values() for each in (self, *others))
+        return Excerpts(*(torch.cat(values, 2) for values in zip(*parts, strict=True)))
 
-    def gather(self, index: Tensor) -> Self:
+    def gather(self, index: Tensor) -> "Excerpts":
         """Of each neuron its own excerpts `index`, (l, h, m)."""
         wide = repeat(index, "l h m -> l h m w", w=self.tokens.shape[-1])
-        values = vars(self).values()
-        return type(self)(*(value.gather(2, wide if value.ndim == 4 else index) for value in values))
+        return self.map(lambda value: value.gather(2, wide if value.ndim == 4 else index))
 
     def without(self, places: Tensor) -> Self:
         """The same without the text at `places`, bool that broadcasts to (l, h, k, w)."""
@@ -73,6 +86,19 @@ class Excerpts:
         return self.activations.gather(3, self.offsets[..., None])[..., 0]
 
 
+def _places_of_neurons(layers, indices, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Layers and indices, each (r, m), of neurons that are there."""
+    which = (torch.as_tensor(each, dtype=torch.long, device="cpu") for each in (layers, indices))
+    layers, indices = (torch.atleast_2d(each) for each in torch.broadcast_tensors(*which))
+    wrong = (layers < 0) | (layers >= shape[0]) | (indices < 0) | (indices >= shape[1])
+    if wrong.any() or not layers.numel():
+        found = ", ".join(map(str, zip(layers[wrong].tolist()[:5], indices[wrong].tolist(), strict=False)))
+        raise ValueError(f"neurons must be (layer, index) below {tuple(shape)}; got {found or 'no neuron'}")
+    return layers, indices
+
+
+EXCERPTS = "top", "random", "active"
+STATISTICS = "mean", "variance", "density", "maximum"
 STATISTIC = torch.float64, -torch.inf, torch.inf
 KINDS = {  # of an excerpt's fields, and of what is no usual statistic: type, least value, and what is above every value
     "tokens": (torch.int32, NO_TOKEN, torch.inf),
@@ -111,6 +137,12 @@ class Records:
     def window(self) -> int:
         return self.random.tokens.shape[-1]
 
+    def neurons(self, layers, indices) -> Self:
+        """The records of some neurons alone; as `Excerpts.neurons`."""
+        which = _places_of_neurons(layers, indices, self.maximum.shape)
+        excerpts = {name: getattr(self, name).neurons(layers, indices) for name in EXCERPTS}
+        return replace(self, **excerpts, **{name: getattr(self, name)[which] for name in STATISTICS})
+
     def save(self, folder: str | Path) -> None:
         """Write records.safetensors and records.json into `folder`, each whole or not at all.
 
@@ -136,10 +168,9 @@ class Records:
         facts, held = read_json(Path(folder) / "records.json"), read_tensors(file)
         try:
             excerpts = {
-                name: Excerpts(*(held[f"{name}.{field.name}"] for field in fields(Excerpts)))
-                for name in ("top", "random", "active")
+                name: Excerpts(*(held[f"{name}.{field.name}"] for field in fields(Excerpts))) for name in EXCERPTS
             }
-            statistics = {name: held[name] for name in ("mean", "variance", "density", "maximum")}
+            statistics = {name: held[name] for name in STATISTICS}
             found = cls(**excerpts, **statistics, n_tokens=facts["n_tokens"])
             found._check(facts)
         except (LookupError, TypeError, ValueError) as error:
@@ -167,9 +198,9 @@ class Records:
                 raise ValueError(f"{name} holds {tensor[wrong][0].item()}")
 
     def _tensors(self) -> dict[str, Tensor]:
-        held = {name: getattr(self, name) for name in ("mean", "variance", "density", "maximum")}
-        for name in "top", "random", "active":
-            held |= {f"{name}.{field.name}": getattr(getattr(self, name), field.name) for field in fields(Excerpts)}
+        held = {name: getattr(self, name) for name in STATISTICS}
+        for name in EXCERPTS:
+            held |= {f"{name}.{field}": tensor for field, tensor in vars(getattr(self, name)).items()}
         return held
 
 
@@ -181,7 +212,7 @@ def collect_records(
     n_random: int = 10,
     n_active: int = 0,
     seed: int = 0,
-    strict: bool = True,
+    as_published: bool = False,
     n_tokens: int | None = None,
     batch: int = 16,
 ) -> Records:
@@ -198,7 +229,7 @@ def collect_records(
         n_random: random excerpts, places drawn uniformly from all tokens.
         n_active: size of the sample of places where a neuron is positive, uniform over these.
         seed: of both samples.
-        strict: as the paper's code if False: the strongest excerpts may overlap, and pieces are cut from the stream
+        as_published: as the paper's code: the strongest excerpts may overlap, and pieces are cut from the stream
             without regard to documents.
         n_tokens: read this many tokens at most.
         batch: pieces at a time.
@@ -226,12 +257,12 @@ def collect_records(
     random_places = np.sort(np.random.default_rng([seed, 0]).integers(total, size=n_random))
     found = _RandomPlaces(random_places, window, model.token_embedding.weight.device)
     layers: list[_Layer] = []
-    for text, neurons in watch_neurons(model, corpus, batch, window, strict, total, AHEAD):
+    for text, neurons in watch_neurons(model, corpus, batch, window, not as_published, total, AHEAD):
         layers = layers or [_Layer(a.shape[-1], window, n_top, n_random, n_active, a.device) for a in neurons]
         keys = _keys(text, seed) if n_active else None
         windows = found.update(text)
         for layer, activations in zip(layers, neurons, strict=True):
-            layer.update(text, activations.float(), keys, strict, windows)
+            layer.update(text, activations.float(), keys, as_published, windows)
     if not all(bool(layer.squares.isfinite().all()) for layer in layers):
         raise ValueError("the model's activations are too large for single precision to hold their squares")
     return _join(layers, found, total)
@@ -272,7 +303,12 @@ class _Layer:
         self.maximum = exact(torch.full((h,), -torch.inf, device=device))
 
     def update(
-        self, text: Text, activations: Tensor, keys: Tensor | None, strict: bool, random: tuple[Tensor, Tensor, Windows]
+        self,
+        text: Text,
+        activations: Tensor,
+        keys: Tensor | None,
+        overlapping: bool,
+        random: tuple[Tensor, Tensor, Windows],
     ) -> None:
         """Take in a batch: activations (b, n, h), random keys (b, n), and the random places that lie in it."""
         if text.full:
@@ -287,14 +323,14 @@ class _Layer:
         self.squares += exact(activations.square().sum(1)).sum(0)
         self.positive += exact(activations.clamp(min=0).sign_().sum(1)).sum(0)
         if self.top.priority.shape[1]:
-            self._update_top(text, activations, strongest, strict)
+            self._update_top(text, activations, strongest, overlapping)
         if keys is not None:
             self._update_active(text, activations, keys.flatten())
         which, piece, windows = random
         values = activations[piece[:, None], windows.places] * windows.present[..., None]
         self.random[:, which] = rearrange(values, "m w h -> h m w")
 
-    def _update_top(self, text: Text, activations: Tensor, strongest: Tensor, strict: bool) -> None:
+    def _update_top(self, text: Text, activations: Tensor, strongest: Tensor, overlapping: bool) -> None:
         """Look only into pieces whose strongest activation (b, h) may be among the k best, with theirs counted in."""
         k = self.top.priority.shape[1]
         certain = torch.cat([self.top.priority, strongest.mT], 1)  # windows that do not overlap
@@ -308,7 +344,7 @@ class _Layer:
             priority = activations[piece, :, neuron]  # (m, n)
             loses = (priority <= bar[:, None]) | (priority < least[neuron, None])
             priority.masked_fill_(loses, -torch.inf)
-            starts = text.window_starts[piece].int() if strict else None
+            starts = None if overlapping else text.window_starts[piece].int()
             row, best, at = peaks(priority, starts, text.window, min(k, priority.shape[1]))
             self.top.merge(text, activations, neuron[row], best, piece[row], at)
 

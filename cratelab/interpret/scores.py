@@ -14,10 +14,10 @@ from torch import Tensor
 from cratelab.interpret.records import Excerpts, Records
 from cratelab.reading import NO_TOKEN
 
-Protocol = Literal["top-and-random", "random-only", "anthropic"]
-PROTOCOLS: tuple[Protocol, ...] = ("top-and-random", "random-only", "anthropic")
+ScoringProtocol = Literal["top-and-random", "random-only", "anthropic"]
+PROTOCOLS: tuple[ScoringProtocol, ...] = ("top-and-random", "random-only", "anthropic")
 
-# Strictly; see `needs`.
+# Unless as published; see `needs`.
 NEEDS = {
     "top-and-random": dict(window=64, n_top=10, n_random=5),
     "random-only": dict(window=64, n_top=10, n_random=5),
@@ -25,20 +25,20 @@ NEEDS = {
 }
 
 
-def needs(protocol: Protocol, strict: bool = True) -> dict[str, int]:
+def needs(protocol: ScoringProtocol, as_published: bool = False) -> dict[str, int]:
     """What `collect_records` has to gather for a protocol: its arguments.
 
-    Not strictly, the intervals of "anthropic" are cut from random excerpts, of which there must then be many.
+    As published, the intervals of "anthropic" are cut from random excerpts, of which there must then be many.
 
     Raises:
         ValueError: there is no such protocol.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}")
-    return NEEDS[protocol] | (dict(n_random=250, n_active=0) if protocol == "anthropic" and not strict else {})
+    return NEEDS[protocol] | (dict(n_random=250, n_active=0) if protocol == "anthropic" and as_published else {})
 
 
-def split(records: Records, protocol: Protocol, strict: bool = True) -> tuple[Excerpts, Excerpts]:
+def split(records: Records, protocol: ScoringProtocol, as_published: bool = False) -> tuple[Excerpts, Excerpts]:
     """The excerpts to explain from, and those to validate on.
 
     | protocol | explain | validate |
@@ -47,38 +47,38 @@ def split(records: Records, protocol: Protocol, strict: bool = True) -> tuple[Ex
     | random-only | the same | the 5 random |
     | anthropic | 15 top, 2 of each of 11 intervals, 5 random | 10 top, 2 of each interval, 5 random, 10 top cropped |
 
-    "Cropped" is the same ten to 3 tokens. Strictly, what overlaps an explaining excerpt does not validate: its tokens
-    are taken out.
+    "Cropped" is the same ten to 3 tokens. What overlaps an explaining excerpt does not validate: its tokens are taken
+    out.
 
     The intervals hold equally many of a neuron's positive activations.
 
     Args:
-        records: from `collect_records` with at least `needs(protocol, strict)`.
+        records: from `collect_records` with at least `needs(protocol, as_published)`.
         protocol: which.
-        strict: if False, as in the paper's code, excerpts may overlap, and the intervals of "anthropic" are cut from
-            all activations and not only the positive ones, the highest of twelve left out.
+        as_published: as in the paper's code, excerpts may overlap, and the intervals of "anthropic" are cut from all
+            activations and not only the positive ones, the highest of twelve left out.
 
     Raises:
         ValueError: there is no such protocol, or the records hold too few excerpts for it.
 
     Source: Bills et al. (2023); Bricken et al. (2023); Bai & Ma (2024) for the numbers.
     """
-    for name, least in needs(protocol, strict).items():
+    for name, least in needs(protocol, as_published).items():
         held = records.window if name == "window" else getattr(records, name.removeprefix("n_")).starts.shape[2]
         if held < least:
             raise ValueError(f"{protocol} needs records with {name}={least} or more; these have {held}: collect anew")
     if protocol == "anthropic":
         validated = list(range(1, 20, 2))
         explained = [rank for rank in range(25) if rank not in validated]
-        first, second = _intervals(records.active) if strict else _intervals_of_all(records.random[slice(10, 250)])
-        explain = records.top[explained].join(first, records.random[slice(5)])
+        intervals = _intervals_of_all(records.random[10:250]) if as_published else _intervals(records.active)
+        explain = records.top[explained].join(intervals[0], records.random[:5])
         top = records.top[validated]
-        validate = top.join(second, records.random[slice(5, 10)], crop(top, 3))
+        validate = top.join(intervals[1], records.random[5:10], crop(top, 3))
     else:
-        explain, validate = records.top[slice(0, 10, 2)], records.random[slice(5)]
+        explain, validate = records.top[0:10:2], records.random[:5]
         if protocol == "top-and-random":
-            validate = validate.join(records.top[slice(1, 10, 2)])
-    return explain, _without_overlap(validate, explain) if strict else validate
+            validate = validate.join(records.top[1:10:2])
+    return explain, validate if as_published else _without_overlap(validate, explain)
 
 
 def crop(excerpts: Excerpts, width: int) -> Excerpts:
@@ -120,18 +120,6 @@ def rank_correlation(actual: Tensor, simulated: Tensor, present: Tensor) -> Tens
     return correlation(ranks(actual), ranks(simulated), present)
 
 
-def explained_power(actual: Tensor, simulated: Tensor, present: Tensor) -> Tensor:
-    """1 − mean (a − s)² / mean a², over the last axis: uncentred, and of use only where s is on a's scale."""
-    error = ((actual - simulated).double().square() * present).sum(-1)
-    return 1 - error / (actual.double().square() * present).sum(-1)
-
-
-def explained_deviation(actual: Tensor, simulated: Tensor, present: Tensor) -> Tensor:
-    """1 − mean absolute error / mean absolute activation, over the last axis."""
-    error = ((actual - simulated).double().abs() * present).sum(-1)
-    return 1 - error / (actual.double().abs() * present).sum(-1)
-
-
 @dataclass
 class Scores:
     """Scores of l × h neurons.
@@ -140,7 +128,7 @@ class Scores:
         correlation: (l, h) float64, NaN where undefined.
         rank_correlation: (l, h), likewise.
         dead: (l, h) bool: undefined because the neuron is constant on the validation excerpts.
-        constant: (l, h) bool: undefined because the simulation is, though the neuron is not.
+        constant: (l, h) bool: undefined because the simulation is constant or there is none, though the neuron varies.
         coverage: (l, h) share of the validation tokens that the explanation has something to say of; 1 unless given.
     """
 

@@ -11,7 +11,7 @@ from test_training import corpus, new_model
 from cratelab.corpora.tokenizers import WordEncoding
 from cratelab.interpret.asking.answers import AnswerCache
 from cratelab.interpret.language_models import TextExplanations
-from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record
+from cratelab.interpret.openai_records import read_neuron_record, write_neuron_record
 from cratelab.interpret.records import Records, collect_records
 from cratelab.storage import read_json, read_tensors, write_json, write_tensors
 

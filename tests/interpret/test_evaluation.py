@@ -11,7 +11,7 @@ from cratelab.interpret.concepts import text_concepts
 from cratelab.interpret.evaluation import Evaluation, collect_for_protocols, evaluate, untrained
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.ground_truth import match_concepts, separate_senses
-from cratelab.interpret.neuron_records import read_neuron_record, write_neuron_record
+from cratelab.interpret.openai_records import read_neuron_record, write_neuron_record
 from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import Scores, split
 from cratelab.reading import NO_TOKEN
@@ -85,8 +85,8 @@ def test_a_row_is_of_the_layers_asked_for():
 
 
 def test_officially_too(trained):
-    held = collect_for_protocols(trained, corpus(n=6000, seed=1), strict=False)
-    found = evaluate(held, {"token": TokenExplainer()}, strict=False)
+    held = collect_for_protocols(trained, corpus(n=6000, seed=1), as_published=True)
+    found = evaluate(held, {"token": TokenExplainer()}, as_published=True)
     assert len(found) == 3 and all(np.isfinite(each.row()["mean"]) for each in found)
 
 
@@ -114,11 +114,11 @@ def all_explainers(text):
     return {"token": TokenExplainer(), "suffix": SuffixExplainer(), "concept": ConceptExplainer(concepts)}
 
 
-@pytest.mark.parametrize(("n_tokens", "strict"), [(1, True), (20, True), (20, False), (2000, True)])
-def test_a_dead_layer_and_short_texts_give_rows_that_can_be_written(n_tokens, strict, tmp_path):
+@pytest.mark.parametrize(("n_tokens", "as_published"), [(1, False), (20, False), (20, True), (2000, False)])
+def test_a_dead_layer_and_short_texts_give_rows_that_can_be_written(n_tokens, as_published, tmp_path):
     text = corpus(n=3000, n_documents=60)
-    held = collect_for_protocols(with_dead_layer(), text, strict=strict, n_tokens=n_tokens)
-    rows = [each.row() for each in evaluate(held, all_explainers(text), strict)]
+    held = collect_for_protocols(with_dead_layer(), text, as_published=as_published, n_tokens=n_tokens)
+    rows = [each.row() for each in evaluate(held, all_explainers(text), as_published)]
     assert len(rows) == 9
     for row in rows:
         assert row["dead"] >= 0.5 and row["mean_defined"] != row["mean_defined"]  # NaN: a layer has no score at all

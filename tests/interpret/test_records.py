@@ -63,7 +63,7 @@ def model(request):
 @pytest.mark.parametrize("window", [4, 7, 16])
 def test_top_excerpts_are_those_of_brute_force(model, window, strict):
     text = random_text(500, 40)
-    found = collect_records(model, text, window, n_top=6, strict=strict, batch=5)
+    found = collect_records(model, text, window, n_top=6, as_published=not strict, batch=5)
     activations, pieces = activations_of(model, text, strict)
     agree = total = 0
     for layer in range(2):
@@ -177,9 +177,9 @@ def test_the_sample_of_active_places_is_that_of_the_highest_keys_however_the_tex
 @pytest.mark.parametrize("strict", [True, False])
 def test_the_result_does_not_depend_on_how_much_is_searched_at_a_time(model, strict, monkeypatch):
     text = random_text(500, 40)
-    whole = collect_records(model, text, 5, strict=strict).top
+    whole = collect_records(model, text, 5, as_published=not strict).top
     monkeypatch.setattr(module, "CHUNK", 100)
-    parts = collect_records(model, text, 5, strict=strict).top
+    parts = collect_records(model, text, 5, as_published=not strict).top
     strength = [found.activations.gather(3, found.offsets[..., None]) for found in (whole, parts)]
     assert strength[0].equal(strength[1])  # equal texts give ties, so not the places
 
@@ -283,3 +283,30 @@ def test_records_do_not_depend_on_the_default_precision(model):
     assert found.top.activations.dtype == found.random.activations.dtype == torch.float32
     torch.testing.assert_close(found.top.activations, expected.top.activations, rtol=0, atol=0)
     torch.testing.assert_close(found.random.activations, expected.random.activations, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "indices", "shape"),
+    [(1, [5, 0], (1, 2)), ([1, 0], [5, 0], (1, 2)), ([[1], [0]], [[5, 0, 3]] * 2, (2, 3))],
+)
+def test_records_of_some_neurons_are_theirs_in_the_order_asked(model, layers, indices, shape):
+    every = collect_records(model, corpus(n=300), 8, n_active=3)
+    some = every.neurons(layers, indices)
+    layers, indices = np.broadcast_arrays(layers, indices)
+    assert some.top.starts.shape[:2] == some.mean.shape == shape and some.n_tokens == every.n_tokens
+    for kind in "top", "random", "active":
+        for name, held in vars(getattr(some, kind)).items():
+            pairs = zip(held.flatten(0, 1), layers.flat, indices.flat, strict=True)
+            assert all(one.equal(getattr(getattr(every, kind), name)[layer, i]) for one, layer, i in pairs)
+    assert some.maximum.flatten().equal(every.maximum[layers.ravel(), indices.ravel()])
+
+
+@pytest.mark.parametrize(
+    ("layers", "indices", "message"),
+    [(0, 99, r"\(0, 99\)"), (2, 0, r"below \(2, 64\); got \(2, 0\)"), (-1, 0, r"\(-1, 0\)"), (0, [], "no neuron")],
+)
+def test_neurons_that_are_not_there_are_named(model, layers, indices, message):
+    held = collect_records(model, corpus(n=300), 8)
+    for part in held, held.top:
+        with pytest.raises(ValueError, match=message):
+            part.neurons(layers, indices)

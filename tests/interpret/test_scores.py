@@ -10,8 +10,6 @@ from cratelab.interpret.scores import (
     Scores,
     correlation,
     crop,
-    explained_deviation,
-    explained_power,
     needs,
     rank_correlation,
     score,
@@ -38,13 +36,6 @@ def test_correlations_are_scipys_over_the_present_places():
     for ours, theirs in (correlation, stats.pearsonr), (rank_correlation, stats.spearmanr):
         expected = [theirs(x[here], y[here])[0] for x, y, here in zip(a, s, present, strict=True)]
         np.testing.assert_allclose(ours(*arrays), expected, atol=1e-12)
-
-
-def test_the_other_scores_by_hand():
-    a, s = torch.tensor([1.0, 2.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 1.0, 5.0])
-    present = torch.tensor([True, True, True, False])
-    assert float(explained_power(a, s, present)) == pytest.approx(1 - 2 / 5)
-    assert float(explained_deviation(a, s, present)) == pytest.approx(1 - 2 / 3)
 
 
 def test_a_constant_neuron_or_simulation_has_no_score_and_the_reason_is_kept():
@@ -93,7 +84,7 @@ def test_protocols_take_the_stated_excerpts(records, monkeypatch):
     monkeypatch.setitem(NEEDS, "random-only", NEEDS["random-only"] | {"window": 8})
     monkeypatch.setitem(NEEDS, "top-and-random", NEEDS["top-and-random"] | {"window": 8})
     held = records["top-and-random"]
-    explain, validate = split(held, "top-and-random", strict=False)
+    explain, validate = split(held, "top-and-random", as_published=True)
     assert explain.starts.equal(held.top.starts[:, :, [0, 2, 4, 6, 8]])
     assert validate.starts.equal(torch.cat([held.random.starts[:, :, :5], held.top.starts[:, :, [1, 3, 5, 7, 9]]], 2))
     assert split(held, "random-only")[1].starts.equal(held.random.starts[:, :, :5])

@@ -211,7 +211,7 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="token 5, which the tokenizer words lacks"):
         viewer(held, Words(HOSTILE[:5]), ALL)
     with pytest.raises(ValueError, match=re.escape("of (2, 2) layers and neurons, the records of (2, 3)")):
-        part = Excerpts(*(getattr(held.random, f)[:, :2] for f in vars(held.random)))
+        part = held.random.map(lambda value: value[:, :2])
         viewer(held, words, ALL, scores={"x": score(part.activations, part)})
     held.top, held.random = held.top[[]], held.random[[]]
     with pytest.raises(ValueError, match="hold no excerpts"):

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -127,6 +127,16 @@ class Cost:
             return None
         return (self.prompt_tokens * self.prices[0] + self.completion_tokens * self.prices[1]) / 1e6
 
+    def __add__(self, other: Self) -> Self:
+        """Both together, at the prices of the first."""
+        return type(self)(
+            self.requests + other.requests,
+            self.cached + other.cached,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.prices,
+        )
+
     def __str__(self) -> str:
         money = "" if self.prices is None else f": {self.money:,.2f} at {self.prices[0]} and {self.prices[1]} a million"
         return (
@@ -225,6 +235,7 @@ class Asker:
     """
 
     endpoint: Endpoint
+    _: KW_ONLY
     cache: str | Path | None = None
     prices: tuple[float, float] | None = None
     announce: Callable[[Cost], None] = print
