@@ -62,7 +62,7 @@ class SaeRecipe:
 
     @property
     def patience(self) -> int:
-        """Tokens of silence after which a feature counts as dead: a twentieth of the training.
+        """Tokens of silence after which a feature counts as dead, a twentieth of the training.
 
         The usual rebirths are a tenth of it or more apart, so that a feature that is born again has twice this time to
         become active before the next; and 25,000 tokens, of the usual 500,000, spare what is rare and not dead.
