@@ -7,6 +7,7 @@ the errors, not stopping at any.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -38,10 +39,10 @@ def refuse(*_):
 
 
 if __name__ == "__main__":
-    import torch  # once for all of them
-
-    torch.set_num_threads(1)
     os.environ["MPLBACKEND"] = "template"  # draws nothing, warns of nothing
+    for name in "torch", "matplotlib.pyplot", "scipy.stats", "IPython.core.interactiveshell", "nbformat":
+        importlib.import_module(name)  # once for all of them
+    sys.modules["torch"].set_num_threads(1)
     socket.socket.connect = socket.getaddrinfo = refuse
     paths = sys.argv[1:]
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:

@@ -1,11 +1,13 @@
 """What the book asks of Sphinx beyond its packages: a status table, links in docstrings, no failed cells."""
 
+import gc
 import importlib
 import inspect
 import json
 import pkgutil
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 from docutils.statemachine import StringList
@@ -20,6 +22,8 @@ from chapters import slugs
 from check_chapters import EQUATION, LABEL, equation_labels, source
 
 import exercises
+
+labels_of = cache(equation_labels)  # hundreds of docstrings ask
 
 
 class ExecutionTable(SphinxDirective):
@@ -90,7 +94,7 @@ BACKTICKS = re.compile(r"(?<![`:\w])`([^`<>]+)`(?![`_])")
 
 def read_docstring(app, what, name, obj, options, lines):
     """Docstrings are written for an editor's eye: link their equation labels and public names, and set their tables."""
-    labels = equation_labels(Path(app.srcdir))
+    labels = labels_of(Path(app.srcdir))
 
     def equation(match):
         return f":eq:`{match[0]}`" if match[0] in labels else match[0]
@@ -145,6 +149,9 @@ def refuse_failed_cells(app, docname, source):
 
 
 def setup(app):
+    gc.set_threshold(
+        100_000, 20, 100
+    )  # pages are millions of small objects, all of which stay: look through them rarely
     app.add_directive("execution-table", ExecutionTable)
     app.add_directive("equation-table", EquationTable)
     app.add_directive("exercise-table", ExerciseTable)
