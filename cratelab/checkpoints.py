@@ -117,5 +117,5 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def _moments(state: dict) -> dict[str, Tensor]:
-    """AdamW's tensors of each parameter under one name each."""
-    return {f"{parameter}.{name}": held[name] for parameter, held in state["state"].items() for name in held}
+    """AdamW's tensors of each parameter under one name each; none of what is gathered on another process."""
+    return {f"{parameter}.{name}": held[name] for parameter, held in state.get("state", {}).items() for name in held}
