@@ -30,8 +30,9 @@ from torch.utils.benchmark import timer
 import cratelab as cl
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
-from cratelab.interpret.records import AHEAD, Excerpts, collect_records
+from cratelab.interpret.records import AHEAD, collect_records
 from cratelab.interpret.scores import NEEDS, score
 from cratelab.reading import NO_TOKEN, watch_neurons
 

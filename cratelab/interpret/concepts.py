@@ -16,7 +16,7 @@ from torch import Tensor
 from cratelab.corpora.tinyworld import World
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import Tokenizer
-from cratelab.interpret.records import Excerpts
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.reading import NO_TOKEN, token_text, tokens_to_read
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from cratelab.arguments import check_seed
 from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.concepts import Concepts
-from cratelab.interpret.records import Excerpts
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.reading import NO_TOKEN, token_text
 
 

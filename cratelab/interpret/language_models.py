@@ -22,8 +22,8 @@ from cratelab.interpret.asking.answers import Asker, Cost
 from cratelab.interpret.asking.endpoints import Request
 from cratelab.interpret.asking.prompts import drop_unprintable, explanation_prompt, token_writer
 from cratelab.interpret.asking.simulator import LanguageModelSimulator
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.interpret.explainers import discretise
-from cratelab.interpret.records import Excerpts
 from cratelab.reading import NO_TOKEN
 from cratelab.storage import read_json, write_json
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from cratelab.corpora.tokenizers import Tokenizer
-from cratelab.interpret.records import Excerpts, Records
+from cratelab.interpret.excerpts import Excerpts
+from cratelab.interpret.records import Records
 from cratelab.reading import NO_TOKEN, token_text
 from cratelab.storage import read_json, write_json
 

@@ -8,19 +8,19 @@ model's device, the sample is a reservoir.
 Unless it shall be as published, windows of a neuron do not overlap, and none crosses the end of a document.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from cratelab.arguments import check_seed
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.devices import exact
+from cratelab.interpret.excerpts import Excerpts, places_of_neurons
 from cratelab.interpret.running_top_k import Kept, peaks
 from cratelab.language_model import LanguageModel
 from cratelab.reading import NO_TOKEN, Text, Windows, tokens_to_read, watch_neurons
@@ -28,73 +28,6 @@ from cratelab.storage import digest_of_file, read_json, read_tensors, replacing,
 
 AHEAD = 16  # batches sorted by length: of TinyWorld at context 256 padding is then 5 % of a batch, else 39 %
 CHUNK = 2**20  # activations searched at a time where many may be candidates: what a cache holds
-
-
-@dataclass
-class Excerpts:
-    """Windows of w tokens: k of each of the h neurons of l layers.
-
-    Attributes:
-        tokens: (l, h, k, w) int32, `NO_TOKEN` where there is no text.
-        activations: (l, h, k, w) float32, 0 where there is no text.
-        starts: (l, h, k) int64, place of the first token in the corpus; -1 where a neuron has fewer than k excerpts.
-        offsets: (l, h, k) int64, where in the window the token stands that it was taken for: the middle, but for the
-            ends of documents.
-    """
-
-    tokens: Tensor
-    activations: Tensor
-    starts: Tensor
-    offsets: Tensor
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Excerpts":
-        """`change` of each of the four tensors."""
-        return Excerpts(*map(change, vars(self).values()))
-
-    def neurons(self, layers, indices) -> "Excerpts":
-        """Some neurons: integers that broadcast to (m,), of one row (1, m, k, …), or to (r, m), of r rows (r, m, k, …).
-
-        Raises:
-            ValueError: there is no such neuron, or none is asked for.
-        """
-        which = _places_of_neurons(layers, indices, self.starts.shape[:2])
-        return self.map(lambda value: value[which])
-
-    def __getitem__(self, ranks: int | slice | list[int]) -> "Excerpts":
-        """Some of each neuron's k excerpts: the third axis, not the first."""
-        ranks = [ranks] if isinstance(ranks, int) else ranks
-        return self.map(lambda value: value[:, :, ranks])
-
-    def join(self, *others: "Excerpts") -> "Excerpts":
-        """These excerpts and others of the same neurons and window, one after another."""
-        parts = (vars(each).values() for each in (self, *others))
-        return Excerpts(*(torch.cat(values, 2) for values in zip(*parts, strict=True)))
-
-    def gather(self, index: Tensor) -> "Excerpts":
-        """Of each neuron its own excerpts `index`, (l, h, m)."""
-        wide = repeat(index, "l h m -> l h m w", w=self.tokens.shape[-1])
-        return self.map(lambda value: value.gather(2, wide if value.ndim == 4 else index))
-
-    def without(self, places: Tensor) -> Self:
-        """The same without the text at `places`, bool that broadcasts to (l, h, k, w)."""
-        tokens, activations = self.tokens.masked_fill(places, NO_TOKEN), self.activations.masked_fill(places, 0)
-        return replace(self, tokens=tokens, activations=activations)
-
-    @property
-    def strength(self) -> Tensor:
-        """(l, h, k) activation of the token that each excerpt was taken for."""
-        return self.activations.gather(3, self.offsets[..., None])[..., 0]
-
-
-def _places_of_neurons(layers, indices, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Layers and indices, each (r, m), of neurons that are there."""
-    which = (torch.as_tensor(each, dtype=torch.long, device="cpu") for each in (layers, indices))
-    layers, indices = (torch.atleast_2d(each) for each in torch.broadcast_tensors(*which))
-    wrong = (layers < 0) | (layers >= shape[0]) | (indices < 0) | (indices >= shape[1])
-    if wrong.any() or not layers.numel():
-        found = ", ".join(map(str, zip(layers[wrong].tolist()[:5], indices[wrong].tolist(), strict=False)))
-        raise ValueError(f"neurons must be (layer, index) below {tuple(shape)}; got {found or 'no neuron'}")
-    return layers, indices
 
 
 EXCERPTS = "top", "random", "active"
@@ -139,7 +72,7 @@ class Records:
 
     def neurons(self, layers, indices) -> Self:
         """The records of some neurons alone; as `Excerpts.neurons`."""
-        which = _places_of_neurons(layers, indices, self.maximum.shape)
+        which = places_of_neurons(layers, indices, self.maximum.shape)
         excerpts = {name: getattr(self, name).neurons(layers, indices) for name in EXCERPTS}
         return replace(self, **excerpts, **{name: getattr(self, name)[which] for name in STATISTICS})
 

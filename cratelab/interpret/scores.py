@@ -11,7 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cratelab.interpret.records import Excerpts, Records
+from cratelab.interpret.excerpts import Excerpts
+from cratelab.interpret.records import Records
 from cratelab.reading import NO_TOKEN
 
 ScoringProtocol = Literal["top-and-random", "random-only", "anthropic"]

@@ -12,7 +12,7 @@ import torch
 from cratelab.interpret.asking.endpoints import OpenAIEndpoint
 from cratelab.interpret.asking.local_endpoint import HuggingFaceEndpoint
 from cratelab.interpret.asking.prompts import as_question
-from cratelab.interpret.records import Excerpts
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.reading import NO_TOKEN
 
 WORDS = ["sun", " cat", " sat", "a\tb", "x\ny", "unknown", "<|endoftext|>", "\ud800", "\\n", "�", "10", " <b>", ""]

@@ -6,7 +6,7 @@ from cratelab.corpora import tinyworld
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import byte_encoding
 from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts
-from cratelab.interpret.records import Excerpts
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.reading import NO_TOKEN
 
 TEXT = """The two banks merged; see https://example.org/a_b (or [2]).

@@ -7,8 +7,8 @@ from test_scores import excerpts
 
 from cratelab.corpora.tokenizers import WordEncoding
 from cratelab.interpret.concepts import Concepts
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer, discretise, shuffle
-from cratelab.interpret.records import Excerpts
 from cratelab.interpret.scores import score
 from cratelab.reading import NO_TOKEN
 

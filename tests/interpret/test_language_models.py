@@ -8,9 +8,10 @@ from language_model_server import TEXT, WORDS, Words, excerpts_of, prompt_of, qu
 from cratelab.corpora.tokenizers import WordEncoding
 from cratelab.interpret.asking.simulator import LanguageModelSimulator
 from cratelab.interpret.evaluation import evaluate
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.language_models import LanguageModelExplainer, TextExplanations
-from cratelab.interpret.records import Excerpts, Records
+from cratelab.interpret.records import Records
 from cratelab.interpret.scores import split
 from cratelab.reading import NO_TOKEN
 from cratelab.viewers.neurons import viewer

@@ -7,9 +7,10 @@ from test_training import corpus, new_model
 
 from cratelab.corpora.documents import Document
 from cratelab.corpora.tokenizers import WordEncoding, byte_encoding, train_bpe
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.interpret.explainers import TokenExplainer
 from cratelab.interpret.openai_records import read_neuron_record, write_neuron_record
-from cratelab.interpret.records import Excerpts, Records, collect_records
+from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import correlation
 from cratelab.reading import NO_TOKEN
 

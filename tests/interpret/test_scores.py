@@ -4,7 +4,8 @@ import torch
 from scipy import stats
 from test_training import corpus, new_model
 
-from cratelab.interpret.records import Excerpts, collect_records
+from cratelab.interpret.excerpts import Excerpts
+from cratelab.interpret.records import collect_records
 from cratelab.interpret.scores import (
     NEEDS,
     Scores,

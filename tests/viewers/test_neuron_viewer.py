@@ -9,8 +9,9 @@ import torch
 
 from cratelab import plots
 from cratelab.corpora import tokenizers
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.interpret.explainers import TokenExplainer
-from cratelab.interpret.records import Excerpts, Records
+from cratelab.interpret.records import Records
 from cratelab.interpret.scores import score
 from cratelab.viewers.drawing import luminance, shades
 from cratelab.viewers.neurons import viewer

@@ -14,7 +14,8 @@ from typing import Self
 
 from tqdm import tqdm
 
-from cratelab.interpret.asking.endpoints import Answer, Endpoint, Request
+from cratelab.interpret.asking.endpoints import Endpoint, Request
+from cratelab.interpret.asking.replies import Answer
 
 GROUP = 512  # requests in memory at a time
 TRUST = 20  # if so many first answers are all useless, the rest is not asked for

@@ -20,23 +20,19 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache, cached_property
-from itertools import accumulate
 from typing import NamedTuple, Protocol, Self
 
 from cratelab.extras import require
 from cratelab.interpret.asking.prompts import drop_unprintable, simulation_prompt
+from cratelab.interpret.asking.replies import Answer, read_echoed, read_next, read_text
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is given up, since a run can be taken up again later
 LARGEST_ANSWER = 2**24  # bytes, decompressed; the log-probabilities of a prompt of 8,000 tokens are about as many
-
-ROUNDING = 0.01  # how far above 0 a server may round a log-probability
-
-Answer = dict  # "text", or "next": for each piece of the prompt [[token, log-probability], …]; or "problem": why not
 
 
 @dataclass(frozen=True)
@@ -242,8 +238,8 @@ class OpenAIEndpoint:
         try:
             choice = held["choices"][0]
             if several:
-                return _read_echoed(choice, request.prompt)
-            return _read_next(choice) if request.top else _read_text(choice)
+                return read_echoed(choice, request.prompt)
+            return read_next(choice) if request.top else read_text(choice)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
             return {"problem": "the answer has another shape"}
 
@@ -370,56 +366,6 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def _without_user(url: str) -> str:
     return re.sub("//.*@", "//", url)
-
-
-def _read_text(choice: dict) -> Answer:
-    return text_or_problem(choice["message"]["content"] if "message" in choice else choice["text"])
-
-
-def text_or_problem(text: str | None) -> Answer:
-    """An answer of this text, without the reasoning that some models put before it."""
-    text = (text or "").rpartition("</think>")[2].strip()
-    if text.startswith("<think>"):
-        return {"problem": "the answer ends within the model's reasoning: allow more max_tokens"}
-    return {"text": text} if text else {"problem": "the answer is empty"}
-
-
-def _read_next(choice: dict) -> Answer:
-    logprobs = choice["logprobs"]
-    if logprobs is None:
-        return {"problem": "the answer has no log-probabilities"}
-    if "content" in logprobs:  # chat, and llama.cpp always
-        pairs = [[entry["token"], entry["logprob"]] for entry in logprobs["content"][0]["top_logprobs"]]
-    else:
-        pairs = logprobs["top_logprobs"][0].items()
-    return _next_or_problem([pairs])
-
-
-def _next_or_problem(places: Iterable[Iterable[tuple[str, float]]]) -> Answer:
-    found = [[[str(token), float(value)] for token, value in pairs] for pairs in places]
-    if not all(value <= ROUNDING for pairs in found for _, value in pairs):  # NaN is not, either
-        return {"problem": "a log-probability that is none"}
-    return {"next": found}
-
-
-def _read_echoed(choice: dict, pieces: Sequence[str]) -> Answer:
-    """The likeliest tokens after each piece, in a choice that repeats the prompt.
-
-    Places are found by counting tabs: the servers' `text_offset` counts special tokens and parts of characters, or
-    is -1. The prompt ends at the last tab, before the one token that is new.
-    """
-    logprobs = choice["logprobs"]
-    if logprobs is None:
-        return {"problem": "the answer has no log-probabilities"}
-    tabs = accumulate(token.count("\t") for token in logprobs["tokens"])
-    after = {n: i for i, (token, n) in enumerate(zip(logprobs["tokens"], tabs, strict=True), 1) if token.endswith("\t")}
-    places = [after.get(n) for n in accumulate(piece.count("\t") for piece in pieces)]
-    if None in places or places[-1] != len(logprobs["top_logprobs"]) - 1:
-        return {"problem": "the answer does not repeat the prompt with a token that ends at each place"}
-    found = [logprobs["top_logprobs"][place] for place in places]
-    if None in found:
-        return {"problem": "the answer has no log-probabilities"}
-    return _next_or_problem(pairs.items() for pairs in found)
 
 
 def _retry_after(header: str | None) -> float:

@@ -9,7 +9,8 @@ import torch
 from cratelab.arguments import check_seed
 from cratelab.devices import best_device
 from cratelab.extras import require
-from cratelab.interpret.asking.endpoints import Answer, Request, text_or_problem
+from cratelab.interpret.asking.endpoints import Request
+from cratelab.interpret.asking.replies import Answer, text_or_problem
 from cratelab.storage import digest_of, digest_of_file, read_json, tensor_shapes
 
 DECIDES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # kinds of files that what a model says depends on

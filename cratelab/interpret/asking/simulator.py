@@ -10,9 +10,10 @@ from torch import Tensor
 
 from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.asking.answers import Asker, Cost
-from cratelab.interpret.asking.endpoints import ROUNDING, Request
+from cratelab.interpret.asking.endpoints import Request
 from cratelab.interpret.asking.prompts import as_question, simulation_prompt, token_writer
-from cratelab.interpret.records import Excerpts
+from cratelab.interpret.asking.replies import ROUNDING
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.reading import NO_TOKEN
 
 Place = tuple[int, int, int]  # neuron, excerpt, token
