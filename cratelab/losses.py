@@ -15,6 +15,10 @@ from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.language_model import LanguageModel
 
 
+class Diverged(RuntimeError):
+    """A loss, its gradient or a weight is no finite number, or the loss stays above that of the untrained model."""
+
+
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean cross-entropy in nats of each token of the windows (b, n + 1) given those before it (eq-07-1)."""
     windows = windows.to(next(model.parameters()).device)

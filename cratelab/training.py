@@ -29,14 +29,10 @@ with warnings.catch_warnings():  # in notebooks it asks for widgets, which our p
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import Tokenizer, fingerprint
 from cratelab.language_model import LanguageModel
-from cratelab.losses import next_token_loss, validation_loss
+from cratelab.losses import Diverged, next_token_loss, validation_loss
 from cratelab.reading import check_vocabulary
 from cratelab.recipe import Recipe
 from cratelab.run_directory import RunDirectory
-
-
-class Diverged(RuntimeError):
-    """A loss, its gradient or a weight is no finite number, or the loss stays above that of the untrained model."""
 
 
 @torch.inference_mode(False)

@@ -18,9 +18,10 @@ from test_training import corpus, new_model, recipe, stop_after, weights
 import cratelab as cl
 from cratelab import storage
 from cratelab.corpora.tokenizers import WordEncoding, byte_encoding, fingerprint, load
+from cratelab.losses import Diverged
 from cratelab.run_directory import read_metrics
 from cratelab.storage import locked
-from cratelab.training import Diverged, train
+from cratelab.training import train
 
 WORDS = WordEncoding([f"w{i}" for i in range(18)])
 

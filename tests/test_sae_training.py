@@ -13,10 +13,10 @@ from test_training import corpus
 import cratelab as cl
 from cratelab import storage
 from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.losses import Diverged
 from cratelab.sae import Sae, SaeConfig, SaeRecipe, architectures, evaluate_sae, train_saes, trainer
 from cratelab.sae.activations import ActivationBlocks
 from cratelab.sae.learner import Learner
-from cratelab.training import Diverged
 
 KINDS = dict(relu=dict(l1=0.02), batchtopk=dict(k=3))
 

@@ -14,10 +14,10 @@ from torch import nn
 
 import cratelab as cl
 from cratelab.corpora.token_store import TokenizedCorpus
-from cratelab.losses import document_log_probs, validation_loss
+from cratelab.losses import Diverged, document_log_probs, validation_loss
 from cratelab.recipe import Recipe
 from cratelab.steering import steer
-from cratelab.training import Diverged, train
+from cratelab.training import train
 
 VOCAB, CONTEXT = 19, 12
 

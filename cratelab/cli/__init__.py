@@ -39,7 +39,7 @@ def _main(arguments: list[str] | None) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"cratelab: {printable(str(error))}")
     except (MemoryError, RuntimeError) as error:
-        from cratelab.training import Diverged
+        from cratelab.losses import Diverged
 
         if isinstance(error, Diverged):
             sys.exit(f"cratelab: {printable(str(error))}")

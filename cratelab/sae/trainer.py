@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.language_model import LanguageModel
+from cratelab.losses import Diverged
 from cratelab.reading import check_vocabulary
 from cratelab.sae.activations import ActivationBlocks, mixed
 from cratelab.sae.architectures import ARCHITECTURES, SaeConfig
@@ -25,7 +26,6 @@ from cratelab.sae.learner import Learner
 from cratelab.sae.run_folder import Progress, RunFolder
 from cratelab.sae.sae_recipe import SaeRecipe
 from cratelab.storage import finite
-from cratelab.training import Diverged
 
 
 @dataclass
