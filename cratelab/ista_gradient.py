@@ -1,4 +1,4 @@
-"""ISTA's gradient by hand: fewer passes over memory than autograd makes, and less of it saved.
+"""ISTA's gradient by hand: a little slower than autograd's, for about 0.73 × of what a block saves.
 
 Autograd would save every code. Here what is narrow is kept, z and the residuals r_t = z − D a_t, and of the wide codes
 only the last, which decoding needs anyway: 6d numbers a token in place of 10d (T = 2, h = 4d). One product a step gives
@@ -23,9 +23,8 @@ from torch import Tensor
 
 from cratelab.differentiation import is_transformed
 
-IstaFunction = Callable[
-    [Tensor, Tensor, float, float, int], Tensor
-]  # `cratelab.ista.ista`, on which all else falls back
+# `cratelab.ista.ista`, on which all else falls back
+IstaFunction = Callable[[Tensor, Tensor, float, float, int], Tensor]
 
 
 def ista_saving_memory(

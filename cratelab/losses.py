@@ -1,14 +1,9 @@
 """What a model is judged by: nats a token on windows, and token by token in whole documents (chapter 7)."""
 
-import warnings
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-with warnings.catch_warnings():  # in notebooks it asks for widgets, which our progress bars do without
-    warnings.filterwarnings("ignore", message="IProgress not found")
 
 from cratelab.arguments import check_whole
 from cratelab.corpora.token_store import TokenizedCorpus

@@ -43,8 +43,9 @@ def watch_neurons(
     n_tokens: int | None = None,
     ahead: int = 1,
 ) -> Iterator[tuple["Text", list[Tensor]]]:
-    """Read a corpus piece by piece, as `collect_records` describes, and yield what the neurons do.
+    """Read a corpus piece by piece, and yield what the neurons do.
 
+    Each document is read from its first token, in pieces of at most the model's context.
     The model runs as far as its last neurons. The head is left out: with 50,000 tokens it is the most costly part of a
     small model, and its logits are the largest tensor.
 

@@ -1,13 +1,9 @@
 """How to train: steps, batch, learning rates, precision."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
-
-with warnings.catch_warnings():  # in notebooks it asks for widgets, which our progress bars do without
-    warnings.filterwarnings("ignore", message="IProgress not found")
 
 from cratelab.arguments import check_seed
 from cratelab.language_model import LanguageModelConfig

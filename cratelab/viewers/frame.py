@@ -108,7 +108,7 @@ def shown_token(tokenizer: Tokenizer, token: int) -> str:
     try:
         text = token_text(tokenizer, token)
     except ValueError as error:
-        raise ValueError(f"the records hold token {token}, which the tokenizer {tokenizer.name} lacks") from error
+        raise ValueError(f"there is a token {token}, which the tokenizer {tokenizer.name} lacks") from error
     if hasattr(tokenizer, "decode_single_token_bytes"):  # `decode` loses parts of a character
         text = tokenizer.decode_single_token_bytes(token).decode("utf8", "backslashreplace")
     if text.isspace() or not text:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 ROUNDING = 0.01  # how far above 0 a server may round a log-probability
-# how far above 0 a server may round a log-probability
 
 Answer = dict  # "text", or "next": for each piece of the prompt [[token, log-probability], …]; or "problem": why not
 
