@@ -24,7 +24,7 @@ import exercises
 NOTEBOOKS = [path for slug in exercises.slugs() for path in exercises.paths(slug)]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = " ".join((ROOT / "README.md").read_text(encoding="utf8").split())
-SMALL = "einops", "tyro", "docstring-parser", "typeguard"  # what Colab lacks
+SMALL = "einops", "lazy_loader", "tyro", "docstring-parser", "typeguard"  # what Colab lacks, or has an older one of
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
