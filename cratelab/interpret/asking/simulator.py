@@ -64,8 +64,8 @@ class LanguageModelSimulator(Asker):
             tokenizer: that made the excerpts' tokens.
 
         Returns:
-            (l, h, k, w) float64 in 0 to 9 or 10, where 0 stands for no text or no number too, and NaN for neurons without
-            an explanation; and (l, h) the share of tokens for which a number came.
+            (l, h, k, w) float64 in 0 to 9 or 10, where 0 stands for no text or no number too, and NaN for neurons
+            without an explanation; and (l, h) the share of tokens for which a number came.
 
         Raises:
             ValueError: there are more or fewer texts than neurons; or as the endpoint.
