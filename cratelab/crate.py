@@ -22,14 +22,12 @@ class CrateConfig(LanguageModelConfig):
     """`LanguageModelConfig` and the constants of ISTA, officially fixed.
 
     Attributes:
-        expansion: h/d, atoms per dimension.
         step_size: η.
         lam: λ; the threshold of a step is ηλ.
         n_steps: T, ISTA steps from a zero code; at most 1000.
         ista_residual: add the tokens to D A; officially not.
     """
 
-    expansion: int = 4
     step_size: float = 0.1
     lam: float = 0.1
     n_steps: int = 2

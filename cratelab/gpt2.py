@@ -28,14 +28,12 @@ class Gpt2Config(LanguageModelConfig):
     """`LanguageModelConfig` and what differs between the paper's GPT-2 and OpenAI's.
 
     Attributes:
-        expansion: h/d, MLP neurons per dimension.
         activation: "relu" (the paper), "gelu" or "gelu_new" (OpenAI's).
         bias: biases in the matrices and LayerNorms; the paper's has none, OpenAI's has.
         norm_eps: added to the variance in LayerNorm.
         top_k: neurons of a token that may be active, the others are set to 0; GPT-2 has no such limit (chapter 9).
     """
 
-    expansion: int = 4
     activation: str = "relu"
     bias: bool = False
     norm_eps: float = 1e-5

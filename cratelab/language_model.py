@@ -30,6 +30,7 @@ class LanguageModelConfig:
         width: d.
         vocab_size: v; GPT-2's 50,257 tokens padded to a multiple of 64 by default.
         context: largest number of tokens the model sees at once.
+        expansion: h/d, neurons per dimension.
 
     Raises:
         ValueError: a field is of another type than stated or out of its range, or the heads do not divide the width.
@@ -40,6 +41,7 @@ class LanguageModelConfig:
     width: int
     vocab_size: int = 50_304
     context: int = 1024
+    expansion: int = 4
 
     presets: ClassVar[dict[str, dict]] = {
         "toy": dict(n_layers=2, n_heads=4, width=64, vocab_size=256, context=128),

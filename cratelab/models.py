@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from cratelab.arguments import check_seed
-from cratelab.crate import Crate, CrateConfig
-from cratelab.gpt2 import Gpt2, Gpt2Config
-from cratelab.language_model import LanguageModel
+from cratelab.crate import Crate
+from cratelab.gpt2 import Gpt2
+from cratelab.language_model import LanguageModel, LanguageModelConfig
 from cratelab.storage import read_json, read_tensors
 from cratelab.weights import renamed
 
-MODELS: dict[str, tuple[type[LanguageModel], type]] = {"crate": (Crate, CrateConfig), "gpt2": (Gpt2, Gpt2Config)}
+MODELS: dict[str, type[LanguageModel]] = {"crate": Crate, "gpt2": Gpt2}
 
 
 def new_model(
@@ -35,15 +35,29 @@ def new_model(
     check_seed(seed)
     if model not in MODELS:
         raise ValueError(f"no model {model!r}; there are {', '.join(MODELS)}")
-    model_class, config_class = MODELS[model]
+    model_class = MODELS[model]
     overrides = dict(vocab_size=-(-n_vocab // 64) * 64, **settings)
-    config = config_class.preset(preset, **overrides | ({} if context is None else {"context": context}))
+    config = model_class.config_class.preset(preset, **overrides | ({} if context is None else {"context": context}))
+    try:
+        return _fresh(model_class, config, seed)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise ValueError(f"memory does not hold {config}: {error}") from error
+
+
+def untrained(model: LanguageModel, seed: int = 0) -> LanguageModel:
+    """A model of the same configuration with fresh weights: the row that every table needs beside its own.
+
+    Raises:
+        ValueError: `seed` is out of range.
+    """
+    check_seed(seed)
+    return _fresh(type(model), model.config, seed).to(model.token_embedding.weight).eval()
+
+
+def _fresh(model_class: type[LanguageModel], config: LanguageModelConfig, seed: int) -> LanguageModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            return model_class(config)
-        except (RuntimeError, MemoryError, OverflowError) as error:
-            raise ValueError(f"memory does not hold {config}: {error}") from error
+        return model_class(config)
 
 
 def load(folder: str | Path) -> LanguageModel:
@@ -59,6 +73,7 @@ def load(folder: str | Path) -> LanguageModel:
         raise FileNotFoundError(f"{folder} holds no model, since there is no config.json in it{hint}")
     config = read_json(folder / "config.json")
     name = config.pop("model", None)
+    # not those of `MODELS` alone: a reader's own model comes back too, once its class is defined
     classes = {subclass.__name__: subclass for subclass in LanguageModel.__subclasses__()}
     model_class = classes.get(str(name))
     if model_class is None:

@@ -108,6 +108,25 @@ def _check_finite(layers: list[Tensor], text: "Text") -> None:
             )
 
 
+@torch.no_grad()
+def neuron_maxima(
+    model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None = None, batch: int = 16
+) -> list[Tensor]:
+    """Of each layer the largest activation of every neuron, (h,), read as `watch_neurons` reads.
+
+    A neuron whose maximum is 0 is dead on this text.
+
+    Raises:
+        ValueError: the weights are no floating-point numbers, or as `watch_neurons`.
+    """
+    check_floating(model)
+    maxima: list[Tensor] = []
+    for text, layers in watch_neurons(model, corpus, batch, n_tokens=n_tokens):
+        here = [activations[text.present].amax(0) for activations in layers]
+        maxima = [torch.maximum(*pair) for pair in zip(maxima or here, here, strict=True)]
+    return maxima
+
+
 def check_vocabulary(model: LanguageModel, corpus: TokenizedCorpus, name: str = "corpus") -> None:
     """Raises ValueError if the corpus, known as `name`, has tokens that the model does not know."""
     if corpus.n_vocab > model.config.vocab_size:

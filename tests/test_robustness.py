@@ -43,7 +43,7 @@ def write_corpus(folder):
 
 
 def write_explanations(folder):
-    TextExplanations([(0, 1)], ["fires on days"], [None]).save(folder / "explanations.json")
+    TextExplanations((1, 1), ["fires on days"], [None]).save(folder / "explanations.json", [(0, 1)])
 
 
 # What writes it, and what reads it.

@@ -1,6 +1,5 @@
 """`cratelab interpret`: neurons of a trained model, explained and scored."""
 
-import re
 from dataclasses import asdict
 from functools import reduce
 from operator import add
@@ -14,15 +13,16 @@ from cratelab.cli.runs import load_run
 from cratelab.cli.shared import defined
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.interpret.asking.answers import AnswerCache
-from cratelab.interpret.asking.endpoints import Endpoint, OpenAIEndpoint
+from cratelab.interpret.asking.endpoints import Endpoint, OpenAIEndpoint, without_user
 from cratelab.interpret.asking.local_endpoint import HuggingFaceEndpoint
 from cratelab.interpret.asking.simulator import LanguageModelSimulator
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
-from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
+from cratelab.interpret.evaluation import collect_for_protocols, evaluate
 from cratelab.interpret.explainers import ConceptExplainer, Explainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.language_models import LanguageModelExplainer
 from cratelab.interpret.scores import split
 from cratelab.language_model import LanguageModel
+from cratelab.models import untrained
 from cratelab.provenance import provenance
 from cratelab.storage import read_json, write_json
 from cratelab.terminal import say
@@ -73,7 +73,7 @@ def run(options: Interpret) -> None:
     if asking and (problems := asking.simulator.problems):
         often = "; ".join(f"{reason} ({n:,})" for reason, n in problems.most_common(3))
         say(f"{problems.total():,} tokens have no number and count as 0: {often}")
-    endpoint_shown = options.endpoint and re.sub("//.*@", "//", options.endpoint)  # no user's name and password
+    endpoint_shown = options.endpoint and without_user(options.endpoint)
     facts = provenance(corpus=text.facts(), options=_plain(asdict(options) | {"endpoint": endpoint_shown}))
     out = _out(options)
     out.parent.mkdir(parents=True, exist_ok=True)

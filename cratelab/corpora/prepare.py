@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from cratelab.corpora import sources, tinyworld, tokenizers
 from cratelab.corpora.documents import FRACTIONS
-from cratelab.corpora.sources import Text, first_characters, identity
+from cratelab.corpora.sources import CorpusText, first_characters, identity
 from cratelab.corpora.token_store import FORMAT, MANIFEST, TokenizedCorpus, read_manifest
 from cratelab.corpora.token_writer import tokenize
 from cratelab.storage import digest_of, locked, read_json, write_json
@@ -104,10 +104,10 @@ def prepare(
     if folder := _folder_of_tokens(parts, None if given else tokenizer):
         encoding = given or tokenizers.load(folder / "tokenizer.json")
         return PreparedCorpus(*(TokenizedCorpus.open(folder / split, encoding) for split in _SPLITS), encoding)
-    tokenizer = _check_tokenizer(parts, tokenizer, given)
+    tokenizer = _tokenizer_name(parts, tokenizer, given)
     if "tinyworld" in parts:
         return _tinyworld(min(2_000_000, max(1, characters // 5)), int(context))
-    text = Text(parts, characters)
+    text = CorpusText(parts, characters)
     facts = {
         "edition": _EDITION,
         "format": FORMAT,
@@ -141,7 +141,7 @@ def vocabulary_size(name: str | Path, tokenizer: str | Path | None = None) -> in
     parts, given = _parts(name), _load_given(tokenizer)
     if folder := _folder_of_tokens(parts, None if given else tokenizer):
         return read_manifest(folder / "train" / MANIFEST)["tokenizer"]["n_vocab"]
-    tokenizer = _check_tokenizer(parts, tokenizer, given)
+    tokenizer = _tokenizer_name(parts, tokenizer, given)
     if "tinyworld" in parts:
         return len(tinyworld.vocabulary())
     if given:
@@ -197,7 +197,7 @@ def _load_given(tokenizer: str | Path | None) -> tokenizers.Tokenizer | None:
     return tokenizers.load(os.path.expanduser(tokenizer)) if is_file else None
 
 
-def _check_tokenizer(parts: list[str], tokenizer: str | Path | None, given: tokenizers.Tokenizer | None) -> str:
+def _tokenizer_name(parts: list[str], tokenizer: str | Path | None, given: tokenizers.Tokenizer | None) -> str:
     """The tokenizer's name, or that of the usual one of these corpora."""
     tokenizer = given.name if given else tokenizer
     if "tinyworld" in parts:
@@ -232,7 +232,7 @@ def _cache(folder: str | Path | None) -> Path:
 
 
 def _tokenizer(
-    name: str, text: Text, folder: Path, facts: dict, given: tokenizers.Tokenizer | None
+    name: str, text: CorpusText, folder: Path, facts: dict, given: tokenizers.Tokenizer | None
 ) -> tokenizers.Tokenizer:
     file, made_of = folder / "tokenizer.json", folder / "made_of.json"
     if not file.is_file():

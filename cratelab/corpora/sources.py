@@ -22,7 +22,7 @@ PYTHON = {"pydocs": pydocs.standard_library, "packages": pydocs.packages}
 _HASHED_WHOLE = 2**30  # bytes of a local corpus
 
 
-class Text:
+class CorpusText:
     """What a corpus has to train and to validate on; nothing is read before it is asked for.
 
     Raises:

@@ -13,20 +13,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cratelab.arguments import check_whole
 from cratelab.corpora import tinyworld
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import fingerprint
 from cratelab.experiments.comparison import check_ladder
 from cratelab.experiments.reference_models import PRESETS, train_on_documentation
 from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts
-from cratelab.interpret.evaluation import collect_for_protocols, evaluate, untrained
+from cratelab.interpret.evaluation import collect_for_protocols, evaluate
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.ground_truth import match_concepts, separate_senses
 from cratelab.interpret.records import Records
 from cratelab.interpret.scores import ScoringProtocol
 from cratelab.language_model import LanguageModel
 from cratelab.losses import document_log_probs
-from cratelab.models import MODELS, load, new_model
+from cratelab.models import MODELS, load, new_model, untrained
 from cratelab.provenance import provenance
 from cratelab.recipe import Recipe
 from cratelab.storage import cached_json, digest_of_file, write_json
@@ -104,7 +105,7 @@ def compare_on_tinyworld(
         ValueError: no seeds, fewer than 2 steps, or `folder` holds runs of other arguments.
     """
     _, seeds = check_ladder(["toy"], seeds)
-    _check_steps(steps, 2)
+    check_whole("steps", steps, 2)  # some runs take half of them
     world = tinyworld.generate(N_TOKENS, context=CONTEXT + 1)
     training, held_out = world.part("train").corpus(), world.part("validation")
     text, concepts = held_out.corpus(), tinyworld_concepts(held_out)
@@ -167,9 +168,8 @@ def compare_on_documentation(
     Raises:
         ValueError: no seeds, fewer than 3 steps, fewer than one token, or `folder` holds runs of other arguments.
     """
-    _check_steps(steps, 3)
-    if not n_tokens >= 1:
-        raise ValueError(f"n_tokens must be at least 1; got {n_tokens}")
+    check_whole("steps", steps, 3)  # some runs take a third of them
+    check_whole("n_tokens", n_tokens)
     found = []
     for each, presets, name in (steps, PRESETS, "runs"), (steps // 3, PRESETS[:1], f"runs-{steps // 3}"):
         documentation, runs = train_on_documentation(folder, seeds, (), each, on_run, on_step, presets, name)
@@ -223,27 +223,24 @@ def measure(
 
     Returns:
         A dict with density and dead, of each layer the share of positive activations and of neurons that have none;
-        rows, as `Evaluation.row` gives them, with strict; and with `truth` of each layer f1 and purity, means over
-        neurons, named, the share of neurons whose F1 is 0.7 or more, and senses, the area for each word of two senses.
+        rows, as `Evaluation.row` gives them, with strict, false where excerpts are as published; and with `truth` of
+        each layer f1 and purity, means over neurons, named, the share of neurons whose F1 is 0.7 or more, and senses,
+        the area for each word of two senses.
     """
     token, longer = {"token": TokenExplainer()}, {"suffix": SuffixExplainer(), "concept": ConceptExplainer(concepts)}
     found: dict = {"rows": []}
-    for strict, chosen in ((True, token | longer if ladder else token), (False, token)):
-        records = collect_for_protocols(model, text, as_published=not strict, n_tokens=n_tokens, seed=seed)
-        if strict:
+    for as_published, chosen in ((False, token | longer if ladder else token), (True, token)):
+        records = collect_for_protocols(model, text, as_published=as_published, n_tokens=n_tokens, seed=seed)
+        if not as_published:
             found |= _statistics(records)
-        found["rows"] += [{"strict": strict} | each.row() for each in evaluate(records, chosen, not strict)]
+        evaluations = evaluate(records, chosen, as_published)
+        found["rows"] += [{"strict": not as_published} | each.row() for each in evaluations]
     if truth:
         known = match_concepts(model, text, concepts, max_concepts=0)
         found |= {"f1": known.f1.mean(1).tolist(), "purity": known.purity.mean(1).tolist()}
         found["named"] = (known.f1 >= 0.7).double().mean(1).tolist()
         found["senses"] = {word: area for word, (area, *_) in separate_senses(model, text, concepts).items()}
     return found
-
-
-def _check_steps(steps: int, least: int) -> None:
-    if not steps >= least:
-        raise ValueError(f"steps must be at least {least}, for some runs take a part of them; got {steps}")
 
 
 def _statistics(records: dict[ScoringProtocol, Records]) -> dict:
@@ -276,7 +273,7 @@ def reproduce_chapter_9(
         ValueError: no seeds, too few steps, or a folder holds runs of other arguments.
     """
     for given, least in zip(steps, (2, 3), strict=True):
-        _check_steps(given, least)
+        check_whole("steps", given, least)
     findings = {
         "tinyworld": compare_on_tinyworld(Path(folder) / "runs", range(seeds), steps[0], on_run, on_step),
         "documentation": compare_on_documentation(reference, seeds, steps[1], on_run, on_step),

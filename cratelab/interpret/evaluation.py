@@ -3,15 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
-from cratelab.arguments import check_seed
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.explainers import Explainer, Explanations, shuffle
 from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import PROTOCOLS, Scores, ScoringProtocol, needs, score, split
 from cratelab.intervals import interval_over_neurons
 from cratelab.language_model import LanguageModel
+from cratelab.models import untrained  # noqa: F401  the row that belongs beside each of these
 
 
 @dataclass
@@ -135,15 +133,3 @@ def evaluate(
                 )
             )
     return found
-
-
-def untrained(model: LanguageModel, seed: int = 0) -> LanguageModel:
-    """A model of the same configuration with fresh weights: the row that every table needs beside its own.
-
-    Raises:
-        ValueError: `seed` is out of range.
-    """
-    check_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return type(model)(model.config).to(model.token_embedding.weight).eval()

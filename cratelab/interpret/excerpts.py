@@ -35,6 +35,8 @@ class Excerpts:
     def neurons(self, layers, indices) -> "Excerpts":
         """Some neurons: integers that broadcast to (m,), of one row (1, m, k, …), or to (r, m), of r rows (r, m, k, …).
 
+        They are renumbered from 0: neuron j of row i is here what stood at the j-th place asked for in that row.
+
         Raises:
             ValueError: there is no such neuron, or none is asked for.
         """

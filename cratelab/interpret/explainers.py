@@ -21,13 +21,16 @@ from cratelab.reading import NO_TOKEN, token_text
 
 
 class Explanations(Protocol):
-    """What an explainer says of l × h neurons."""
+    """What an explainer says of the l × h neurons whose excerpts it saw."""
 
     def simulate(self, excerpts: Excerpts) -> tuple[Tensor, Tensor]:
-        """Activations on excerpts of the same neurons, (l, h, k, w), and (l, h) the share of tokens it knows."""
+        """Activations on excerpts of the same neurons, (l, h, k, w), and (l, h) the share of tokens it knows.
+
+        NaN throughout for a neuron of which nothing can be foretold: it has no score.
+        """
 
     def describe(self, layer: int, neuron: int, tokenizer: Tokenizer) -> str:
-        """One neuron's explanation in words."""
+        """One neuron's explanation in words, by its place in those excerpts; the tokenizer is theirs."""
 
 
 class Explainer(Protocol):
@@ -69,8 +72,8 @@ class SuffixExplainer:
     """
 
     def __init__(self, order: int = 3, shrinkage: float = 1.0):
-        if order < 1 or not 0 <= shrinkage < math.inf:
-            raise ValueError(f"SuffixExplainer needs order >= 1 and shrinkage >= 0; got {order} and {shrinkage}")
+        if order < 1 or order % 1 or not 0 <= shrinkage < math.inf:
+            raise ValueError(f"SuffixExplainer needs a whole order >= 1 and shrinkage >= 0; got {order}, {shrinkage}")
         self.order, self.shrinkage = order, shrinkage
 
     def explain(self, excerpts: Excerpts) -> "SuffixExplanations":

@@ -4,8 +4,9 @@ For every neuron: the concept it detects best, how much of its activation lies o
 takes to cover most of it; and for words of two senses, whether any neuron tells the senses apart.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
 from cratelab.language_model import LanguageModel
-from cratelab.reading import watch_neurons
+from cratelab.reading import neuron_maxima, watch_neurons
 
 THRESHOLDS = 10  # a neuron is said to fire above 0, 1/10, …, 9/10 of its maximum: the best of these counts
+
+Pass = tuple[int, Tensor, Tensor]  # a layer, activations (m, h), and the tokens' places (m,) in the corpus
 
 
 @dataclass
@@ -57,7 +60,7 @@ def match_concepts(
         max_concepts: where the count stops; max_concepts + 1 means more.
         batch: pieces at a time.
 
-    The text is read three times: for the maxima, for the counts, and for the greedy cover.
+    The text is read for the maxima, for the counts, and for every step of the greedy cover.
 
     Raises:
         ValueError: the concepts are none or of another text, an argument is out of range, or as `watch_neurons`.
@@ -69,42 +72,61 @@ def match_concepts(
             f"got {len(concepts.names)} concepts, {coverage} and {max_concepts}"
         )
     truth = concepts.truth.to(model.token_embedding.weight.device).float()
-    share = truth.mean(0)
-    maximum: list[Tensor] = []
-    for layer, activations, _ in _passes(model, corpus, batch):
-        largest = activations.clamp(min=0).amax(0)
-        if layer == len(maximum):
-            maximum.append(largest)
-        maximum[layer] = maximum[layer].maximum(largest)
+    passes = partial(_passes, model, corpus, batch)
+    maxima = torch.stack(neuron_maxima(model, corpus, batch=batch)).float().clamp(min=0)
+    f1, mass, total = _detect(passes(), truth, maxima)
+    f1, best = f1.amax(1).max(-1)
+    live = total > 0
+    purity = mass.gather(2, best[..., None])[..., 0] / total.clamp(min=1e-30)
+    return GroundTruth(
+        f1=f1.masked_fill(~live, 0).cpu(),
+        best=best.masked_fill(~live, -1).cpu(),
+        purity=purity.cpu(),
+        base_rate=truth.mean(0)[best].cpu(),
+        n_concepts=_greedy_cover(passes, truth, mass, total, coverage, max_concepts).cpu(),
+    )
 
-    n_layers, h, c = len(maximum), len(maximum[0]), truth.shape[1]
+
+def _detect(passes: Iterator[Pass], truth: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """F1 at each threshold, (l, t, h, c); and the activation on each concept, (l, h, c), and on all tokens, (l, h)."""
+    (n_layers, h), c = maxima.shape, truth.shape[1]
     hits = truth.new_zeros(n_layers, THRESHOLDS, h, c)
     fired = truth.new_zeros(n_layers, THRESHOLDS, h)
     mass, total = truth.new_zeros(n_layers, h, c), truth.new_zeros(n_layers, h)
-    for layer, activations, places in _passes(model, corpus, batch):
+    for layer, activations, places in passes:
         here, a = truth[places], activations.clamp(min=0)
         mass[layer] += a.mT @ here
         total[layer] += a.sum(0)
         for t in range(THRESHOLDS):
-            fires = (a > maximum[layer] * t / THRESHOLDS).float()
+            fires = (a > maxima[layer] * t / THRESHOLDS).float()
             hits[layer, t] += fires.mT @ here
             fired[layer, t] += fires.sum(0)
-    f1 = 2 * hits / (fired[..., None] + truth.sum(0)).clamp(min=1)
-    f1, best = f1.amax(1).max(-1)
-    live = total > 0
-    purity = mass.gather(2, best[..., None])[..., 0] / total.clamp(min=1e-30)
+    return 2 * hits / (fired[..., None] + truth.sum(0)).clamp(min=1), mass, total
 
-    uncovered, n_concepts = total.clone(), torch.zeros_like(best)
-    chosen = torch.full((n_layers, h, max_concepts), -1, device=best.device)
-    for step in range(max_concepts):
-        going = live & (uncovered > (1 - coverage) * total)
+
+def _greedy_cover(
+    passes: Callable[[], Iterator[Pass]], truth: Tensor, mass: Tensor, total: Tensor, coverage: float, most: int
+) -> Tensor:
+    """(l, h) how many concepts, each the one with most of the activation that the others leave, hold `coverage` of it.
+
+    Args:
+        passes: reads the text once more, for every step.
+        truth: (n, c).
+        mass: (l, h, c) activation on each concept.
+        total: (l, h).
+        coverage: share of `total`.
+        most: where the count stops; most + 1 means more.
+    """
+    uncovered, n_concepts = total, torch.zeros_like(total, dtype=torch.long)
+    chosen = torch.full((*total.shape, most), -1, device=total.device)
+    for step in range(most):
+        going = uncovered > (1 - coverage) * total
         if not going.any():
             break
         n_concepts += going
         chosen[..., step] = torch.where(going, mass.argmax(-1), -1)
-        mass.zero_()
-        uncovered.zero_()
-        for layer, activations, places in _passes(model, corpus, batch):
+        mass, uncovered = torch.zeros_like(mass), torch.zeros_like(total)
+        for layer, activations, places in passes():
             here, a = truth[places], activations.clamp(min=0)
             covered = torch.zeros_like(a, dtype=torch.bool)
             for concept in chosen[layer, :, : step + 1].mT:
@@ -112,14 +134,7 @@ def match_concepts(
             rest = a.masked_fill(covered, 0)
             mass[layer] += rest.mT @ here
             uncovered[layer] += rest.sum(0)
-    n_concepts += live & (uncovered > (1 - coverage) * total)
-    return GroundTruth(
-        f1=f1.masked_fill(~live, 0).cpu(),
-        best=best.masked_fill(~live, -1).cpu(),
-        purity=purity.cpu(),
-        base_rate=share[best].cpu(),
-        n_concepts=n_concepts.cpu(),
-    )
+    return n_concepts + (uncovered > (1 - coverage) * total)
 
 
 @torch.no_grad()
@@ -193,8 +208,8 @@ def _check(corpus: TokenizedCorpus, concepts: Concepts) -> None:
         raise ValueError(f"the concepts are of {len(concepts.truth)} tokens, the corpus holds {len(corpus)}")
 
 
-def _passes(model: LanguageModel, corpus: TokenizedCorpus, batch: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Layer, activations (m, h) and places (m,) in the corpus, batch after batch, layer after layer."""
+def _passes(model: LanguageModel, corpus: TokenizedCorpus, batch: int) -> Iterator[Pass]:
+    """Batch after batch, layer after layer."""
     for text, layers in watch_neurons(model, corpus, batch):
         places = (text.starts[:, None] + torch.arange(text.tokens.shape[1], device=text.starts.device))[text.present]
         for layer, activations in enumerate(layers):

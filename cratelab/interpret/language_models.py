@@ -8,15 +8,16 @@ Source: Bills et al. (2023); Bai & Ma (2024).
 """
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from torch import Tensor
 
-from cratelab.arguments import check_seed
+from cratelab.arguments import check_seed, check_whole
 from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.asking.answers import Asker, Cost
 from cratelab.interpret.asking.endpoints import Request
@@ -34,18 +35,17 @@ LONGEST_SENTENCE = 2000  # characters
 
 @dataclass
 class TextExplanations:
-    """What a language model says of m neurons, and the simulator that foretells activations from it.
+    """What a language model says of l × h neurons, and the simulator that foretells activations from it.
 
     Attributes:
-        neurons: (layer, index) of each, layer by layer as in the excerpts that were explained. Where these were of some
-            neurons only, put the model's own numbers here before saving the texts or showing them beside all neurons.
-        texts: a sentence for each; None where there is none.
+        shape: (l, h), that of the excerpts that were explained.
+        texts: a sentence for each neuron, layer by layer; None where there is none.
         reasons: why there is none; None where there is one.
         tokenizer: of the excerpts.
         simulator: reads the texts.
     """
 
-    neurons: list[Neuron]
+    shape: tuple[int, int]
     texts: list[str | None]
     reasons: list[str | None]
     tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
@@ -61,15 +61,32 @@ class TextExplanations:
             raise ValueError("explanations that shall simulate need a tokenizer and a simulator: pass both to `load`")
         return self.simulator.simulate(self.texts, excerpts, self.tokenizer)
 
-    def describe(self, layer: int, neuron: int, tokenizer: Tokenizer | None = None) -> str:
-        """The sentence, or why there is none."""
-        said = dict(zip(self.neurons, zip(self.texts, self.reasons, strict=True), strict=True))
-        text, reason = said.get((layer, neuron), (None, "nobody was asked"))
-        return text or f"not explained: {reason}"
+    def describe(self, layer: int, neuron: int, tokenizer: Tokenizer) -> str:
+        """The sentence, or why there is none.
 
-    def save(self, path: str | Path) -> None:
-        """Write the texts as JSON, whole or not at all."""
-        write_json(path, {"neurons": self.neurons, "texts": self.texts, "reasons": self.reasons})
+        Raises:
+            ValueError: there is no such neuron.
+        """
+        place = np.ravel_multi_index((layer, neuron), self.shape)
+        return self.texts[place] or f"not explained: {self.reasons[place]}"
+
+    def save(self, path: str | Path, neurons: Sequence[Neuron] | None = None) -> None:
+        """Write the texts as JSON, whole or not at all.
+
+        Args:
+            path: of the file.
+            neurons: the model's own (layer, index) of each, layer by layer, where the excerpts were of some neurons
+                only.
+
+        Raises:
+            ValueError: these are more or fewer than the texts.
+            OSError: the file cannot be written.
+        """
+        asked = np.ndindex(self.shape) if neurons is None else neurons
+        neurons = [(int(layer), int(index)) for layer, index in asked]
+        if len(neurons) != len(self.texts):
+            raise ValueError(f"{len(self.texts)} texts cannot be of {len(neurons)} neurons")
+        write_json(path, {"neurons": neurons, "texts": self.texts, "reasons": self.reasons})
 
     @classmethod
     def load(
@@ -78,7 +95,7 @@ class TextExplanations:
         tokenizer: Tokenizer | None = None,
         simulator: LanguageModelSimulator | None = None,
     ) -> Self:
-        """What `save` wrote, with those that simulate from it.
+        """What `save` wrote, with those that simulate from it: a row a layer where all have as many, else one row.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -87,12 +104,14 @@ class TextExplanations:
         held = read_json(path)
         try:
             neurons = [(layer, index) for layer, index in held["neurons"]]
-            found = cls(neurons, held["texts"], held["reasons"], tokenizer, simulator)
-            if not all(type(index) is int for neuron in found.neurons for index in neuron):
+            if not all(type(index) is int for neuron in neurons for index in neuron):
                 raise TypeError("neurons must be pairs of integers")
+            in_layer = set(Counter(layer for layer, _ in neurons).values())
+            h = in_layer.pop() if len(in_layer) == 1 else len(neurons)
+            found = cls((len(neurons) // max(1, h), h), held["texts"], held["reasons"], tokenizer, simulator)
             for lines in found.texts, found.reasons:
-                if not isinstance(lines, list) or len(lines) != len(found.neurons):
-                    raise ValueError(f"{len(found.neurons)} neurons need as many texts and reasons")
+                if not isinstance(lines, list) or len(lines) != len(neurons):
+                    raise ValueError(f"{len(neurons)} neurons need as many texts and reasons")
                 if not all(line is None or isinstance(line, str) for line in lines):
                     raise TypeError("texts and reasons must be strings or null")
             return found
@@ -126,10 +145,9 @@ class LanguageModelExplainer(Asker):
 
     def __post_init__(self):
         check_seed(self.seed)
-        if self.max_tokens < 1 or not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"max_tokens must be at least 1, temperature at least 0; got {self.max_tokens}, {self.temperature}"
-            )
+        check_whole("max_tokens", self.max_tokens)
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"the explainer needs a temperature at least 0, and finite; got {self.temperature}")
 
     def explain(self, excerpts: Excerpts) -> TextExplanations:
         """Put all neurons of the explaining excerpts into words.
@@ -146,8 +164,7 @@ class LanguageModelExplainer(Asker):
             None if text else answer.get("problem", "the answer is empty")
             for text, answer in zip(texts, found, strict=True)
         ]
-        neurons = list(product(*map(range, excerpts.tokens.shape[:2])))
-        return TextExplanations(neurons, texts, reasons, self.tokenizer, self.simulator)
+        return TextExplanations(tuple(excerpts.tokens.shape[:2]), texts, reasons, self.tokenizer, self.simulator)
 
     def estimate_cost(self, excerpts: Excerpts, validation: Excerpts | None = None) -> Cost:
         """What `explain` would ask, without asking it.

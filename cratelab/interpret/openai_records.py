@@ -22,6 +22,9 @@ PADDING = 16  # cells a token: excerpts of one neuron are about as long as one a
 def write_neuron_record(records: Records, layer: int, neuron: int, tokenizer: Tokenizer, path: str | Path) -> None:
     """Write one neuron's strongest and random excerpts as a `NeuronRecord`.
 
+    Layer and neuron are those of the records, and so is the file's `neuron_id`: where `Records.neurons` chose some,
+    they are numbered from 0.
+
     Their package has no place for where in the corpus an excerpt stands, nor for density and sample of activity; nor
     for the tokens' numbers: a field that it does not know ends its reading. So every byte that is no UTF-8 is written
     as a lone surrogate, U+DC80 to U+DCFF, as Python's "surrogateescape" has it, from which the token can be told.

@@ -14,26 +14,22 @@ from typing import Self
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from cratelab.arguments import check_seed
 from cratelab.corpora.token_store import TokenizedCorpus
-from cratelab.devices import exact
 from cratelab.interpret.excerpts import Excerpts, places_of_neurons
-from cratelab.interpret.running_top_k import Kept, peaks
+from cratelab.interpret.running_layer import RandomPlaces, RunningLayer, random_keys
+from cratelab.interpret.running_top_k import RunningTopK
 from cratelab.language_model import LanguageModel
-from cratelab.reading import NO_TOKEN, Text, Windows, tokens_to_read, watch_neurons
+from cratelab.reading import NO_TOKEN, tokens_to_read, watch_neurons
 from cratelab.storage import digest_of_file, read_json, read_tensors, replacing, write_json, write_tensors
 
 AHEAD = 16  # batches sorted by length: of TinyWorld at context 256 padding is then 5 % of a batch, else 39 %
-CHUNK = 2**20  # activations searched at a time where many may be candidates: what a cache holds
-
 
 EXCERPTS = "top", "random", "active"
 STATISTICS = "mean", "variance", "density", "maximum"
-STATISTIC = torch.float64, -torch.inf, torch.inf
-KINDS = {  # of an excerpt's fields, and of what is no usual statistic: type, least value, and what is above every value
+KINDS = dict.fromkeys(STATISTICS, (torch.float64, -torch.inf, torch.inf)) | {  # type, least value, what is above all
     "tokens": (torch.int32, NO_TOKEN, torch.inf),
     "activations": (torch.float32, -torch.inf, torch.inf),
     "starts": (torch.int64, -1, torch.inf),
@@ -71,7 +67,7 @@ class Records:
         return self.random.tokens.shape[-1]
 
     def neurons(self, layers, indices) -> Self:
-        """The records of some neurons alone; as `Excerpts.neurons`."""
+        """The records of some neurons alone, renumbered from 0; as `Excerpts.neurons`."""
         which = places_of_neurons(layers, indices, self.maximum.shape)
         excerpts = {name: getattr(self, name).neurons(layers, indices) for name in EXCERPTS}
         return replace(self, **excerpts, **{name: getattr(self, name)[which] for name in STATISTICS})
@@ -119,7 +115,7 @@ class Records:
         n_layers, h, window = *self.random.tokens.shape[:2], facts["window"]
         for name, tensor in self._tensors().items():
             kind, _, field = name.rpartition(".")
-            dtype, least, below = KINDS.get(field, STATISTIC)
+            dtype, least, below = KINDS[field]
             below = window if field == "offsets" else below
             shape = (n_layers, h, getattr(self, kind).starts.shape[2]) if kind else (n_layers, h)
             shape += (window,) if field in ("tokens", "activations") else ()
@@ -188,11 +184,11 @@ def collect_records(
             f"got {window}, {n_top}, {n_random}, {n_active}"
         )
     random_places = np.sort(np.random.default_rng([seed, 0]).integers(total, size=n_random))
-    found = _RandomPlaces(random_places, window, model.token_embedding.weight.device)
-    layers: list[_Layer] = []
+    found = RandomPlaces(random_places, window, model.token_embedding.weight.device)
+    layers: list[RunningLayer] = []
     for text, neurons in watch_neurons(model, corpus, batch, window, not as_published, total, AHEAD):
-        layers = layers or [_Layer(a.shape[-1], window, n_top, n_random, n_active, a.device) for a in neurons]
-        keys = _keys(text, seed) if n_active else None
+        layers = layers or [RunningLayer(a.shape[-1], window, n_top, n_random, n_active, a.device) for a in neurons]
+        keys = random_keys(text, seed) if n_active else None
         windows = found.update(text)
         for layer, activations in zip(layers, neurons, strict=True):
             layer.update(text, activations.float(), keys, as_published, windows)
@@ -201,106 +197,11 @@ def collect_records(
     return _join(layers, found, total)
 
 
-def _keys(text: Text, seed: int) -> Tensor:
-    """Random numbers (b, n) that depend on the tokens' places in the corpus alone, however it is batched."""
-    keys = np.zeros(text.tokens.shape, np.float32)
-    for row, (start, stop) in zip(keys, text.pieces, strict=True):
-        row[: stop - start] = np.random.default_rng([seed, 1, start]).random(stop - start, dtype=np.float32)
-    return torch.from_numpy(keys).to(text.tokens.device)
-
-
-class _RandomPlaces:
-    """Windows around r places drawn beforehand: what all neurons have in common."""
-
-    def __init__(self, places: np.ndarray, window: int, device: torch.device):
-        self.places = torch.from_numpy(places).to(device)
-        self.tokens = torch.full((len(places), window), NO_TOKEN, dtype=torch.int32, device=device)
-        self.starts, self.offsets = torch.zeros(2, len(places), dtype=torch.long, device=device)
-
-    def update(self, text: Text) -> tuple[Tensor, Tensor, Windows]:
-        """Which of the places (m,) lie in this text, in which of its pieces, and the windows around them."""
-        at = self.places[:, None] - text.starts
-        which, piece = ((at >= 0) & (at < text.present.sum(1))).nonzero(as_tuple=True)
-        windows = text.around(piece, at[which, piece])
-        self.tokens[which], self.starts[which], self.offsets[which] = windows.tokens, windows.starts, windows.offsets
-        return which, piece, windows
-
-
-class _Layer:
-    """What is known of the h neurons of one layer."""
-
-    def __init__(self, h: int, window: int, n_top: int, n_random: int, n_active: int, device: torch.device):
-        self.top, self.active = Kept(h, n_top, window, device), Kept(h, n_active, window, device)
-        self.random = torch.zeros(h, n_random, window, dtype=torch.float32, device=device)
-        self.sum, self.squares, self.positive = exact(torch.zeros(3, h, device=device))
-        self.maximum = exact(torch.full((h,), -torch.inf, device=device))
-
-    def update(
-        self,
-        text: Text,
-        activations: Tensor,
-        keys: Tensor | None,
-        overlapping: bool,
-        random: tuple[Tensor, Tensor, Windows],
-    ) -> None:
-        """Take in a batch: activations (b, n, h), random keys (b, n), and the random places that lie in it."""
-        if text.full:
-            strongest = activations.amax(1)
-        else:
-            padding = ~text.present[..., None]
-            activations = activations.masked_fill(padding, -torch.inf)
-            strongest = activations.amax(1)
-            activations.masked_fill_(padding, 0)
-        self.maximum = self.maximum.maximum(exact(strongest.amax(0)))
-        self.sum += exact(activations.sum(1)).sum(0)  # in single precision no further than a piece
-        self.squares += exact(activations.square().sum(1)).sum(0)
-        self.positive += exact(activations.clamp(min=0).sign_().sum(1)).sum(0)
-        if self.top.priority.shape[1]:
-            self._update_top(text, activations, strongest, overlapping)
-        if keys is not None:
-            self._update_active(text, activations, keys.flatten())
-        which, piece, windows = random
-        values = activations[piece[:, None], windows.places] * windows.present[..., None]
-        self.random[:, which] = rearrange(values, "m w h -> h m w")
-
-    def _update_top(self, text: Text, activations: Tensor, strongest: Tensor, overlapping: bool) -> None:
-        """Look only into pieces whose strongest activation (b, h) may be among the k best, with theirs counted in."""
-        k = self.top.priority.shape[1]
-        certain = torch.cat([self.top.priority, strongest.mT], 1)  # windows that do not overlap
-        least = certain.topk(k, 1).values[:, -1]
-        pieces, neurons = ((strongest > self.top.bar.clamp(min=0)) & (strongest >= least)).nonzero(as_tuple=True)
-        size = max(1, CHUNK // activations.shape[1])
-        for piece, neuron in zip(pieces.split(size), neurons.split(size), strict=True):
-            bar = self.top.bar.clamp(min=0)[neuron]
-            still = strongest[piece, neuron] > bar  # what came before may have raised the bar
-            piece, neuron, bar = piece[still], neuron[still], bar[still]
-            priority = activations[piece, :, neuron]  # (m, n)
-            loses = (priority <= bar[:, None]) | (priority < least[neuron, None])
-            priority.masked_fill_(loses, -torch.inf)
-            starts = None if overlapping else text.window_starts[piece].int()
-            row, best, at = peaks(priority, starts, text.window, min(k, priority.shape[1]))
-            self.top.merge(text, activations, neuron[row], best, piece[row], at)
-
-    def _update_active(self, text: Text, activations: Tensor, keys: Tensor) -> None:
-        """Tokens by falling key, as far as any neuron's reservoir is open to it."""
-        _, n, h = activations.shape
-        keys, order = keys.sort(descending=True)
-        for key, token in zip(*(values.split(max(1, CHUNK // h)) for values in (keys, order)), strict=True):
-            bar = self.active.bar
-            m = int((key > bar.min()).sum())
-            if not m:
-                break
-            key, token = key[:m], token[:m]
-            enters = (activations[token // n, token % n] > 0) & (key[:, None] > bar)
-            row, neuron = enters.nonzero(as_tuple=True)
-            self.active.merge(text, activations, neuron, key[row], token[row] // n, token[row] % n)
-
-
-def _join(layers: list[_Layer], random: _RandomPlaces, total: int) -> Records:
+def _join(layers: list[RunningLayer], random: RandomPlaces, total: int) -> Records:
     def stack(values: list[Tensor]) -> Tensor:
         return torch.stack(values).cpu()
 
-    def kept(each: list[Kept]) -> Excerpts:
+    def kept(each: list[RunningTopK]) -> Excerpts:
         return Excerpts(*(stack(list(values)) for values in zip(*(one.ordered() for one in each), strict=True)))
 
     def for_all(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from cratelab.reading import NO_TOKEN, Text
 
 
-class Kept:
+class RunningTopK:
     """The k windows of highest priority of each of h neurons, so far, in no order. Priority −inf is an empty place."""
 
     def __init__(self, h: int, k: int, window: int, device: torch.device):

@@ -13,31 +13,12 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from cratelab.corpora.token_store import TokenizedCorpus
-from cratelab.devices import all_finite, check_floating, exact_sum, single
+from cratelab.devices import all_finite, exact_sum, single
 from cratelab.language_model import LanguageModel
-from cratelab.reading import check_contexts, hooked, watch_neurons
+from cratelab.reading import check_contexts, hooked
 from cratelab.steering.edits import check_neurons, check_values
 
 CHUNK = 2**20  # logits at a time: what a cache holds
-
-
-@torch.no_grad()
-def neuron_maxima(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None = None) -> list[Tensor]:
-    """Of each layer the largest activation of every neuron, (h,), read as `watch_neurons` reads.
-
-    A neuron whose maximum is 0 is dead on this text.
-
-    Raises:
-        ValueError: the corpus has tokens that the model does not know, or none; `n_tokens` is less than 1; or
-            activations are not finite.
-    """
-    check_floating(model)
-    maxima: list[Tensor] = []
-    for text, layers in watch_neurons(model, corpus, n_tokens=n_tokens):
-        here = [activations[text.present].amax(0) for activations in layers]
-        maxima = [torch.maximum(*pair) for pair in zip(maxima or here, here, strict=True)]
-    return maxima
 
 
 @torch.no_grad()

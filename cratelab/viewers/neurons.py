@@ -63,8 +63,9 @@ def viewer(
     Args:
         records: of the neurons, from `collect_records`.
         tokenizer: of the corpus that they were collected from.
-        neurons: (layer, index) of each neuron to show, in this order.
-        explanations: what explainers say of all neurons, by the explainer's name.
+        neurons: (layer, index) of each neuron to show, in this order; as they are numbered in the records, which number
+            from 0 what `Records.neurons` chose.
+        explanations: what explainers say of the records' neurons, by the explainer's name.
         scores: of these explanations, by the same names.
         title: what stands above.
         colour: "#rrggbb"; the book's are `plots.CRATE` and `plots.GPT2`.

@@ -71,7 +71,7 @@ JSON_FILES = {
         "7.json",
     ),
     "explanations": (
-        lambda records, path: TextExplanations([(0, 1), (1, 2)], ["fires", None], [None, "silent"]).save(path),
+        lambda records, path: TextExplanations((2, 1), ["fires", None], [None, "silent"]).save(path, [(0, 1), (1, 2)]),
         TextExplanations.load,
         "explanations.json",
     ),

@@ -2,18 +2,19 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr
-from test_training import VOCAB, corpus, new_model, recipe, weights
+from test_training import VOCAB, corpus, new_model, recipe
 
 import cratelab as cl
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import WordEncoding
 from cratelab.interpret.concepts import text_concepts
-from cratelab.interpret.evaluation import Evaluation, collect_for_protocols, evaluate, untrained
+from cratelab.interpret.evaluation import Evaluation, collect_for_protocols, evaluate
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.ground_truth import match_concepts, separate_senses
 from cratelab.interpret.openai_records import read_neuron_record, write_neuron_record
 from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import Scores, split
+from cratelab.models import untrained
 from cratelab.reading import NO_TOKEN
 from cratelab.storage import read_json, write_json
 from cratelab.training import train
@@ -88,14 +89,6 @@ def test_officially_too(trained):
     held = collect_for_protocols(trained, corpus(n=6000, seed=1), as_published=True)
     found = evaluate(held, {"token": TokenExplainer()}, as_published=True)
     assert len(found) == 3 and all(np.isfinite(each.row()["mean"]) for each in found)
-
-
-def test_the_untrained_model_is_fresh_and_repeatable(trained):
-    one, two = untrained(trained), untrained(trained)
-    assert one.config == trained.config and not one.training
-    assert all(tensor.equal(weights(two)[name]) for name, tensor in weights(one).items())
-    assert not one.token_embedding.weight.equal(trained.token_embedding.weight)
-    assert not torch.equal(untrained(trained, seed=1).token_embedding.weight, one.token_embedding.weight)
 
 
 def with_dead_layer(model_class=cl.Crate, dtype=torch.float32, **sizes):
@@ -220,7 +213,6 @@ def test_what_is_read_past_is_not_looked_at():
         (lambda model, text: collect_records(model, text, batch=0), "batch of at least 1"),
         (lambda model, text: collect_records(model, text, window=10**11), "a window is at most 4096 tokens"),
         (lambda model, text: collect_records(model, text, n_top=10**9), "excerpts of a neuron at most 1000"),
-        (lambda model, text: untrained(model, 2**32), "seed must be from 0 to"),
         (lambda model, text: evaluate({}, {"token": TokenExplainer()}), "evaluate needs records and explainers"),
         (lambda model, text: evaluate({"anthropic": None}, {}), "evaluate needs records and explainers"),
     ],

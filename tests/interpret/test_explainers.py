@@ -233,6 +233,7 @@ ONE = Concepts(["a"], torch.zeros(2000, 1).bool())
     ("call", "message"),
     [
         (lambda: SuffixExplainer(0), "order >= 1"),
+        (lambda: SuffixExplainer(2.5), "whole order >= 1"),
         (lambda: SuffixExplainer(shrinkage=float("nan")), "shrinkage >= 0"),
         (lambda: SuffixExplainer(shrinkage=float("inf")), "shrinkage >= 0"),
         (lambda: SuffixExplainer(20).explain(excerpts()), "too many suffixes of 20"),

@@ -1,6 +1,8 @@
+import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from language_model_server import TEXT, WORDS, Words, excerpts_of, prompt_of, quiet, understanding, written
@@ -38,10 +40,12 @@ def test_an_explainer_shows_tenths_of_the_maximum_and_takes_the_first_line(serve
 
     server, costs = serve(reply), []
     found = explainer(connect(server, concurrency=1), announce=costs.append).explain(STRONG.neurons(0, [0, 2, 1]))
-    assert found.texts == ["animals, mostly", None, "the end"] and found.neurons == [(0, 0), (0, 1), (0, 2)]
+    assert found.texts == ["animals, mostly", None, "the end"] and found.shape == (1, 3)
     assert found.reasons == [None, "never active in its excerpts", None]
-    said = [found.describe(0, i, Words()) for i in (0, 1, 3)]
-    assert said == ["animals, mostly", *(f"not explained: {why}" for why in (found.reasons[1], "nobody was asked"))]
+    assert [found.describe(0, i, Words()) for i in (0, 1)] == ["animals, mostly", f"not explained: {found.reasons[1]}"]
+    for nowhere in (0, 3), (1, 0), (0, -1):
+        with pytest.raises(ValueError):
+            found.describe(*nowhere, Words())
     assert len(server.requests) == costs[0].requests == 2 and costs[0].completion_tokens == 2 * 60
     first, second = (prompt_of(body).partition("Neuron 2\n")[2] for _, body, _ in server.requests)
     table = "Text 1\nsun\t0\n cat\t10\n sat\t0\nText 2\n sat\t9\nsun\t0\n"
@@ -70,7 +74,7 @@ def test_an_explanation_is_a_line_that_prints_or_a_reason_why_there_is_none(serv
 
 
 def test_explanations_come_back_from_disk_and_simulate(serve, connect, tmp_path):
-    found = TextExplanations([(0, 0), (0, 1)], ["cats \ud800", None], [None, "never active"])
+    found = TextExplanations((1, 2), ["cats \ud800", None], [None, "never active"])
     found.save(tmp_path / "texts.json")
     assert TextExplanations.load(tmp_path / "texts.json") == found
     with pytest.raises(ValueError, match="need a tokenizer and a simulator"):
@@ -84,9 +88,32 @@ def test_explanations_come_back_from_disk_and_simulate(serve, connect, tmp_path)
 
 
 @pytest.mark.parametrize(
+    ("neurons", "shape"),
+    [
+        (None, (2, 2)),
+        ([(3, 7), (3, 9), (5, 1), (5, 2)], (2, 2)),
+        (np.array([[3, 7], [3, 9], [3, 10], [3, 11]]), (1, 4)),
+        ([(3, 7), (5, 1), (5, 2), (5, 3)], (1, 4)),
+    ],
+)
+def test_on_disk_the_neurons_have_the_models_own_numbers(tmp_path, neurons, shape):
+    found = TextExplanations((2, 2), list("abcd"), [None] * 4)
+    found.save(tmp_path / "texts.json", neurons)
+    written = json.loads((tmp_path / "texts.json").read_text())
+    own = [[0, 0], [0, 1], [1, 0], [1, 1]] if neurons is None else np.array(neurons).tolist()
+    assert written == {"neurons": own, "texts": list("abcd"), "reasons": [None] * 4}
+    back = TextExplanations.load(tmp_path / "texts.json")
+    assert back.shape == shape and back.describe(shape[0] - 1, shape[1] - 1, Words()) == "d"
+    with pytest.raises(ValueError, match="4 texts cannot be of 1 neurons"):
+        found.save(tmp_path / "texts.json", [(0, 0)])
+    assert json.loads((tmp_path / "texts.json").read_text()) == written
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": 2.5}, "max_tokens must be at least 1, a whole number"),
         ({"temperature": math.nan}, "temperature at least 0"),
         ({"temperature": -1.0}, "temperature at least 0"),
         ({"seed": -1}, "seed must be from 0 to"),

@@ -5,7 +5,7 @@ from test_training import corpus, new_model
 
 import cratelab as cl
 from cratelab.corpora.token_store import TokenizedCorpus
-from cratelab.interpret import records as module
+from cratelab.interpret import running_layer
 from cratelab.interpret.records import Records, collect_records
 from cratelab.reading import NO_TOKEN, watch_neurons
 
@@ -161,7 +161,7 @@ def test_the_sample_of_active_places_is_that_of_the_highest_keys_however_the_tex
     activations, pieces = activations_of(model, text)
     keys = np.concatenate([np.random.default_rng([7, 1, a]).random(b - a, dtype=np.float32) for a, b in pieces])
     for batch, chunk in (1, 2**20), (50, 2**20), (5, 100):
-        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(running_layer, "CHUNK", chunk)
         found = collect_records(model, text, 4, n_active=k, batch=batch, seed=7).active
         agree = 0
         for layer in range(2):
@@ -178,7 +178,7 @@ def test_the_sample_of_active_places_is_that_of_the_highest_keys_however_the_tex
 def test_the_result_does_not_depend_on_how_much_is_searched_at_a_time(model, strict, monkeypatch):
     text = random_text(500, 40)
     whole = collect_records(model, text, 5, as_published=not strict).top
-    monkeypatch.setattr(module, "CHUNK", 100)
+    monkeypatch.setattr(running_layer, "CHUNK", 100)
     parts = collect_records(model, text, 5, as_published=not strict).top
     strength = [found.activations.gather(3, found.offsets[..., None]) for found in (whole, parts)]
     assert strength[0].equal(strength[1])  # equal texts give ties, so not the places
@@ -252,13 +252,13 @@ def test_only_the_first_tokens_are_read_when_so_asked(model):
 
 def test_memory_of_what_is_kept_does_not_grow_with_the_text(model, monkeypatch):
     sizes = []
-    original = module._Layer.update
+    original = running_layer.RunningLayer.update
 
     def measure(self, *arguments):
         original(self, *arguments)
         sizes.append(sum(tensor.numel() for tensor in vars(self.top).values()) + len(self.random))
 
-    monkeypatch.setattr(module._Layer, "update", measure)
+    monkeypatch.setattr(running_layer.RunningLayer, "update", measure)
     collect_records(model, corpus(n=1500, n_documents=90), 8, n_random=0, batch=4)
     assert len(sizes) > 20 and len(set(sizes)) == 1
 

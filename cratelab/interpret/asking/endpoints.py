@@ -10,7 +10,6 @@ it may not pass, and what is shown of it neither secrets nor characters that do 
 
 import asyncio
 import base64
-import hashlib
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from typing import NamedTuple, Protocol, Self
 from cratelab.extras import require
 from cratelab.interpret.asking.prompts import drop_unprintable, simulation_prompt
 from cratelab.interpret.asking.replies import Answer, read_echoed, read_next, read_text
+from cratelab.storage import digest_of
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is given up, since a run can be taken up again later
 LARGEST_ANSWER = 2**24  # bytes, decompressed; the log-probabilities of a prompt of 8,000 tokens are about as many
@@ -60,7 +60,7 @@ class Request:
 
     def key(self, model: str) -> str:
         """SHA-256 of the request and the model's name: what its answer is kept under."""
-        return hashlib.sha256(json.dumps([model, asdict(self)], sort_keys=True).encode()).hexdigest()
+        return digest_of([model, asdict(self)])
 
 
 class Endpoint(Protocol):
@@ -124,7 +124,7 @@ class OpenAIEndpoint:
         extra: dict | None = None,
     ):
         if not re.match("https?://[^/]", base_url):
-            raise ValueError(f"base_url must look like http://localhost:8000/v1; got {_without_user(base_url)!r}")
+            raise ValueError(f"base_url must look like http://localhost:8000/v1; got {without_user(base_url)!r}")
         if concurrency < 1 or retries < 0 or not timeout > 0 or not backoff >= 0:
             raise ValueError(
                 "OpenAIEndpoint needs concurrency >= 1, timeout > 0, retries >= 0 and backoff >= 0; "
@@ -138,11 +138,11 @@ class OpenAIEndpoint:
         try:
             url = self._http.URL(base_url)
         except self._http.InvalidURL as error:
-            raise ValueError(f"base_url {_without_user(base_url)!r} is no address: {error}") from None
+            raise ValueError(f"base_url {without_user(base_url)!r} is no address: {error}") from None
         if not 0 < (1 if url.port is None else url.port) < 2**16:
-            raise ValueError(f"base_url {_without_user(base_url)!r} names a port that is none")
+            raise ValueError(f"base_url {without_user(base_url)!r} names a port that is none")
         if url.query or url.fragment:
-            raise ValueError(f"base_url must end in the version, without ? or #; got {_without_user(base_url)!r}")
+            raise ValueError(f"base_url must end in the version, without ? or #; got {without_user(base_url)!r}")
         self.url = str(url.copy_with(userinfo=b"")).rstrip("/")
         self.model, self.chat, self.concurrency = model, chat, concurrency
         self.retries, self.backoff, self.timeout = retries, backoff, timeout
@@ -364,7 +364,8 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _without_user(url: str) -> str:
+def without_user(url: str) -> str:
+    """The address without a user's name and password in it."""
     return re.sub("//.*@", "//", url)
 
 
