@@ -210,14 +210,8 @@ class RunDirectory:
 
     def _clean(self) -> None:
         """Remove what killed processes have left half-written."""
-        names = {"run.json", "tokenizer.json", "metrics.jsonl", "model/config.json", "model/model.safetensors"}
-        names |= {
-            match[0]
-            for entry in self.path.glob("checkpoint-*.part")
-            if (match := re.match(r"checkpoint-\d+", entry.name))
-        }
-        for name in names:
-            remove_leftovers(self.path / name)
+        remove_leftovers(self.path, "run.json", "tokenizer.json", "metrics.jsonl", "checkpoint-[0-9]*")
+        remove_leftovers(self.path / "model", "config.json", "model.safetensors")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from test_sae import WIDTH, talkative
 from test_training import corpus
 
@@ -584,8 +584,8 @@ def test_a_diverged_state_never_replaces_a_good_one(tmp_path, monkeypatch, how):
         patch.setattr(trainer, "evaluate_sae", spoiling)
         patch.setattr(Learner, "step", last)
         train_saes(*arguments)
-    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as opened:
-        assert len(json.loads(opened.metadata()["state"])["curve"]) == 2  # of the first evaluation
+    metadata = storage.read_metadata(tmp_path / "checkpoint.safetensors")
+    assert len(json.loads(metadata["state"])["curve"]) == 2  # of the first evaluation
     assert train_saes(*arguments).curve == train_saes(*arguments[:-1]).curve
 
 
