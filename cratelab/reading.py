@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -136,6 +137,18 @@ def check_vocabulary(model: LanguageModel, corpus: TokenizedCorpus, name: str = 
             f"the {name} has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}: take a corpus of the "
             f"model's tokenizer, or a model made with vocab_size={corpus.n_vocab} or more"
         )
+
+
+def check_size(corpus: TokenizedCorpus, v: int) -> None:
+    """Raises ValueError if the corpus has more than v tokens, for which there is a row each."""
+    if corpus.n_vocab > v:
+        raise ValueError(f"the corpus has {corpus.n_vocab} tokens, more than v={v}")
+
+
+def check_layer(model: LanguageModel, layer: int) -> None:
+    """Raises ValueError if the model has no such layer, counted from 0."""
+    if not isinstance(layer, Integral) or layer not in range(len(model.blocks)):
+        raise ValueError(f"the model has layers 0 to {len(model.blocks) - 1}; got {layer}")
 
 
 def tokens_to_read(corpus: TokenizedCorpus, n_tokens: int | None) -> int:

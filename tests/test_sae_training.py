@@ -551,6 +551,13 @@ def test_activations_that_are_not_finite_are_named_by_layer(value):
         evaluate_sae(model, corpus(200), {0: Sae(config()), 1: Sae(config())})
 
 
+def test_activations_beyond_float32_are_named_by_layer():
+    model = talkative().double()
+    model.blocks[1].neurons.register_forward_hook(lambda m, i, x: 1e39 * x)
+    with pytest.raises(ValueError, match=r"layer 1.*not finite"):
+        train_saes(model, corpus(), corpus(200), config(), None, recipe())
+
+
 def test_constant_neurons_have_no_variance_to_explain():
     model = talkative()
     model.blocks[0].neurons.register_forward_hook(lambda m, i, x: torch.full_like(x, 0.1))

@@ -10,7 +10,7 @@ from math import fsum, log
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, as_tensor, call, grade, random
+from cratelab.checks.grading import CheckFailed, as_tensor, call, copied, grade, random, same
 
 TEXTS = [
     ["Grüße aus 東京 😀", "plain", "naïve café"],
@@ -114,20 +114,16 @@ def bigram_loss(function: Callable[[Sequence[Tensor], Sequence[Tensor], int, flo
         (_documents(4, (20, 7, 3, 9), 3), _documents(4, (6, 3, 11), 4), 5, 0.1),
         (_documents(9, (15, 30), 5), _documents(9, (12, 5, 2), 6), 12, 1.5),
     ]
-    untouched = [[d.clone() for d in part] for case in cases for part in case[:2]]
     for case in cases:
-        answer = call(function, *case)
+        own = copied(case)
+        answer = call(function, *own)
         if isinstance(answer, (float, Tensor)) and not as_tensor(answer).isfinite().all():
             raise CheckFailed(
                 f"{function.__name__} is not finite: a pair that was never seen in training has the probability 0 "
                 "unless alpha is added to every count"
             )
-    if any(
-        not torch.equal(a, b)
-        for part, before in zip([p for c in cases for p in c[:2]], untouched, strict=True)
-        for a, b in zip(part, before, strict=True)
-    ):
-        raise CheckFailed(f"{function.__name__} changes the documents in place: compute with copies")
+        if not same(case, own):
+            raise CheckFailed(f"{function.__name__} changes the documents in place: compute with copies")
     mistakes = {
         "the model is scored on its training text: that says how well it remembers": (
             lambda train, text, v, alpha: mean_loss(train, train, v, alpha)
@@ -297,11 +293,11 @@ def bpe_step(function: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -
     cases = [(*_stream(words), v) for words, v in _WORDS]
     answers = []
     for ids, word, v in cases:
-        own = ids.clone(), word.clone()
+        own = copied((ids, word))
         answer = call(function, *own, v)
         if not isinstance(answer, tuple) or len(answer) != 2 or not all(isinstance(x, Tensor) for x in answer):
             raise CheckFailed(f"{name} should return two tensors, the symbols and their words")
-        if not torch.equal(own[0], ids) or not torch.equal(own[1], word):
+        if not same((ids, word), own):
             raise CheckFailed(f"{name} changes its arguments in place: compute with copies")
         if answer[0].shape != answer[1].shape or answer[0].ndim != 1:
             raise CheckFailed(

@@ -51,7 +51,7 @@ class ActivationBlocks:
                 each[places] = neurons[layer][text.present].float()
             at += len(places)
         for each, layer in zip(held, self.layers, strict=True):
-            if not each.isfinite().all():
+            if not each.isfinite().all():  # in float64 they may have been, beyond what float32 holds
                 raise ValueError(
                     f"activations of layer {layer} are not finite: is the model damaged, or did it diverge?"
                 )
