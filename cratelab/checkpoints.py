@@ -11,6 +11,7 @@ However the weights are spread over GPUs, the files hold whole tensors under the
 from contextlib import suppress
 from pathlib import Path
 
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import Optimizer
 
 from cratelab.language_model import LanguageModel
 from cratelab.storage import digest_of_file, read_json, read_tensors, replacing, write_json, write_tensors
@@ -34,7 +34,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=_GATHERED)
 
 
-def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def whole_state(model: nn.Module, optimizer: AcceleratedOptimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights and AdamW's moments, on the main process; all processes have to call it."""
     state = get_optimizer_state_dict(model, optimizer.optimizer, options=_GATHERED)
     return whole_weights(model), _moments(state)
@@ -61,7 +61,7 @@ def write_checkpoint(
         write_json(part / _SUMS, facts | {"sha256": {name: digest_of_file(part / name) for name in _FILES}})
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def load_state(folder: Path, model: nn.Module, optimizer: AcceleratedOptimizer) -> None:
     """Give weights and moments of a checkpoint to the model and its optimizer.
 
     Raises:

@@ -59,56 +59,64 @@ def layer_statistics(
     check_precision(eps)
     if lasso_steps and not isinstance(model, Crate):
         raise ValueError(f"lasso_steps needs a model with ISTA layers; got {type(model).__name__}")
-    learned = subspaces(model)
-    orthonormal = [torch.linalg.qr(exact(U)).Q.to(single(U)) for U in learned]
-    sums: list[dict[str, float]] = [{} for _ in model.blocks]
-
-    def add(layer: int, name: str, values: Tensor) -> None:
-        """Add the mean of `values` a sequence, times the sequences."""
-        sums[layer][name] = sums[layer].get(name, 0.0) + float(exact(values).mean()) * sequences
-
-    def watchers(layer: int) -> list[tuple[nn.Module, Callable]]:
-        block, inputs = model.blocks[layer], {}
-
-        def measure(when: str, z: Tensor) -> None:
-            add(layer, f"R {when}", coding_rate(z, eps))
-            add(layer, f"R^c {when}", subspace_rate(z, learned[layer], eps))
-            add(layer, f"R^c orthonormal {when}", subspace_rate(z, orthonormal[layer], eps))
-
-        def around_attention(module, arguments, output) -> None:
-            measure("before", arguments[0])
-            measure("after", block.attention_norm(inputs["z"] + output))
-
-        def at_neurons(module, arguments, code) -> None:
-            add(layer, "active", code > 0)
-            if lasso_steps:
-                D, lam, target = single(block.ista.D), block.ista.lam, single(inputs["target"])
-                norm = float(torch.linalg.matrix_norm(D.cpu().float(), 2))  # not on every device
-                step_size = 1 / (norm**2 or 1.0)  # a dictionary of zeros has no scale
-                converged = ista(target, D, step_size, lam, lasso_steps)
-                add(layer, "lasso objective", lasso_objective(target, single(code), D, lam))
-                add(layer, "converged lasso objective", lasso_objective(target, converged, D, lam))
-                add(layer, "lasso active", converged > 1e-6)
-
-        hooks = [
-            # `measure` calls this norm too, with Z^{ℓ+½}: z has been used by then
-            (block.attention_norm, lambda module, arguments, normed: inputs.update(z=arguments[0])),
-            (block.attention, around_attention),
-            (block.neurons, at_neurons),
-        ]
-        if lasso_steps:
-            hooks.append((block.ista_norm, lambda module, arguments, normed: inputs.update(target=normed)))
-        return hooks
-
+    layers = [_Layer(block, U, eps, lasso_steps) for block, U in zip(model.blocks, subspaces(model), strict=True)]
     total = 0
-    with hooked(*(each for layer in range(len(model.blocks)) for each in watchers(layer))):
+    with hooked(*(hook for layer in layers for hook in layer.hooks())):
         for tokens in batches:
             check_contexts(model, tokens)
-            sequences = len(tokens)
             model(tokens.to(model.token_embedding.weight.device))
-            total += sequences
+            total += len(tokens)
     if not total:
         raise ValueError("layer_statistics needs at least one batch of tokens; got none")
     return {
-        name: torch.tensor([of[name] for of in sums], dtype=torch.float64, device="cpu") / total for name in sums[0]
+        name: torch.tensor([layer.sums[name] for layer in layers], dtype=torch.float64, device="cpu") / total
+        for name in layers[0].sums
     }
+
+
+class _Layer:
+    """Measures one layer while the model reads, and adds up over sequences what it finds."""
+
+    def __init__(self, block: nn.Module, U: Tensor, eps: float, lasso_steps: int):
+        self.block, self.eps, self.lasso_steps = block, eps, lasso_steps
+        self.bases = {"R^c": U, "R^c orthonormal": torch.linalg.qr(exact(U)).Q.to(single(U))}
+        self.sums: dict[str, float] = {}
+
+    def hooks(self) -> list[tuple[nn.Module, Callable]]:
+        block = self.block
+        hooks = [
+            (block.attention_norm, self.before_attention),
+            (block.attention, self.around_attention),
+            (block.neurons, self.at_neurons),
+        ]
+        return [*hooks, (block.ista_norm, self.before_ista)] if self.lasso_steps else hooks
+
+    def before_attention(self, module, arguments, normed) -> None:
+        self.z = arguments[0]  # called for Z^{ℓ+½}, too, but z has been used by then
+
+    def around_attention(self, module, arguments, output) -> None:
+        self.add_rates("before", arguments[0])
+        self.add_rates("after", self.block.attention_norm(self.z + output))
+
+    def before_ista(self, module, arguments, normed) -> None:
+        self.target = single(normed)
+
+    def at_neurons(self, module, arguments, code) -> None:
+        self.add("active", code > 0)
+        if self.lasso_steps:
+            D, lam = single(self.block.ista.D), self.block.ista.lam
+            norm = float(torch.linalg.matrix_norm(D.cpu().float(), 2))  # not on every device
+            step_size = 1 / (norm**2 or 1.0)  # a dictionary of zeros has no scale
+            converged = ista(self.target, D, step_size, lam, self.lasso_steps)
+            self.add("lasso objective", lasso_objective(self.target, single(code), D, lam))
+            self.add("converged lasso objective", lasso_objective(self.target, converged, D, lam))
+            self.add("lasso active", converged > 1e-6)
+
+    def add_rates(self, when: str, z: Tensor) -> None:
+        self.add(f"R {when}", coding_rate(z, self.eps))
+        for name, U in self.bases.items():
+            self.add(f"{name} {when}", subspace_rate(z, U, self.eps))
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add the mean of `values` (b, …) a sequence, times the sequences."""
+        self.sums[name] = self.sums.get(name, 0.0) + float(exact(values).mean()) * len(values)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,46 @@ def hooked(*hooks: tuple[nn.Module, Callable], prepend: bool = False) -> Iterato
         yield
 
 
+def texts(
+    model: LanguageModel,
+    corpus: TokenizedCorpus,
+    batch: int = 16,
+    window: int = 1,
+    by_document: bool = True,
+    n_tokens: int | None = None,
+    ahead: int | None = 1,
+) -> Iterator["Text"]:
+    """Read a corpus in pieces that the model can take, a batch at a time.
+
+    Args:
+        model: any, on any device.
+        corpus: text; not the text the model was trained on, where its behaviour shall be judged.
+        batch: pieces at a time.
+        window: w tokens of the excerpts that `Text.around` cuts.
+        by_document: read each document from its first token; else cut pieces from the stream without regard to them.
+        n_tokens: read this many tokens at most.
+        ahead: read so many batches ahead and sort their pieces by length, which leaves less padding; 1 keeps the order,
+            None reads all batches ahead.
+
+    Raises:
+        ValueError: the corpus has no token, or some that the model does not know; or `batch`, `window`, `n_tokens` or
+            `ahead` is below 1.
+    """
+    for name, value in ("batch", batch), ("window", window), ("ahead", 1 if ahead is None else ahead):
+        check_whole(name, value)
+    total = tokens_to_read(corpus, n_tokens)
+    check_vocabulary(model, corpus)
+    pieces = pieces_of(corpus, model.config.context, by_document, total)
+    while some := list(islice(pieces, ahead and batch * ahead)):
+        if ahead != 1:
+            some.sort(key=lambda piece: piece[0] - piece[1])  # the longest first
+        for first in range(0, len(some), batch):
+            text = Text(corpus, some[first : first + batch], window, model.token_embedding.weight.device)
+            if (largest := int(text.tokens.max())) >= model.config.vocab_size:
+                raise ValueError(f"the corpus holds token {largest}, the model knows {model.config.vocab_size}")
+            yield text
+
+
 @torch.no_grad()
 def watch_neurons(
     model: LanguageModel,
@@ -41,7 +82,7 @@ def watch_neurons(
     window: int = 1,
     by_document: bool = True,
     n_tokens: int | None = None,
-    ahead: int = 1,
+    ahead: int | None = 1,
 ) -> Iterator[tuple["Text", list[Tensor]]]:
     """Read a corpus piece by piece, and yield what the neurons do.
 
@@ -51,26 +92,15 @@ def watch_neurons(
 
     Args:
         model: any whose blocks have a `neurons` site, on any device.
-        corpus: text; not the text the model was trained on, where its behaviour shall be judged.
-        batch: pieces at a time.
-        window: w tokens of the excerpts that `Text.around` cuts.
-        by_document: read each document from its first token; else cut pieces from the stream without regard to them.
-        n_tokens: read this many tokens at most.
-        ahead: read so many batches ahead and sort their pieces by length, which leaves less padding; 1 keeps the order.
+        corpus, batch, window, by_document, n_tokens, ahead: what is read and how; see `texts`.
 
     Yields:
         A batch of text, and each layer's activations (b, n, h); where `Text.present` is false they mean nothing. The
         list is emptied before the next batch is read, so that two batches are never held.
 
     Raises:
-        ValueError: the corpus has no token, or some that the model does not know; `batch`, `window` or `n_tokens` is
-            below 1; or activations are NaN or infinite.
+        ValueError: as `texts`; or activations are NaN or infinite.
     """
-    for name, value in ("batch", batch), ("window", window), ("ahead", ahead):
-        check_whole(name, value)
-    total = tokens_to_read(corpus, n_tokens)
-    check_vocabulary(model, corpus)
-    pieces = pieces_of(corpus, model.config.context, by_document, total)
     activations: list[Tensor] = []
 
     def note(module, inputs, output: Tensor) -> None:
@@ -79,19 +109,12 @@ def watch_neurons(
             raise _AllSeen
 
     with hooked(*((block.neurons, note) for block in model.blocks)):
-        while some := list(islice(pieces, batch * ahead)):
-            if ahead > 1:
-                some.sort(key=lambda piece: piece[0] - piece[1])  # the longest first
-            for first in range(0, len(some), batch):
-                text = Text(corpus, some[first : first + batch], window, model.token_embedding.weight.device)
-                if int(text.tokens.max()) >= model.config.vocab_size:
-                    unknown = int(text.tokens.max())
-                    raise ValueError(f"the corpus holds token {unknown}, the model knows {model.config.vocab_size}")
-                activations.clear()
-                with suppress(_AllSeen):
-                    model(text.tokens.clamp(min=0))
-                _check_finite(activations, text)
-                yield text, activations
+        for text in texts(model, corpus, batch, window, by_document, n_tokens, ahead):
+            activations.clear()
+            with suppress(_AllSeen):
+                model(text.tokens.clamp(min=0))
+            _check_finite(activations, text)
+            yield text, activations
 
 
 class _AllSeen(Exception):
@@ -134,6 +157,18 @@ def check_vocabulary(model: LanguageModel, corpus: TokenizedCorpus, name: str = 
             f"the {name} has {corpus.n_vocab} tokens, the model knows {model.config.vocab_size}: take a corpus of the "
             f"model's tokenizer, or a model made with vocab_size={corpus.n_vocab} or more"
         )
+
+
+def check_size(corpus: TokenizedCorpus, v: int) -> None:
+    """Raises ValueError if the corpus has more than v tokens, for which there is a row each."""
+    if corpus.n_vocab > v:
+        raise ValueError(f"the corpus has {corpus.n_vocab} tokens, more than v={v}")
+
+
+def check_layer(model: LanguageModel, layer: int) -> None:
+    """Raises ValueError if the model has no such layer, counted from 0."""
+    if not isinstance(layer, Integral) or layer not in range(len(model.blocks)):
+        raise ValueError(f"the model has layers 0 to {len(model.blocks) - 1}; got {layer}")
 
 
 def tokens_to_read(corpus: TokenizedCorpus, n_tokens: int | None) -> int:

@@ -26,8 +26,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.optim import Optimizer
 
 from cratelab.checkpoints import (
     check_sums,
@@ -149,7 +149,7 @@ class RunDirectory:
     def checkpoint_path(self) -> Path:
         return self.path / f"checkpoint-{self.latest_step()}"
 
-    def resume(self, model: nn.Module, optimizer: Optimizer) -> list[dict]:
+    def resume(self, model: nn.Module, optimizer: AcceleratedOptimizer) -> list[dict]:
         """Load the latest checkpoint, if any; the metrics of the steps up to it.
 
         Raises:
@@ -178,7 +178,7 @@ class RunDirectory:
             with self._writing(), (self.path / "metrics.jsonl").open("a", encoding="utf8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def save_checkpoint(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+    def save_checkpoint(self, step: int, model: nn.Module, optimizer: AcceleratedOptimizer) -> None:
         """Write the state after `step` whole, then remove those before the one before."""
         state = whole_state(model, optimizer)
         if self.accelerator.is_main_process:
@@ -210,14 +210,8 @@ class RunDirectory:
 
     def _clean(self) -> None:
         """Remove what killed processes have left half-written."""
-        names = {"run.json", "tokenizer.json", "metrics.jsonl", "model/config.json", "model/model.safetensors"}
-        names |= {
-            match[0]
-            for entry in self.path.glob("checkpoint-*.part")
-            if (match := re.match(r"checkpoint-\d+", entry.name))
-        }
-        for name in names:
-            remove_leftovers(self.path / name)
+        remove_leftovers(self.path, "run.json", "tokenizer.json", "metrics.jsonl", "checkpoint-[0-9]*")
+        remove_leftovers(self.path / "model", "config.json", "model.safetensors")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -57,11 +58,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def remove_leftovers(path: str | Path) -> None:
-    """Remove what killed writers of `path` have left beside it. Only for who knows that nobody is writing it now."""
-    path = Path(path)
-    for entry in path.parent.glob("*.part"):
-        if (part := _PART.fullmatch(entry.name)) and part[1] == path.name:
+def remove_leftovers(folder: str | Path, *patterns: str) -> None:
+    """Remove what killed writers have left in a folder. Only for who knows that nobody is writing there now.
+
+    Args:
+        folder: need not exist.
+        patterns: names of what was written, such as "run.json" or "checkpoint-[0-9]*".
+    """
+    for entry in Path(folder).glob("*.part"):
+        if (part := _PART.fullmatch(entry.name)) and any(fnmatchcase(part[1], pattern) for pattern in patterns):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
@@ -181,11 +186,23 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         FileNotFoundError: there is no such file.
         ValueError: it is none.
     """
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What is told of the tensors in a .safetensors file, which are not read. Raises as `tensor_shapes`."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[safe_open]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        with safe_open(path, "pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        with safe_open(path, "pt") as file:
+            yield file
     except Exception as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from test_sae import WIDTH, talkative
 from test_training import corpus
 
@@ -551,6 +551,13 @@ def test_activations_that_are_not_finite_are_named_by_layer(value):
         evaluate_sae(model, corpus(200), {0: Sae(config()), 1: Sae(config())})
 
 
+def test_activations_beyond_float32_are_named_by_layer():
+    model = talkative().double()
+    model.blocks[1].neurons.register_forward_hook(lambda m, i, x: 1e39 * x)
+    with pytest.raises(ValueError, match=r"layer 1.*not finite"):
+        train_saes(model, corpus(), corpus(200), config(), None, recipe())
+
+
 def test_constant_neurons_have_no_variance_to_explain():
     model = talkative()
     model.blocks[0].neurons.register_forward_hook(lambda m, i, x: torch.full_like(x, 0.1))
@@ -584,8 +591,8 @@ def test_a_diverged_state_never_replaces_a_good_one(tmp_path, monkeypatch, how):
         patch.setattr(trainer, "evaluate_sae", spoiling)
         patch.setattr(Learner, "step", last)
         train_saes(*arguments)
-    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as opened:
-        assert len(json.loads(opened.metadata()["state"])["curve"]) == 2  # of the first evaluation
+    metadata = storage.read_metadata(tmp_path / "checkpoint.safetensors")
+    assert len(json.loads(metadata["state"])["curve"]) == 2  # of the first evaluation
     assert train_saes(*arguments).curve == train_saes(*arguments[:-1]).curve
 
 

@@ -99,9 +99,11 @@ def test_only_what_was_written_beside_a_file_is_removed(tmp_path):
         (tmp_path / name).write_text("")
     (tmp_path / "a.json.7-89abcdef.part").mkdir()
     (tmp_path / "a.json.7-89abcdef.part" / "file").write_text("")
-    storage.remove_leftovers(tmp_path / "a.json")
-    storage.remove_leftovers(tmp_path / "none" / "a.json")
+    storage.remove_leftovers(tmp_path, "a.json")
+    storage.remove_leftovers(tmp_path / "none", "a.json")
     assert names(tmp_path) == sorted(others)
+    storage.remove_leftovers(tmp_path, "c*", "[b-z].json")
+    assert names(tmp_path) == sorted(set(others) - {"b.json.12-0123abcd.part"})
 
 
 def test_a_result_is_made_once_and_anew_from_anything_else(tmp_path):
@@ -121,16 +123,19 @@ def test_a_result_is_made_once_and_anew_from_anything_else(tmp_path):
     assert len(made) == 8
 
 
-def test_tensors_and_their_shapes_come_back(tmp_path):
+def test_tensors_their_shapes_and_what_is_told_of_them_come_back(tmp_path):
     tensors = {"x": torch.randn(3, 4), "y": torch.arange(5)}
     storage.write_tensors(tmp_path / "a.safetensors", tensors)
     assert_close(storage.read_tensors(tmp_path / "a.safetensors"), tensors, rtol=0, atol=0)
     assert storage.tensor_shapes(tmp_path / "a.safetensors") == {"x": (3, 4), "y": (5,)}
+    storage.write_tensors(tmp_path / "told.safetensors", tensors, {"step": "3"})
+    assert storage.read_metadata(tmp_path / "told.safetensors").items() >= {("step", "3")}
     (tmp_path / "b.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"b.safetensors"):
-        storage.tensor_shapes(tmp_path / "b.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"c.safetensors"):
-        storage.tensor_shapes(tmp_path / "c.safetensors")
+    for read in storage.tensor_shapes, storage.read_metadata:
+        with pytest.raises(ValueError, match=r"b.safetensors"):
+            read(tmp_path / "b.safetensors")
+        with pytest.raises(FileNotFoundError, match=r"c.safetensors"):
+            read(tmp_path / "c.safetensors")
 
 
 def test_json_that_is_no_object_is_named(tmp_path):

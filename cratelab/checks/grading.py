@@ -130,7 +130,7 @@ def ask(function: Callable, case: tuple, shape: torch.Size) -> Tensor:
         CheckFailed: the answer is nothing, of another kind or shape, or not finite; or the arguments were changed.
         NotWritten: the function is a stub.
     """
-    name, own = function.__name__, [_copy(argument) for argument in case]
+    name, own = function.__name__, copied(case)
     answer = call(function, *own)
     if answer is None:
         raise CheckFailed(f"{name} returns None: does it end in `return`?")
@@ -146,7 +146,7 @@ def ask(function: Callable, case: tuple, shape: torch.Size) -> Tensor:
         )
     if not answer.isfinite().all():
         raise CheckFailed(f"{name} returns numbers that are not finite for {describe(function, case)}")
-    if any(isinstance(a, Tensor) and not _same(a, b) for a, b in zip(case, own, strict=True)):
+    if not same(case, own):
         raise CheckFailed(f"{name} changes its arguments in place: compute with copies")
     return answer
 
@@ -157,6 +157,22 @@ def call(function: Callable, *arguments: object) -> object:
         return function(*arguments)
     except NotImplementedError as error:
         raise NotWritten(str(error)) from None
+
+
+def copied(argument: object) -> object:
+    """An argument, or a tuple or list of arguments, with copies of its tensors."""
+    if isinstance(argument, (tuple, list)):
+        return type(argument)(map(copied, argument))
+    return argument.clone() if isinstance(argument, Tensor) else argument
+
+
+def same(before: object, after: object) -> bool:
+    """Whether all tensors of an argument are as they were in `copied`, with NaN equal to NaN."""
+    if isinstance(before, (tuple, list)):
+        return len(before) == len(after) and all(map(same, before, after))
+    return not isinstance(before, Tensor) or (
+        before.shape == after.shape and bool(((before == after) | before.isnan() & after.isnan()).all())
+    )
 
 
 def as_tensor(value: object) -> Tensor:
@@ -173,15 +189,6 @@ def describe(function: Callable, case: tuple) -> str:
         if isinstance(argument, (Tensor, int, float))
     ]
     return ", ".join(words) or "its arguments"
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, with NaN equal to NaN."""
-    return a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())
-
-
-def _copy(argument: object) -> object:
-    return argument.clone() if isinstance(argument, Tensor) else argument
 
 
 def _excess(answer: Tensor, target: Tensor, rtol: float, atol: float) -> float:

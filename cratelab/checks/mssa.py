@@ -77,56 +77,33 @@ def mended_mssa(function: Callable[[Tensor, Tensor], Tensor]) -> None:
 def first_order_step(function: Callable[[Tensor, Tensor, float, float], Tensor]) -> None:
     """Exercise 3.C: the first-order step of (n, d) tokens, against automatic differentiation; then its cost."""
 
-    def autograd(z: Tensor, U: Tensor, step_size: float, eps: float) -> Tensor:
-        """Down the gradient of ½ Σ (s tr G − s²/2 tr G²), the first two terms of ½ Σ log det(I + sG)."""
-        s, moved = U.shape[2] / (len(z) * eps**2), z.clone().requires_grad_()
-        grams = [moved @ basis @ basis.T @ moved.T for basis in U]
-        series = sum(s * gram.trace() - s**2 / 2 * gram.square().sum() for gram in grams) / 2
-        return z - step_size * torch.autograd.grad(series, moved)[0]
-
-    def variant(
-        z: Tensor,
-        U: Tensor,
-        step_size: float,
-        eps: float,
-        start: float = 1,
-        shrink: float = 1,
-        attend: float = 1,
-        power: int = 2,
-        width: int = 2,
-        fill: bool = False,
-    ) -> Tensor:
-        s = U.shape[1 if width == 1 else 2] / (len(z) * eps**2)
-        projections = [basis @ basis.T for basis in U]
-        shrunk = z if fill else sum(z @ P for P in projections)
-        attended = sum(z @ P @ z.T @ z @ P for P in projections)
-        return start * z - step_size * (shrink * s * shrunk - attend * s**power * attended)
-
     mistakes = {
-        "the sign of the second term: 1/(1 + x) = 1 − x + …, and a step down subtracts it": partial(variant, attend=-1),
+        "the sign of the second term: 1/(1 + x) = 1 − x + …, and a step down subtracts it": partial(
+            _first_order, attend=-1
+        ),
         "one s is missing: the gradient has a factor s, and so has the first-order term of the series": (
-            partial(variant, power=1)
+            partial(_first_order, power=1)
         ),
-        "Z stands where ΣUₖUₖᵀZ belongs: these subspaces do not fill the space": partial(variant, fill=True),
-        "the attended part is missing: this is order 0": partial(variant, attend=0),
-        "the shrinking part is missing: order 0 of the series counts, too": partial(variant, shrink=0),
-        "d stands where p belongs in s": partial(variant, width=1),
+        "Z stands where ΣUₖUₖᵀZ belongs: these subspaces do not fill the space": partial(_first_order, fill=True),
+        "the attended part is missing: this is order 0": partial(_first_order, attend=0),
+        "the shrinking part is missing: order 0 of the series counts, too": partial(_first_order, shrink=0),
+        "d stands where p belongs in s": partial(_first_order, width=1),
         "this is the gradient: the step is Z − κ times it": lambda z, U, step_size, eps: (
-            -variant(z, U, 1.0, eps, start=0)
+            -_first_order(z, U, 1.0, eps, start=0)
         ),
-        "the step size κ is missing": lambda z, U, step_size, eps: variant(z, U, 1.0, eps),
-        "κ is missing from the attended part: it multiplies the whole gradient": lambda z, U, step_size, eps: variant(
-            z, U, step_size, eps, attend=1 / step_size
+        "the step size κ is missing": lambda z, U, step_size, eps: _first_order(z, U, 1.0, eps),
+        "κ is missing from the attended part: it multiplies the whole gradient": lambda z, U, step_size, eps: (
+            _first_order(z, U, step_size, eps, attend=1 / step_size)
         ),
-        "the sign: this step goes up": lambda z, U, step_size, eps: variant(z, U, -step_size, eps),
+        "the sign: this step goes up": lambda z, U, step_size, eps: _first_order(z, U, -step_size, eps),
         "this is the exact step: cut the series after its first order": lambda z, U, step_size, eps: (
             z - step_size * _gradient(z, U, eps)
         ),
         "the attended part has a factor 2: the series is of the inverse, not of the logarithm": (
-            partial(variant, attend=2)
+            partial(_first_order, attend=2)
         ),
     }
-    grade(function, STEPS, autograd, "the gradient of the logarithm's series", mistakes)
+    grade(function, STEPS, _series_step, "the gradient of the logarithm's series", mistakes)
     U, cost = subspaces(2, 16, 4, seed=7), []
     for n in (200, 400):
         with FlopCounterMode(display=False) as counted:
@@ -138,6 +115,33 @@ def first_order_step(function: Callable[[Tensor, Tensor, float, float], Tensor])
             "makes n×n matrices. (WᵀW) compares tokens, (WWᵀ) is p×p: which product comes first is yours to choose"
         )
     print(f"Twice as many tokens cost {cost[1] / cost[0]:.1f} times as much.")
+
+
+def _series_step(z: Tensor, U: Tensor, step_size: float, eps: float) -> Tensor:
+    """Down the gradient of ½ Σ (s tr G − s²/2 tr G²), the first two terms of ½ Σ log det(I + sG)."""
+    s, moved = U.shape[2] / (len(z) * eps**2), z.clone().requires_grad_()
+    grams = [moved @ basis @ basis.T @ moved.T for basis in U]
+    series = sum(s * gram.trace() - s**2 / 2 * gram.square().sum() for gram in grams) / 2
+    return z - step_size * torch.autograd.grad(series, moved)[0]
+
+
+def _first_order(
+    z: Tensor,
+    U: Tensor,
+    step_size: float,
+    eps: float,
+    start: float = 1,
+    shrink: float = 1,
+    attend: float = 1,
+    power: int = 2,
+    width: int = 2,
+    fill: bool = False,
+) -> Tensor:
+    s = U.shape[1 if width == 1 else 2] / (len(z) * eps**2)
+    projections = [basis @ basis.T for basis in U]
+    shrunk = z if fill else sum(z @ P for P in projections)
+    attended = sum(z @ P @ z.T @ z @ P for P in projections)
+    return start * z - step_size * (shrink * s * shrunk - attend * s**power * attended)
 
 
 def causal_layer(function: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]) -> None:
@@ -188,72 +192,76 @@ def causal_layer(function: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tenso
 def largest_stretch(function: Callable[[Tensor, Tensor, float, int, float], float]) -> None:
     """Exercise 3.E: how far tokens may be stretched until the series errs by a tolerance, against bisection."""
 
-    def error(factor: float, z: Tensor, U: Tensor, eps: float, order: int) -> float:
-        """The largest relative error of a direction, without eigenvalues of W: ‖(Σ(I − B)ʲ) B − I‖."""
-        worst = 0.0
-        for basis in U.numpy():
-            w = factor * z.numpy() @ basis
-            B = np.eye(w.shape[1]) + w.shape[1] / (len(w) * eps**2) * w.T @ w
-            series = sum(np.linalg.matrix_power(np.eye(len(B)) - B, j) for j in range(order + 1))
-            worst = max(worst, np.linalg.norm(series @ B - np.eye(len(B)), 2))
-        return worst
-
-    def bisected(z: Tensor, U: Tensor, eps: float, order: int, tolerance: float) -> float:
-        low, high = 1e-6, 1e6
-        for _ in range(80):
-            middle = (low * high) ** 0.5
-            low, high = (middle, high) if error(middle, z, U, eps, order) < tolerance else (low, middle)
-        return low
-
-    def from_strengths(
-        z: Tensor,
-        U: Tensor,
-        eps: float,
-        order: int,
-        tolerance: float,
-        norm: int | str = 2,
-        heads: Callable = max,
-        root: float = 0.5,
-        more: int = 1,
-        axis: int = 2,
-        square: int = 2,
-    ) -> float:
-        s = U.shape[axis] / (len(z) * eps**2)
-        strength = heads([s * np.linalg.norm(z.numpy() @ basis, norm) ** square for basis in U.numpy()])
-        return (tolerance ** (1 / (order + more)) / strength) ** root
-
-    def absolute(z: Tensor, U: Tensor, eps: float, order: int, tolerance: float) -> float:
-        """Where the error, not divided by 1/(1 + x), is the tolerance."""
-        low, high = 0.0, 1e6
-        for _ in range(100):
-            x = (low + high) / 2
-            low, high = (x, high) if x ** (order + 1) / (1 + x) < tolerance else (low, x)
-        return low**0.5 * from_strengths(z, U, eps, order, 1.0)
-
     mistakes = {
-        "the error is absolute: relative to 1/(1 + x) it is larger": absolute,
-        "the norm is not squared: the strength is s‖Wₖ‖²": partial(from_strengths, square=1),
+        "the error is absolute: relative to 1/(1 + x) it is larger": _absolute,
+        "the norm is not squared: the strength is s‖Wₖ‖²": partial(_from_strengths, square=1),
         "the norm is not squared, and there is no root: the strength is s‖Wₖ‖²": partial(
-            from_strengths, square=1, root=1
+            _from_strengths, square=1, root=1
         ),
-        "the square root is missing: the strength is quadratic in the tokens": partial(from_strengths, root=1),
-        "after order m the error starts with x to the power m + 1, not m": partial(from_strengths, more=0),
+        "the square root is missing: the strength is quadratic in the tokens": partial(_from_strengths, root=1),
+        "after order m the error starts with x to the power m + 1, not m": partial(_from_strengths, more=0),
         "this is where the series begins to diverge: at a given tolerance it must stop earlier": (
-            lambda z, U, eps, order, tolerance: from_strengths(z, U, eps, order, 1.0)
+            lambda z, U, eps, order, tolerance: _from_strengths(z, U, eps, order, 1.0)
         ),
         "the Frobenius norm adds up all directions: the strongest one decides, so take the spectral norm": (
-            partial(from_strengths, norm="fro")
+            partial(_from_strengths, norm="fro")
         ),
-        "the weakest direction: the strongest one decides": partial(from_strengths, norm=-2, heads=min),
-        "the weakest head: the strongest one decides": partial(from_strengths, heads=min),
-        "the mean over the heads: the strongest one decides": partial(from_strengths, heads=np.mean),
-        "the sum over the heads: the strongest one decides": partial(from_strengths, heads=sum),
-        "d stands where p belongs in s": partial(from_strengths, axis=1),
+        "the weakest direction: the strongest one decides": partial(_from_strengths, norm=-2, heads=min),
+        "the weakest head: the strongest one decides": partial(_from_strengths, heads=min),
+        "the mean over the heads: the strongest one decides": partial(_from_strengths, heads=np.mean),
+        "the sum over the heads: the strongest one decides": partial(_from_strengths, heads=sum),
+        "d stands where p belongs in s": partial(_from_strengths, axis=1),
         "this is the strength of whole tokens: the series is in the Wₖ, what the heads see of them": (
-            lambda z, U, *rest: from_strengths(z, U, *rest, heads=lambda _: _whole_strength(z, U, rest[0]))
+            lambda z, U, *rest: _from_strengths(z, U, *rest, heads=lambda _: _whole_strength(z, U, rest[0]))
         ),
     }
-    grade(function, STRETCHES, bisected, "bisection on the measured error", mistakes)
+    grade(function, STRETCHES, _bisected, "bisection on the measured error", mistakes)
+
+
+def _series_error(factor: float, z: Tensor, U: Tensor, eps: float, order: int) -> float:
+    """The largest relative error of a direction, without eigenvalues of W: ‖(Σ(I − B)ʲ) B − I‖."""
+    worst = 0.0
+    for basis in U.numpy():
+        w = factor * z.numpy() @ basis
+        B = np.eye(w.shape[1]) + w.shape[1] / (len(w) * eps**2) * w.T @ w
+        series = sum(np.linalg.matrix_power(np.eye(len(B)) - B, j) for j in range(order + 1))
+        worst = max(worst, np.linalg.norm(series @ B - np.eye(len(B)), 2))
+    return worst
+
+
+def _bisected(z: Tensor, U: Tensor, eps: float, order: int, tolerance: float) -> float:
+    low, high = 1e-6, 1e6
+    for _ in range(80):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if _series_error(middle, z, U, eps, order) < tolerance else (low, middle)
+    return low
+
+
+def _from_strengths(
+    z: Tensor,
+    U: Tensor,
+    eps: float,
+    order: int,
+    tolerance: float,
+    norm: int | str = 2,
+    heads: Callable = max,
+    root: float = 0.5,
+    more: int = 1,
+    axis: int = 2,
+    square: int = 2,
+) -> float:
+    s = U.shape[axis] / (len(z) * eps**2)
+    strength = heads([s * np.linalg.norm(z.numpy() @ basis, norm) ** square for basis in U.numpy()])
+    return (tolerance ** (1 / (order + more)) / strength) ** root
+
+
+def _absolute(z: Tensor, U: Tensor, eps: float, order: int, tolerance: float) -> float:
+    """Where the error, not divided by 1/(1 + x), is the tolerance."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        x = (low + high) / 2
+        low, high = (x, high) if x ** (order + 1) / (1 + x) < tolerance else (low, x)
+    return low**0.5 * _from_strengths(z, U, eps, order, 1.0)
 
 
 def _whole_strength(z: Tensor, U: Tensor, eps: float) -> float:

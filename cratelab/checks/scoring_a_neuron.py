@@ -126,85 +126,90 @@ def changes_of_the_score(function: Callable[[], dict[str, str]]) -> None:
 def simulate_by_table(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
     """Exercise 8.B: simulations of the words of V from E, against counting for each word of V alone."""
 
-    def counted(words: Tensor, activations: Tensor, unread: Tensor, _: Tensor) -> np.ndarray:
-        out, largest = np.zeros(unread.shape), activations.max()
-        for place, word in np.ndenumerate(unread.numpy()):
-            here = activations[words == word]
-            if len(here) and largest > 0:  # the integer is how many of the tenths of M an activation reaches
-                out[place] = sum((10 * here >= tenth * largest).sum() for tenth in range(1, 11)) / len(here)
-        return out
-
-    def variant(
-        words: Tensor,
-        activations: Tensor,
-        unread: Tensor,
-        actual: Tensor,
-        scale: Callable = lambda E, V: E.clip(0).max(),
-        integer: Callable = np.floor,
-        lowest: float = 0,
-        over: Callable = np.mean,
-        after: Callable = lambda mean: mean,
-        unseen: Callable = lambda table: 0.0,
-    ) -> np.ndarray:
-        words, activations, unread, actual = (x.numpy() for x in (words, activations, unread, actual))
-        M = scale(activations, actual)
-        ratio = 10 * activations.clip(lowest) / np.where(M > 0, M, 1) * (M > 0)
-        n = np.minimum(integer(ratio), 10)
-        table = {word: after(over(n[words == word])) for word in np.unique(words)}
-        return np.array([table.get(word, unseen(table)) for word in unread.flat]).reshape(unread.shape)
-
-    def by_excerpt(words: Tensor, activations: Tensor, unread: Tensor, actual: Tensor) -> np.ndarray:
-        """Means over excerpts of the means within each."""
-        M = max(0.0, float(activations.max())) or 1e9
-        n = np.floor(10 * activations.numpy().clip(0) / M)
-        held = [{x: n[i][row == x].mean() for x in np.unique(row)} for i, row in enumerate(words.numpy())]
-        known = {x: np.mean([table[x] for table in held if x in table]) for table in held for x in table}
-        return np.array([known.get(x, 0.0) for x in unread.numpy().flat]).reshape(unread.shape)
-
-    def unguarded(*case: Tensor) -> np.ndarray:
-        """As it should be where E has a positive activation; elsewhere a negative one over a negative M is positive."""
-        words, activations, unread, _ = (x.numpy() for x in case)
-        n = np.floor(10 * activations / activations.max()).clip(0, 10)
-        table = {word: n[words == word].mean() for word in np.unique(words)}
-        return np.array([table.get(word, 0.0) for word in unread.flat]).reshape(unread.shape)
-
-    def over_firing(n: np.ndarray) -> float:
-        return n[n > 0].mean() if (n > 0).any() else 0.0
-
     mistakes = {
-        "M is taken over V: whoever simulates V has not seen it": partial(variant, scale=lambda E, V: V.clip(0).max()),
+        "M is taken over V: whoever simulates V has not seen it": partial(_table, scale=lambda E, V: V.clip(0).max()),
         "M is taken over E and V together: whoever simulates V has not seen it": partial(
-            variant, scale=lambda E, V: max(E.max(), V.max(), 0)
+            _table, scale=lambda E, V: max(E.max(), V.max(), 0)
         ),
         "each excerpt has an M of its own: it is the maximum over all of E": partial(
-            variant, scale=lambda E, V: E.clip(0).max(1, keepdims=True)
+            _table, scale=lambda E, V: E.clip(0).max(1, keepdims=True)
         ),
         "M is the largest absolute value: negative activations count as 0": partial(
-            variant, scale=lambda E, V: abs(E).max()
+            _table, scale=lambda E, V: abs(E).max()
         ),
-        "negative activations are kept: they count as 0": partial(variant, lowest=-np.inf),
-        "M is negative where all of E is, and turns the signs round: the simulation is then 0 everywhere": unguarded,
-        "rounded to the nearest integer: it is rounded down": partial(variant, integer=np.round),
-        "rounded up: it is rounded down": partial(variant, integer=np.ceil),
-        "not rounded: the integers 0 to 10 are averaged": partial(variant, integer=lambda x: x),
+        "negative activations are kept: they count as 0": partial(_table, lowest=-np.inf),
+        "M is negative where all of E is, and turns the signs round: the simulation is then 0 everywhere": _unguarded,
+        "rounded to the nearest integer: it is rounded down": partial(_table, integer=np.round),
+        "rounded up: it is rounded down": partial(_table, integer=np.ceil),
+        "not rounded: the integers 0 to 10 are averaged": partial(_table, integer=lambda x: x),
         "averaged before rounding: each activation becomes an integer first": partial(
-            variant, integer=lambda x: x, after=np.floor
+            _table, integer=lambda x: x, after=np.floor
         ),
-        "the sum, not the mean: a word would be strong for being frequent": partial(variant, over=np.sum),
-        "the largest, not the mean: places where a word leaves the neuron silent count": partial(variant, over=np.max),
+        "the sum, not the mean: a word would be strong for being frequent": partial(_table, over=np.sum),
+        "the largest, not the mean: places where a word leaves the neuron silent count": partial(_table, over=np.max),
         "the mean over places where the neuron fires: those where it is silent count": partial(
-            variant, over=over_firing
+            _table, over=_mean_over_firing
         ),
         "each word has the value of its last place: a later entry overwrites an earlier one": partial(
-            variant, over=lambda n: n[-1]
+            _table, over=lambda n: n[-1]
         ),
-        "each word has the value of its first place: all places count": partial(variant, over=lambda n: n[0]),
-        "the mean of each excerpt's mean: all places of a word count alike": by_excerpt,
+        "each word has the value of its first place: all places count": partial(_table, over=lambda n: n[0]),
+        "the mean of each excerpt's mean: all places of a word count alike": _table_by_excerpt,
         "a word that is not in E gets the mean of the table: it gets 0": partial(
-            variant, unseen=lambda table: np.mean(list(table.values()))
+            _table, unseen=lambda table: np.mean(list(table.values()))
         ),
     }
-    grade(function, TABLES, counted, "counting for each word alone", mistakes)
+    grade(function, TABLES, _counted_table, "counting for each word alone", mistakes)
+
+
+def _counted_table(words: Tensor, activations: Tensor, unread: Tensor, _: Tensor) -> np.ndarray:
+    out, largest = np.zeros(unread.shape), activations.max()
+    for place, word in np.ndenumerate(unread.numpy()):
+        here = activations[words == word]
+        if len(here) and largest > 0:  # the integer is how many of the tenths of M an activation reaches
+            out[place] = sum((10 * here >= tenth * largest).sum() for tenth in range(1, 11)) / len(here)
+    return out
+
+
+def _table(
+    words: Tensor,
+    activations: Tensor,
+    unread: Tensor,
+    actual: Tensor,
+    scale: Callable = lambda E, V: E.clip(0).max(),
+    integer: Callable = np.floor,
+    lowest: float = 0,
+    over: Callable = np.mean,
+    after: Callable = lambda mean: mean,
+    unseen: Callable = lambda table: 0.0,
+) -> np.ndarray:
+    words, activations, unread, actual = (x.numpy() for x in (words, activations, unread, actual))
+    M = scale(activations, actual)
+    ratio = 10 * activations.clip(lowest) / np.where(M > 0, M, 1) * (M > 0)
+    n = np.minimum(integer(ratio), 10)
+    table = {word: after(over(n[words == word])) for word in np.unique(words)}
+    return np.array([table.get(word, unseen(table)) for word in unread.flat]).reshape(unread.shape)
+
+
+def _table_by_excerpt(words: Tensor, activations: Tensor, unread: Tensor, actual: Tensor) -> np.ndarray:
+    """Means over excerpts of the means within each."""
+    M = max(0.0, float(activations.max())) or 1e9
+    n = np.floor(10 * activations.numpy().clip(0) / M)
+    held = [{x: n[i][row == x].mean() for x in np.unique(row)} for i, row in enumerate(words.numpy())]
+    known = {x: np.mean([table[x] for table in held if x in table]) for table in held for x in table}
+    return np.array([known.get(x, 0.0) for x in unread.numpy().flat]).reshape(unread.shape)
+
+
+def _unguarded(*case: Tensor) -> np.ndarray:
+    """As it should be where E has a positive activation; elsewhere a negative one over a negative M is positive."""
+    words, activations, unread, _ = (x.numpy() for x in case)
+    n = np.floor(10 * activations / activations.max()).clip(0, 10)
+    table = {word: n[words == word].mean() for word in np.unique(words)}
+    return np.array([table.get(word, 0.0) for word in unread.flat]).reshape(unread.shape)
+
+
+def _mean_over_firing(n: np.ndarray) -> float:
+    return n[n > 0].mean() if (n > 0).any() else 0.0
 
 
 def mended_split(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None:
@@ -270,69 +275,38 @@ def mended_split(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None
 def layer_score(function: Callable[[Tensor, Tensor, Tensor], tuple[float, float, float]]) -> None:
     """Exercise 8.D: two means of a layer's scores and the share without one, against scipy neuron by neuron."""
 
-    def one_by_one(a: Tensor, s: Tensor, present: Tensor, of: Callable | None = None, whole: bool = False) -> list:
-        of = of or (lambda x, y: float(pearsonr(x, y)[0]))
-        rows = zip(*(x.numpy() for x in (a, s, present | whole)), strict=True)
-        return [of(x[p], y[p]) if np.ptp(x[p]) > 0 and np.ptp(y[p]) > 0 else np.nan for x, y, p in rows]
-
-    def summary(values: list) -> tuple[float, float, float]:
-        return np.nanmean(values), np.nan_to_num(values).mean(), np.isnan(values).mean()
-
-    def each_excerpt(a: Tensor, s: Tensor, present: Tensor, without: float) -> tuple:
-        """The mean of the excerpts' correlations; an undefined one is left out, or counts as `without`."""
-        values = []
-        for neuron in zip(a, s, present, strict=True):
-            found = np.array(one_by_one(*neuron))
-            kept = found[~np.isnan(found)] if np.isnan(without) else np.nan_to_num(found, nan=without)
-            values.append(np.nan if np.isnan(found).all() else kept.mean())
-        return summary(values)
-
-    def variant(then: Callable = summary, **how: object) -> Callable:
-        return lambda a, s, present: then(one_by_one(a, s, present, **how))
-
-    def silent_only(a: Tensor, s: Tensor, present: Tensor) -> tuple:
-        values = np.nan_to_num(one_by_one(a, s, present))
-        return summary(np.where((a == 0).all(2).all(1).numpy(), np.nan, values))
-
-    def strung(a: Tensor, s: Tensor, present: Tensor) -> tuple:
-        rho = float(pearsonr(a[present], s[present])[0])
-        return rho, rho, np.isnan(one_by_one(a, s, present)).mean()
-
-    def cosine(x: np.ndarray, y: np.ndarray) -> float:
-        return float(x @ y / np.sqrt(x @ x * (y @ y)))
-
     mistakes = {
         "each excerpt is correlated on its own: string all tokens of V together and correlate once": partial(
-            each_excerpt, without=np.nan
+            _each_excerpt, without=np.nan
         ),
         "each excerpt is correlated on its own, and a silent one counts as 0: string all tokens of V together": partial(
-            each_excerpt, without=0.0
+            _each_excerpt, without=0.0
         ),
-        "places without text count: zeros that agree with zeros raise the score": variant(whole=True),
-        "one correlation for the whole layer: each neuron has its score, and the layer their mean": strung,
-        "the means are not subtracted: this is the cosine": variant(of=cosine),
-        "these are rank correlations: Pearson's is of the activations": variant(of=lambda x, y: spearmanr(x, y)[0]),
-        "neurons without a score count as 0 in both means: the first leaves them out": variant(
-            then=lambda v: (np.nan_to_num(v).mean(), *summary(v)[1:])
+        "places without text count: zeros that agree with zeros raise the score": _scored(whole=True),
+        "one correlation for the whole layer: each neuron has its score, and the layer their mean": _strung,
+        "the means are not subtracted: this is the cosine": _scored(of=_cosine),
+        "these are rank correlations: Pearson's is of the activations": _scored(of=lambda x, y: spearmanr(x, y)[0]),
+        "neurons without a score count as 0 in both means: the first leaves them out": _scored(
+            then=lambda v: (np.nan_to_num(v).mean(), *_summary(v)[1:])
         ),
-        "neurons without a score are left out of both means: in the second they count as 0": variant(
+        "neurons without a score are left out of both means: in the second they count as 0": _scored(
             then=lambda v: (np.nanmean(v), np.nanmean(v), np.isnan(v).mean())
         ),
-        "the two means are exchanged: first without the neurons that have no score": variant(
+        "the two means are exchanged: first without the neurons that have no score": _scored(
             then=lambda v: (np.nan_to_num(v).mean(), np.nanmean(v), np.isnan(v).mean())
         ),
-        "the third is a number of neurons: their share is asked for": variant(
-            then=lambda v: (*summary(v)[:2], np.isnan(v).sum())
+        "the third is a number of neurons: their share is asked for": _scored(
+            then=lambda v: (*_summary(v)[:2], np.isnan(v).sum())
         ),
-        "the third is the share with a score: the share without is asked for": variant(
-            then=lambda v: (*summary(v)[:2], 1 - np.isnan(v).mean())
+        "the third is the share with a score: the share without is asked for": _scored(
+            then=lambda v: (*_summary(v)[:2], 1 - np.isnan(v).mean())
         ),
-        "only silent neurons are taken for undefined: a constant simulation has no score either": silent_only,
-        "the absolute values are averaged: a simulation that says the opposite is wrong": variant(
-            then=lambda v: summary(np.abs(v))
+        "only silent neurons are taken for undefined: a constant simulation has no score either": _silent_only,
+        "the absolute values are averaged: a simulation that says the opposite is wrong": _scored(
+            then=lambda v: _summary(np.abs(v))
         ),
     }
-    grade(function, LAYERS, lambda *case: summary(one_by_one(*case)), "scipy, neuron by neuron", mistakes)
+    grade(function, LAYERS, lambda *case: _summary(_correlations(*case)), "scipy, neuron by neuron", mistakes)
     constants = torch.arange(1, 10, dtype=torch.float64, device="cpu")[:, None, None] / 10
     a, s, present = _layer(10, 7, 9, seed=41)
     s[:9] = constants
@@ -346,83 +320,123 @@ def layer_score(function: Callable[[Tensor, Tensor, Tensor], tuple[float, float,
     print("Constants such as 0.1, whose mean is rounded, are recognised too.")
 
 
+def _correlations(a: Tensor, s: Tensor, present: Tensor, of: Callable | None = None, whole: bool = False) -> list:
+    of = of or (lambda x, y: float(pearsonr(x, y)[0]))
+    rows = zip(*(x.numpy() for x in (a, s, present | whole)), strict=True)
+    return [of(x[p], y[p]) if np.ptp(x[p]) > 0 and np.ptp(y[p]) > 0 else np.nan for x, y, p in rows]
+
+
+def _summary(values: list) -> tuple[float, float, float]:
+    return np.nanmean(values), np.nan_to_num(values).mean(), np.isnan(values).mean()
+
+
+def _each_excerpt(a: Tensor, s: Tensor, present: Tensor, without: float) -> tuple:
+    """The mean of the excerpts' correlations; an undefined one is left out, or counts as `without`."""
+    values = []
+    for neuron in zip(a, s, present, strict=True):
+        found = np.array(_correlations(*neuron))
+        kept = found[~np.isnan(found)] if np.isnan(without) else np.nan_to_num(found, nan=without)
+        values.append(np.nan if np.isnan(found).all() else kept.mean())
+    return _summary(values)
+
+
+def _scored(then: Callable = _summary, **how: object) -> Callable:
+    return lambda a, s, present: then(_correlations(a, s, present, **how))
+
+
+def _silent_only(a: Tensor, s: Tensor, present: Tensor) -> tuple:
+    values = np.nan_to_num(_correlations(a, s, present))
+    return _summary(np.where((a == 0).all(2).all(1).numpy(), np.nan, values))
+
+
+def _strung(a: Tensor, s: Tensor, present: Tensor) -> tuple:
+    rho = float(pearsonr(a[present], s[present])[0])
+    return rho, rho, np.isnan(_correlations(a, s, present)).mean()
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    return float(x @ y / np.sqrt(x @ x * (y @ y)))
+
+
 def strongest_windows(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None:
     """Exercise 8.E: starts of the k strongest windows, against removing places until none is left."""
-
-    def removed(a: Tensor, document: Tensor, width: int, k: int) -> np.ndarray:
-        """Every token's window by trial; then take the strongest token left, and all whose windows touch its own."""
-        a, document = a.tolist(), document.tolist()
-        whole = [s for s in range(len(a) - width + 1) if len(set(document[s : s + width])) == 1]
-        reach = [
-            min((s for s in whole if document[s] == own), key=lambda s, i=i: abs(s - (i - width // 2)))
-            for i, own in enumerate(document)
-        ]
-        left, starts = {i for i in range(len(a)) if a[i] > 0}, []
-        while left and len(starts) < k:
-            best = max(left, key=a.__getitem__)
-            starts.append(reach[best])
-            left = {i for i in left if abs(reach[i] - reach[best]) >= width}
-        return np.array(starts + [-1] * (k - len(starts)))
-
-    def variant(
-        a: Tensor,
-        document: Tensor,
-        width: int,
-        k: int,
-        ends: str = "both",
-        apart: str = "windows",
-        blocks: str = "kept",
-        first: int | None = None,
-        least: float = 0,
-        order: str = "strength",
-    ) -> np.ndarray:
-        kept, seen, a, document = [], [], a.numpy(), document.numpy()
-        for i in np.argsort(-a)[:first]:
-            if a[i] <= least or len(kept) == k:
-                break
-            own = np.flatnonzero(document == document[i]) if ends != "cross" else np.arange(len(a))
-            start = max(i - width // 2, own[0])
-            if ends != "beginning":
-                start = min(start, own[-1] + 1 - width)
-            against = {"kept": kept, "all": seen}[blocks]
-            clash = {
-                "windows": any(abs(start - other) < width for other, _ in against),
-                "centres": any(abs(i - other) < width for _, other in against),
-                "half": any(abs(i - other) < width // 2 for _, other in against),
-                "documents": any(document[i] == document[other] for _, other in against),
-                "same": any(start == other for other, _ in against),
-                "nothing": False,
-            }[apart]
-            seen.append((start, i))
-            if not clash:
-                kept.append((start, i))
-        starts = [start for start, _ in kept]
-        starts = sorted(starts) if order == "place" else starts
-        return np.array(starts + [-1] * (k - len(starts)))
 
     bugs = {
         "windows overlap: one excerpt would be shown many times": {"apart": "nothing"},
         "windows cross the ends of documents": {"ends": "cross"},
         "tokens count where the neuron is not positive": {"least": -np.inf},
     }
-    mistakes = unmended(variant, bugs)
+    mistakes = unmended(_chosen, bugs)
     mistakes |= {
         "places are kept apart instead of windows: two that were moved from the end of a document can overlap": partial(
-            variant, apart="centres"
+            _chosen, apart="centres"
         ),
-        "places half a window apart have windows that overlap: compare the windows": partial(variant, apart="half"),
-        "only windows with one and the same start are left out: others overlap too": partial(variant, apart="same"),
-        "one window a document: two that do not overlap may come from the same": partial(variant, apart="documents"),
-        "a window that was refused bars others: only those that were kept do": partial(variant, blocks="all"),
+        "places half a window apart have windows that overlap: compare the windows": partial(_chosen, apart="half"),
+        "only windows with one and the same start are left out: others overlap too": partial(_chosen, apart="same"),
+        "one window a document: two that do not overlap may come from the same": partial(_chosen, apart="documents"),
+        "a window that was refused bars others: only those that were kept do": partial(_chosen, blocks="all"),
         "the k strongest tokens are chosen first and overlaps removed then: others should move up": lambda *case: (
-            variant(*case, first=case[3])
+            _chosen(*case, first=case[3])
         ),
         "windows are moved at the beginning of a document only: at its end they cross": partial(
-            variant, ends="beginning"
+            _chosen, ends="beginning"
         ),
-        "by place: the strongest comes first": partial(variant, order="place"),
+        "by place: the strongest comes first": partial(_chosen, order="place"),
     }
-    grade(function, TEXTS, removed, "removing places until none is left", mistakes)
+    grade(function, TEXTS, _removed, "removing places until none is left", mistakes)
+
+
+def _removed(a: Tensor, document: Tensor, width: int, k: int) -> np.ndarray:
+    """Every token's window by trial; then take the strongest token left, and all whose windows touch its own."""
+    a, document = a.tolist(), document.tolist()
+    whole = [s for s in range(len(a) - width + 1) if len(set(document[s : s + width])) == 1]
+    reach = [
+        min((s for s in whole if document[s] == own), key=lambda s, i=i: abs(s - (i - width // 2)))
+        for i, own in enumerate(document)
+    ]
+    left, starts = {i for i in range(len(a)) if a[i] > 0}, []
+    while left and len(starts) < k:
+        best = max(left, key=a.__getitem__)
+        starts.append(reach[best])
+        left = {i for i in left if abs(reach[i] - reach[best]) >= width}
+    return np.array(starts + [-1] * (k - len(starts)))
+
+
+def _chosen(
+    a: Tensor,
+    document: Tensor,
+    width: int,
+    k: int,
+    ends: str = "both",
+    apart: str = "windows",
+    blocks: str = "kept",
+    first: int | None = None,
+    least: float = 0,
+    order: str = "strength",
+) -> np.ndarray:
+    kept, seen, a, document = [], [], a.numpy(), document.numpy()
+    for i in np.argsort(-a)[:first]:
+        if a[i] <= least or len(kept) == k:
+            break
+        own = np.flatnonzero(document == document[i]) if ends != "cross" else np.arange(len(a))
+        start = max(i - width // 2, own[0])
+        if ends != "beginning":
+            start = min(start, own[-1] + 1 - width)
+        against = {"kept": kept, "all": seen}[blocks]
+        clash = {
+            "windows": any(abs(start - other) < width for other, _ in against),
+            "centres": any(abs(i - other) < width for _, other in against),
+            "half": any(abs(i - other) < width // 2 for _, other in against),
+            "documents": any(document[i] == document[other] for _, other in against),
+            "same": any(start == other for other, _ in against),
+            "nothing": False,
+        }[apart]
+        seen.append((start, i))
+        if not clash:
+            kept.append((start, i))
+    starts = [start for start, _ in kept]
+    starts = sorted(starts) if order == "place" else starts
+    return np.array(starts + [-1] * (k - len(starts)))
 
 
 def _pearson(a: np.ndarray, s: np.ndarray) -> float:

@@ -121,75 +121,81 @@ def without_feature(function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, 
 def batch_topk(function: Callable[[Tensor, int], Tensor]) -> None:
     """Exercise 10.B: the k·n largest of a batch, against counting for each entry how many are as large."""
 
-    def counted(p: Tensor, k: int) -> np.ndarray:
-        p, budget = p.numpy(), k * len(p)
-        as_large = np.array([[(p >= entry).sum() for entry in row] for row in p])
-        return np.where((p > 0) & (as_large <= budget), p, 0)
-
-    def ranked(p: Tensor, of: Callable, then: Callable = lambda f, kept: f * kept, ties: str = "none") -> np.ndarray:
-        """Keep a number of entries that depends on (k, n, m), by place in a sorted list."""
-        f = np.maximum(p.numpy(), 0)
-        flat = f.ravel()
-        order = np.argsort(-flat, kind="stable")
-        if ties == "last":
-            order = len(flat) - 1 - np.argsort(-flat[::-1], kind="stable")
-        kept = np.zeros(len(flat))
-        kept[order[: of(*f.shape)]] = 1
-        if ties == "none" and of(*f.shape) < len(flat):
-            kept = flat > flat[order[of(*f.shape)]]
-        if ties == "all":
-            kept = flat >= flat[order[min(of(*f.shape), len(flat)) - 1]]
-        return then(f, kept.reshape(f.shape))
-
-    def along(p: Tensor, k: int, axis: int) -> np.ndarray:
-        f = np.maximum(p.numpy(), 0)
-        rank = np.argsort(np.argsort(-f, axis=axis, kind="stable"), axis=axis)
-        return np.where(rank < k, f, 0)
-
-    def negatives(p: Tensor, k: int, key: Callable = lambda p: p) -> np.ndarray:
-        """Without a ReLU, or with the largest by size."""
-        p, size = p.numpy(), key(p.numpy())
-        as_large = np.array([[(size >= entry).sum() for entry in row] for row in size])
-        return np.where(as_large <= k * len(p), p, 0)
-
-    def with_budget(of: Callable = lambda k, n, m: k * n, **how: object) -> Callable:
-        return lambda p, k: ranked(p, partial(of, k), **how)
-
-    def threshold(p: Tensor, k: int) -> float:
-        values = sorted(np.maximum(p.numpy(), 0).ravel(), reverse=True)
-        return values[k * len(p)] if k * len(p) < len(values) else 0.0
-
     mistakes = {
-        "the k largest of each token are kept: that is TopK; BatchTopK ranks the whole batch": partial(along, axis=1),
-        "the k largest of each feature are kept: rank the whole batch": partial(along, axis=0),
-        "k entries of the whole batch are kept: k a token makes k·n": with_budget(lambda k, n, m: k),
-        "k·m entries are kept: the budget is k a token, so k·n": with_budget(lambda k, n, m: k * m),
-        "one entry too few: the threshold is the (k·n)-th largest and should be the next, at index k·n": with_budget(
+        "the k largest of each token are kept: that is TopK; BatchTopK ranks the whole batch": partial(_along, axis=1),
+        "the k largest of each feature are kept: rank the whole batch": partial(_along, axis=0),
+        "k entries of the whole batch are kept: k a token makes k·n": _with_budget(lambda k, n, m: k),
+        "k·m entries are kept: the budget is k a token, so k·n": _with_budget(lambda k, n, m: k * m),
+        "one entry too few: the threshold is the (k·n)-th largest and should be the next, at index k·n": _with_budget(
             lambda k, n, m: k * n - 1
         ),
-        "one entry too many: the threshold is the (k·n + 2)-th largest, and indices count from 0": with_budget(
+        "one entry too many: the threshold is the (k·n + 2)-th largest, and indices count from 0": _with_budget(
             lambda k, n, m: k * n + 1
         ),
-        "negative entries are kept where the budget is not used up: the ReLU is missing": negatives,
-        "the largest by absolute value are kept: the ReLU comes first": partial(negatives, key=np.abs),
+        "negative entries are kept where the budget is not used up: the ReLU is missing": _with_negatives,
+        "the largest by absolute value are kept: the ReLU comes first": partial(_with_negatives, key=np.abs),
         "the threshold is subtracted from what is kept: that is shrinkage": lambda p, k: np.maximum(
-            p.numpy() - threshold(p, k), 0
+            p.numpy() - _threshold(p, k), 0
         ),
-        "the answer says which entries are kept: return the entries themselves": with_budget(
+        "the answer says which entries are kept: return the entries themselves": _with_budget(
             then=lambda f, kept: (f > 0) * kept
         ),
-        "what is kept is set to 0: keep the large entries": with_budget(then=lambda f, kept: f * ~kept.astype(bool)),
-        "of equal entries at the edge all are kept, more than the budget: compare with > and the next one": with_budget(
-            ties="all"
+        "what is kept is set to 0: keep the large entries": _with_budget(then=lambda f, kept: f * ~kept.astype(bool)),
+        "of equal entries at the edge all are kept, more than the budget: compare with > and the next one": (
+            _with_budget(ties="all")
         ),
-        "of equal entries at the edge one is kept, and which is up to the sorting: f > τ keeps none": with_budget(
+        "of equal entries at the edge one is kept, and which is up to the sorting: f > τ keeps none": _with_budget(
             ties="first"
         ),
-        "of equal entries at the edge the last is kept, and which is up to the sorting: f > τ keeps none": with_budget(
+        "of equal entries at the edge the last is kept, and which is up to the sorting: f > τ keeps none": _with_budget(
             ties="last"
         ),
     }
-    grade(function, CODES, counted, "counting larger entries", mistakes)
+    grade(function, CODES, _counted, "counting larger entries", mistakes)
+
+
+def _counted(p: Tensor, k: int) -> np.ndarray:
+    p, budget = p.numpy(), k * len(p)
+    as_large = np.array([[(p >= entry).sum() for entry in row] for row in p])
+    return np.where((p > 0) & (as_large <= budget), p, 0)
+
+
+def _ranked(p: Tensor, of: Callable, then: Callable = lambda f, kept: f * kept, ties: str = "none") -> np.ndarray:
+    """Keep a number of entries that depends on (k, n, m), by place in a sorted list."""
+    f = np.maximum(p.numpy(), 0)
+    flat = f.ravel()
+    order = np.argsort(-flat, kind="stable")
+    if ties == "last":
+        order = len(flat) - 1 - np.argsort(-flat[::-1], kind="stable")
+    kept = np.zeros(len(flat))
+    kept[order[: of(*f.shape)]] = 1
+    if ties == "none" and of(*f.shape) < len(flat):
+        kept = flat > flat[order[of(*f.shape)]]
+    if ties == "all":
+        kept = flat >= flat[order[min(of(*f.shape), len(flat)) - 1]]
+    return then(f, kept.reshape(f.shape))
+
+
+def _along(p: Tensor, k: int, axis: int) -> np.ndarray:
+    f = np.maximum(p.numpy(), 0)
+    rank = np.argsort(np.argsort(-f, axis=axis, kind="stable"), axis=axis)
+    return np.where(rank < k, f, 0)
+
+
+def _with_negatives(p: Tensor, k: int, key: Callable = lambda p: p) -> np.ndarray:
+    """Without a ReLU, or with the largest by size."""
+    p, size = p.numpy(), key(p.numpy())
+    as_large = np.array([[(size >= entry).sum() for entry in row] for row in size])
+    return np.where(as_large <= k * len(p), p, 0)
+
+
+def _with_budget(of: Callable = lambda k, n, m: k * n, **how: object) -> Callable:
+    return lambda p, k: _ranked(p, partial(of, k), **how)
+
+
+def _threshold(p: Tensor, k: int) -> float:
+    values = sorted(np.maximum(p.numpy(), 0).ravel(), reverse=True)
+    return values[k * len(p)] if k * len(p) < len(values) else 0.0
 
 
 def explained_variance(function: Callable[[Iterator[tuple[Tensor, Tensor]]], float]) -> None:
@@ -210,69 +216,79 @@ def explained_variance(function: Callable[[Iterator[tuple[Tensor, Tensor]]], flo
             handed_out.append(weakref.ref(own[0]))
             yield tuple(own)
 
-    def whole(x: Tensor, x_hat: Tensor, batch: int) -> float:
-        x, x_hat = x.numpy(), x_hat.numpy()
-        return 1 - ((x - x_hat) ** 2).mean(0).sum() / x.var(0).sum()
-
-    def variant(
-        x: Tensor,
-        x_hat: Tensor,
-        batch: int,
-        centre: Callable = lambda x: x.mean(0),
-        then: Callable = lambda error, spread: 1 - error.sum() / spread.sum(),
-        bias: bool = True,
-    ) -> float:
-        x, error = x.numpy(), (x - x_hat).numpy()
-        if not bias:
-            error = error - error.mean(0)
-        return then(error**2, (x - centre(x)) ** 2)
-
-    def batchwise(x: Tensor, x_hat: Tensor, batch: int, weigh: bool, **how: object) -> float:
-        pairs = list(zip(x.split(batch), x_hat.split(batch), strict=True))
-        values = [variant(*pair, batch, **how) for pair in pairs]
-        return np.average(values, weights=[len(a) if weigh else 1 for a, _ in pairs])
-
-    def own_means(x: Tensor, x_hat: Tensor, batch: int) -> float:
-        spread = sum(((a - a.mean(0)) ** 2).sum() for a in x.split(batch))
-        return 1 - ((x - x_hat) ** 2).sum() / spread
-
-    def mean_of_means(x: Tensor, x_hat: Tensor, batch: int) -> float:
-        centre = np.mean([a.mean(0).numpy() for a in x.split(batch)], 0)
-        return variant(x, x_hat, batch, centre=lambda x: centre)
-
-    def counted_in_batches(x: Tensor, x_hat: Tensor, batch: int) -> float:
-        n_batches, x, x_hat = len(x.split(batch)), x.numpy(), x_hat.numpy()
-        return 1 - ((x - x_hat) ** 2).sum() / ((x**2).sum() - (x.sum(0) ** 2).sum() / n_batches)
-
     mistakes = {
-        "n counts batches: it is the number of tokens": counted_in_batches,
+        "n counts batches: it is the number of tokens": _counted_in_batches,
         "the mean of the batches' explained variances: take the ratio of two sums over all tokens": partial(
-            batchwise, weigh=False
+            _batchwise, weigh=False
         ),
         "the weighted mean of the batches' explained variances: take the ratio of two sums over all tokens": partial(
-            batchwise, weigh=True
+            _batchwise, weigh=True
         ),
-        "only the last batch counts: add the sums up": lambda x, y, n: variant(x.split(n)[-1], y.split(n)[-1], n),
-        "each batch is centred on its own mean: the mean is over all tokens": own_means,
-        "the mean of the batches' means: the last batch is shorter and has to count less": mean_of_means,
+        "only the last batch counts: add the sums up": lambda x, y, n: _explained_otherwise(
+            x.split(n)[-1], y.split(n)[-1], n
+        ),
+        "each batch is centred on its own mean: the mean is over all tokens": _own_means,
+        "the mean of the batches' means: the last batch is shorter and has to count less": _mean_of_means,
         "activations are not centred: the reference is an auto-encoder that returns the mean, not 0": partial(
-            variant, centre=lambda x: 0
+            _explained_otherwise, centre=lambda x: 0
         ),
         "one mean over all neurons: each has its own, so take it over tokens only": partial(
-            variant, centre=lambda x: x.mean()
+            _explained_otherwise, centre=lambda x: x.mean()
         ),
         "each token is centred on the mean of its neurons: take the mean over tokens": partial(
-            variant, centre=lambda x: x.mean(1, keepdims=True)
+            _explained_otherwise, centre=lambda x: x.mean(1, keepdims=True)
         ),
         "the mean of the neurons' explained variances: a neuron that varies little counts for little": partial(
-            variant, then=lambda error, spread: 1 - (error.sum(0) / spread.sum(0)).mean()
+            _explained_otherwise, then=lambda error, spread: 1 - (error.sum(0) / spread.sum(0)).mean()
         ),
-        "the errors are centred: an auto-encoder that is off by a constant is wrong": partial(variant, bias=False),
+        "the errors are centred: an auto-encoder that is off by a constant is wrong": partial(
+            _explained_otherwise, bias=False
+        ),
         "this is the share that is not explained: subtract it from 1": partial(
-            variant, then=lambda error, spread: error.sum() / spread.sum()
+            _explained_otherwise, then=lambda error, spread: error.sum() / spread.sum()
         ),
     }
-    grade(on_stream, ACTIVITY, whole, "numpy on all tokens at once", mistakes)
+    grade(on_stream, ACTIVITY, _explained, "numpy on all tokens at once", mistakes)
+
+
+def _explained(x: Tensor, x_hat: Tensor, batch: int) -> float:
+    x, x_hat = x.numpy(), x_hat.numpy()
+    return 1 - ((x - x_hat) ** 2).mean(0).sum() / x.var(0).sum()
+
+
+def _explained_otherwise(
+    x: Tensor,
+    x_hat: Tensor,
+    batch: int,
+    centre: Callable = lambda x: x.mean(0),
+    then: Callable = lambda error, spread: 1 - error.sum() / spread.sum(),
+    bias: bool = True,
+) -> float:
+    x, error = x.numpy(), (x - x_hat).numpy()
+    if not bias:
+        error = error - error.mean(0)
+    return then(error**2, (x - centre(x)) ** 2)
+
+
+def _batchwise(x: Tensor, x_hat: Tensor, batch: int, weigh: bool, **how: object) -> float:
+    pairs = list(zip(x.split(batch), x_hat.split(batch), strict=True))
+    values = [_explained_otherwise(*pair, batch, **how) for pair in pairs]
+    return np.average(values, weights=[len(a) if weigh else 1 for a, _ in pairs])
+
+
+def _own_means(x: Tensor, x_hat: Tensor, batch: int) -> float:
+    spread = sum(((a - a.mean(0)) ** 2).sum() for a in x.split(batch))
+    return 1 - ((x - x_hat) ** 2).sum() / spread
+
+
+def _mean_of_means(x: Tensor, x_hat: Tensor, batch: int) -> float:
+    centre = np.mean([a.mean(0).numpy() for a in x.split(batch)], 0)
+    return _explained_otherwise(x, x_hat, batch, centre=lambda x: centre)
+
+
+def _counted_in_batches(x: Tensor, x_hat: Tensor, batch: int) -> float:
+    n_batches, x, x_hat = len(x.split(batch)), x.numpy(), x_hat.numpy()
+    return 1 - ((x - x_hat) ** 2).sum() / ((x**2).sum() - (x.sum(0) ** 2).sum() / n_batches)
 
 
 def gradient_of_rows(function: Callable[[Tensor, Tensor], Tensor]) -> None:

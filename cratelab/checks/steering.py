@@ -29,64 +29,69 @@ PUSHES = [_pushed(5, 20, 4, seed=1), _pushed(7, 12, 3, seed=11), _pushed(3, 30, 
 def lift(function: Callable[[Tensor, Tensor, Tensor], float]) -> None:
     """Exercise 11.A: the lift of a set, against sums of probabilities in decimal arithmetic."""
 
-    def decimal(logits: Tensor, steered: Tensor, targets: Tensor) -> float:
-        def log_share(row: list[float]) -> Decimal:
-            weights = [Decimal(x).exp() for x in row]
-            return (sum(w for w, chosen in zip(weights, targets.tolist(), strict=True) if chosen) / sum(weights)).ln()
-
-        pairs = zip(logits.tolist(), steered.tolist(), strict=True)
-        gains = [log_share(after) - log_share(before) for before, after in pairs]
-        return float(sum(gains) / len(gains))
-
-    def variant(of: Callable) -> Callable:
-        """`of` log p and log p′ of all words (n, v), and the targets."""
-        return lambda logits, steered, T: of(log_softmax(logits.numpy(), 1), log_softmax(steered.numpy(), 1), T.numpy())
-
-    def mass(p: np.ndarray, T: np.ndarray) -> np.ndarray:
-        return np.exp(p[:, T]).sum(1)
-
-    def odds(p: np.ndarray, T: np.ndarray) -> np.ndarray:
-        return np.log(mass(p, T) / mass(p, ~T))
-
-    def unnormalised(logits: Tensor, steered: Tensor, T: Tensor) -> float:
-        return (logsumexp(steered[:, T].numpy(), 1) - logsumexp(logits[:, T].numpy(), 1)).mean()
-
     mistakes = {
-        "the mean of log p over the words of T: add their probabilities, then take the logarithm": variant(
+        "the mean of log p over the words of T: add their probabilities, then take the logarithm": _of_log_probs(
             lambda p, q, T: (q - p)[:, T].mean()
         ),
-        "the sum of log p over the words of T: add their probabilities, then take the logarithm": variant(
+        "the sum of log p over the words of T: add their probabilities, then take the logarithm": _of_log_probs(
             lambda p, q, T: (q - p)[:, T].sum(1).mean()
         ),
-        "the probability is averaged over positions before the logarithm: average last": variant(
-            lambda p, q, T: np.log(mass(q, T).mean() / mass(p, T).mean())
+        "the probability is averaged over positions before the logarithm: average last": _of_log_probs(
+            lambda p, q, T: np.log(_mass(q, T).mean() / _mass(p, T).mean())
         ),
-        "the mean ratio of probabilities: the lift is the mean of its logarithm": variant(
-            lambda p, q, T: (mass(q, T) / mass(p, T)).mean()
+        "the mean ratio of probabilities: the lift is the mean of its logarithm": _of_log_probs(
+            lambda p, q, T: (_mass(q, T) / _mass(p, T)).mean()
         ),
-        "the logarithm of the mean ratio: average the logarithms": variant(
-            lambda p, q, T: np.log((mass(q, T) / mass(p, T)).mean())
+        "the logarithm of the mean ratio: average the logarithms": _of_log_probs(
+            lambda p, q, T: np.log((_mass(q, T) / _mass(p, T)).mean())
         ),
-        "the mean difference of probabilities: the lift is one of logarithms": variant(
-            lambda p, q, T: (mass(q, T) - mass(p, T)).mean()
+        "the mean difference of probabilities: the lift is one of logarithms": _of_log_probs(
+            lambda p, q, T: (_mass(q, T) - _mass(p, T)).mean()
         ),
-        "these are log odds, p(T) against the rest: log p(T) is asked for": variant(
-            lambda p, q, T: (odds(q, T) - odds(p, T)).mean()
+        "these are log odds, p(T) against the rest: log p(T) is asked for": _of_log_probs(
+            lambda p, q, T: (_odds(q, T) - _odds(p, T)).mean()
         ),
-        "the logits are not normalised: a constant added to all of them would be a lift": unnormalised,
-        "the sign is reversed: a set that becomes likelier has a positive lift": lambda *case: -decimal(*case),
-        "in bits: take the natural logarithm": lambda *case: decimal(*case) / np.log(2),
-        "summed over positions: take their mean": lambda *case: decimal(*case) * len(case[0]),
+        "the logits are not normalised: a constant added to all of them would be a lift": _unnormalised,
+        "the sign is reversed: a set that becomes likelier has a positive lift": lambda *case: -_decimal_lift(*case),
+        "in bits: take the natural logarithm": lambda *case: _decimal_lift(*case) / np.log(2),
+        "summed over positions: take their mean": lambda *case: _decimal_lift(*case) * len(case[0]),
     }
-    grade(function, PUSHES, decimal, "decimal arithmetic", mistakes)
+    grade(function, PUSHES, _decimal_lift, "decimal arithmetic", mistakes)
     rare = _pushed(4, 10, 2, seed=31, shift=-900)
-    answer, right = float(as_tensor(call(function, *rare))), decimal(*rare)
+    answer, right = float(as_tensor(call(function, *rare))), _decimal_lift(*rare)
     if not abs(answer - right) <= 1e-6:
         raise CheckFailed(
             f"{function.__name__} is right for likely targets, but gives {answer:.3g} where {right:.3g} is right if "
             "they are so rare that p(T) is 0 in floating point: stay in logarithms, log_softmax and logsumexp"
         )
     print("Targets whose probability is too small for floating point are lifted correctly too.")
+
+
+def _decimal_lift(logits: Tensor, steered: Tensor, targets: Tensor) -> float:
+    def log_share(row: list[float]) -> Decimal:
+        weights = [Decimal(x).exp() for x in row]
+        return (sum(w for w, chosen in zip(weights, targets.tolist(), strict=True) if chosen) / sum(weights)).ln()
+
+    pairs = zip(logits.tolist(), steered.tolist(), strict=True)
+    gains = [log_share(after) - log_share(before) for before, after in pairs]
+    return float(sum(gains) / len(gains))
+
+
+def _of_log_probs(of: Callable) -> Callable:
+    """`of` log p and log p′ of all words (n, v), and the targets."""
+    return lambda logits, steered, T: of(log_softmax(logits.numpy(), 1), log_softmax(steered.numpy(), 1), T.numpy())
+
+
+def _mass(p: np.ndarray, T: np.ndarray) -> np.ndarray:
+    return np.exp(p[:, T]).sum(1)
+
+
+def _odds(p: np.ndarray, T: np.ndarray) -> np.ndarray:
+    return np.log(_mass(p, T) / _mass(p, ~T))
+
+
+def _unnormalised(logits: Tensor, steered: Tensor, T: Tensor) -> float:
+    return (logsumexp(steered[:, T].numpy(), 1) - logsumexp(logits[:, T].numpy(), 1)).mean()
 
 
 def off_target(function: Callable[[Tensor, Tensor, Tensor], float]) -> None:
@@ -230,105 +235,111 @@ CURVES = [_curves(6, 12, 1, 1.3), _curves(5, 9, 11, 1.1), _curves(8, 16, 21, 2.2
 def cost_at(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     """Exercise 11.D: cost where a lift is first reached, against a search for the root, neuron by neuron."""
 
-    def searched(lift: Tensor, cost: Tensor, level: float) -> np.ndarray:
-        rows, out = np.arange(len(lift)), []
-        for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True):
-            if x.max() < level:
-                out.append(np.inf)
-            elif x[0] >= level:
-                out.append(y[0])
-            else:
-                at = next(i for i in rows if x[i] >= level)
-                root = brentq(lambda t, x=x: np.interp(t, rows, x) - level, at - 1, at, xtol=1e-14)
-                out.append(np.interp(root, rows, y))
-        return np.array(out)
-
-    def variant(
-        lift: Tensor,
-        cost: Tensor,
-        level: float,
-        never: Callable = lambda x, y, level: np.inf,
-        start: Callable = lambda y: y[0],
-        between: Callable = lambda share, low, high: low + share * (high - low),
-        last: bool = False,
-    ) -> np.ndarray:
-        out = []
-        for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True):
-            rising = np.flatnonzero((x >= level) & ~(np.append(False, x[:-1] >= level)))
-            if len(rising) == 0:
-                out.append(never(x, y, level))
-                continue
-            i = rising[0]
-            if last:  # where the lift is passed for the last time, up or down
-                i = max(k for k in range(len(x)) if k == 0 or (x[k] >= level) != (x[k - 1] >= level))
-            if i == 0:
-                out.append(start(y))
-            else:
-                out.append(between((level - x[i - 1]) / (x[i] - x[i - 1]), y[i - 1], y[i]))
-        return np.array(out)
-
-    def extrapolated(x: np.ndarray, y: np.ndarray, level: float) -> float:
-        return y[-2] + (level - x[-2]) / (x[-1] - x[-2]) * (y[-1] - y[-2])
-
-    def cheapest(lift: Tensor, cost: Tensor, level: float) -> np.ndarray:
-        return np.where(lift >= level, cost, np.inf).min(0)
-
-    def looked_up(lift: Tensor, cost: Tensor, level: float) -> list[float]:
-        return [np.interp(level, x, y) for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True)]
-
-    def crossed(lift: Tensor, cost: Tensor, level: float) -> list[float]:
-        out = []
-        for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True):
-            i = next((i for i in range(1, len(x)) if x[i - 1] < level <= x[i]), None)
-            out.append(np.inf if i is None else np.interp(level, x[i - 1 : i + 1], y[i - 1 : i + 1]))
-        return out
-
     nevers = {
-        "a neuron that never reaches the lift is extrapolated: its cost is infinite": extrapolated,
+        "a neuron that never reaches the lift is extrapolated: its cost is infinite": _extrapolated,
         "a neuron that never reaches the lift gets the cost of its last row: it is infinite": lambda x, y, _: y[-1],
         "a neuron that never reaches the lift gets the cost of its first row, as argmax of nothing is 0: it is "
         "infinite": lambda x, y, _: y[0],
         "a neuron that never reaches the lift costs 0: its cost is infinite": lambda x, y, _: 0,
     }
-    mistakes = {message: partial(variant, never=never) for message, never in nevers.items()}
+    mistakes = {message: partial(_interpolated, never=never) for message, never in nevers.items()}
     mistakes |= {
         "the cost of the first row that reaches the lift: interpolate from the row before": partial(
-            variant, between=lambda share, low, high: high
+            _interpolated, between=lambda share, low, high: high
         ),
         "the cost of the row before the lift is reached: interpolate to the next": partial(
-            variant, between=lambda share, low, high: low
+            _interpolated, between=lambda share, low, high: low
         ),
         "the nearer row's cost: interpolate between the two": partial(
-            variant, between=lambda share, low, high: high if share > 0.5 else low
+            _interpolated, between=lambda share, low, high: high if share > 0.5 else low
         ),
         "half-way between the two rows: the share of the way follows from the lift": partial(
-            variant, between=lambda share, low, high: (low + high) / 2
+            _interpolated, between=lambda share, low, high: (low + high) / 2
         ),
         "interpolated from the wrong end: the share is counted from the row before": partial(
-            variant, between=lambda share, low, high: high + share * (low - high)
+            _interpolated, between=lambda share, low, high: high + share * (low - high)
         ),
         "where the lift is reached in the first row, the row before is taken, and −1 is the last": partial(
-            variant, start=lambda y: y[-1]
+            _interpolated, start=lambda y: y[-1]
         ),
         "a lift reached in the first row costs nothing: its cost is that of the first row": partial(
-            variant, start=lambda y: 0
+            _interpolated, start=lambda y: 0
         ),
-        "the last time that the lift is passed: the first is asked for": partial(variant, last=True),
+        "the last time that the lift is passed: the first is asked for": partial(_interpolated, last=True),
         "np.interp needs lifts that rise all the way, and repeats the last cost where the lift is never reached": (
-            looked_up
+            _looked_up
         ),
         "neurons that have reached the lift in the first row are passed over: their cost is that of the first row": (
-            crossed
+            _crossed
         ),
-        "the cheapest row that reaches the lift: interpolate where it is first reached": cheapest,
+        "the cheapest row that reaches the lift: interpolate where it is first reached": _cheapest,
     }
     grade(
         _finite(function),
         CURVES,
-        _finite(searched),
+        _finite(_searched),
         "a search for the root, neuron by neuron (−1 stands for infinity)",
         {message: _finite(mistake) for message, mistake in mistakes.items()},
     )
+
+
+def _searched(lift: Tensor, cost: Tensor, level: float) -> np.ndarray:
+    rows, out = np.arange(len(lift)), []
+    for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True):
+        if x.max() < level:
+            out.append(np.inf)
+        elif x[0] >= level:
+            out.append(y[0])
+        else:
+            at = next(i for i in rows if x[i] >= level)
+            root = brentq(lambda t, x=x: np.interp(t, rows, x) - level, at - 1, at, xtol=1e-14)
+            out.append(np.interp(root, rows, y))
+    return np.array(out)
+
+
+def _interpolated(
+    lift: Tensor,
+    cost: Tensor,
+    level: float,
+    never: Callable = lambda x, y, level: np.inf,
+    start: Callable = lambda y: y[0],
+    between: Callable = lambda share, low, high: low + share * (high - low),
+    last: bool = False,
+) -> np.ndarray:
+    out = []
+    for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True):
+        rising = np.flatnonzero((x >= level) & ~(np.append(False, x[:-1] >= level)))
+        if len(rising) == 0:
+            out.append(never(x, y, level))
+            continue
+        i = rising[0]
+        if last:  # where the lift is passed for the last time, up or down
+            i = max(k for k in range(len(x)) if k == 0 or (x[k] >= level) != (x[k - 1] >= level))
+        if i == 0:
+            out.append(start(y))
+        else:
+            out.append(between((level - x[i - 1]) / (x[i] - x[i - 1]), y[i - 1], y[i]))
+    return np.array(out)
+
+
+def _extrapolated(x: np.ndarray, y: np.ndarray, level: float) -> float:
+    return y[-2] + (level - x[-2]) / (x[-1] - x[-2]) * (y[-1] - y[-2])
+
+
+def _cheapest(lift: Tensor, cost: Tensor, level: float) -> np.ndarray:
+    return np.where(lift >= level, cost, np.inf).min(0)
+
+
+def _looked_up(lift: Tensor, cost: Tensor, level: float) -> list[float]:
+    return [np.interp(level, x, y) for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True)]
+
+
+def _crossed(lift: Tensor, cost: Tensor, level: float) -> list[float]:
+    out = []
+    for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True):
+        i = next((i for i in range(1, len(x)) if x[i - 1] < level <= x[i]), None)
+        out.append(np.inf if i is None else np.interp(level, x[i - 1 : i + 1], y[i - 1 : i + 1]))
+    return out
 
 
 def _finite(function: Callable) -> Callable:

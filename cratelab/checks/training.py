@@ -69,42 +69,6 @@ def reach(function: Callable[[int, int, float, float], float]) -> None:
 def floor_and_gap(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """Exercise 7.B: (floor, gap) in nats a token, against a walk from token to token."""
 
-    def walk(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        floor, gap = _columns(log_p, log_q, document)
-        return torch.stack([floor.mean(), gap.mean()])
-
-    def first(document: Tensor) -> Tensor:
-        return torch.tensor([i == 0 or document[i] != document[i - 1] for i in range(len(document))], device="cpu")
-
-    def with_firsts(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        known = ~log_q.isnan()
-        return torch.stack([-log_p[known].mean(), (log_p - log_q)[known].mean()])
-
-    def every_floor(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        return torch.stack([-log_p.mean(), walk(log_p, log_q, document)[1]])
-
-    def unasked_floor(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        return torch.stack([-log_p[~first(document)].mean(), walk(log_p, log_q, document)[1]])
-
-    def first_floor(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        return torch.stack([-log_p[~log_q.isnan()].mean(), walk(log_p, log_q, document)[1]])
-
-    def of_losses(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        floor, gap = _columns(log_p, log_q, document)
-        return torch.stack([-log_p.mean(), (floor + gap).mean() + log_p.mean()])
-
-    def by_document(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        parts = [walk(*(x[document == j] for x in (log_p, log_q, document))) for j in document.unique()]
-        return torch.stack(parts).mean(0)
-
-    def weighted(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        floor, gap = _columns(log_p, log_q, document)
-        return torch.stack([floor.mean(), ((-floor).exp() * gap).mean()])
-
-    def weighted_both(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        floor, gap = _columns(log_p, log_q, document)
-        return torch.stack([((-floor).exp() * floor).mean(), ((-floor).exp() * gap).mean()])
-
     cases = []
     for seed, lengths in enumerate([(7, 3, 12), (4, 9), (15, 2, 2, 6)], start=1):
         document = torch.cat([torch.full((n,), j, device="cpu") for j, n in enumerate(lengths)])
@@ -113,28 +77,76 @@ def floor_and_gap(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         cases.append((log_p, log_q, document))
     flip = torch.tensor([1.0, -1.0], dtype=torch.float64, device="cpu")
     mistakes = {
-        "the first token of each document is counted: the model guessed it from the document before": with_firsts,
-        "the floor is over all tokens, the gap over some: take the same ones for both": every_floor,
-        "the floor is also over tokens for which the model was not asked: take the same ones for both": unasked_floor,
-        "the first token of each document is in the floor: take the same ones for both": first_floor,
-        "loss and floor are means over different tokens: subtract token by token": of_losses,
-        "documents are averaged first, so that a token of a short one counts more": by_document,
-        "the terms are weighted by p: the tokens were drawn from p, so that the plain mean is an expectation": weighted,
+        "the first token of each document is counted: the model guessed it from the document before": _with_firsts,
+        "the floor is over all tokens, the gap over some: take the same ones for both": _every_floor,
+        "the floor is also over tokens for which the model was not asked: take the same ones for both": _unasked_floor,
+        "the first token of each document is in the floor: take the same ones for both": _first_floor,
+        "loss and floor are means over different tokens: subtract token by token": _of_losses,
+        "documents are averaged first, so that a token of a short one counts more": _by_document,
+        "the terms are weighted by p: the tokens were drawn from p, so that the plain mean is an expectation": (
+            _weighted
+        ),
         "floor and gap are weighted by p: the tokens were drawn from p, so that a plain mean is an expectation": (
-            weighted_both
+            _weighted_both
         ),
-        "the sign of the gap: log p is on average the larger": lambda *case: flip * walk(*case),
-        "the sign of the floor: it is a loss": lambda *case: -flip * walk(*case),
+        "the sign of the gap: log p is on average the larger": lambda *case: flip * _walk(*case),
+        "the sign of the floor: it is a loss": lambda *case: -flip * _walk(*case),
         "tokens that do not count are in the denominator: divide by the number of those that do": (
-            lambda p, q, document: walk(p, q, document) * int((~q.isnan() & ~first(document)).sum()) / len(p)
+            lambda p, q, document: _walk(p, q, document) * int((~q.isnan() & ~_firsts(document)).sum()) / len(p)
         ),
-        "these are bits; nats were asked for": lambda *case: walk(*case) / log(2),
+        "these are bits; nats were asked for": lambda *case: _walk(*case) / log(2),
         "the second number is the model's loss; its gap is what that has above the floor": (
-            lambda *case: walk(*case).cumsum(0)
+            lambda *case: _walk(*case).cumsum(0)
         ),
     }
     given = {text: _with_nan(mistake) for text, mistake in mistakes.items()}
-    grade(_with_nan(function), cases, _with_nan(walk), "a walk from token to token", given)
+    grade(_with_nan(function), cases, _with_nan(_walk), "a walk from token to token", given)
+
+
+def _walk(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+    floor, gap = _columns(log_p, log_q, document)
+    return torch.stack([floor.mean(), gap.mean()])
+
+
+def _firsts(document: Tensor) -> Tensor:
+    return torch.tensor([i == 0 or document[i] != document[i - 1] for i in range(len(document))], device="cpu")
+
+
+def _with_firsts(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+    known = ~log_q.isnan()
+    return torch.stack([-log_p[known].mean(), (log_p - log_q)[known].mean()])
+
+
+def _every_floor(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+    return torch.stack([-log_p.mean(), _walk(log_p, log_q, document)[1]])
+
+
+def _unasked_floor(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+    return torch.stack([-log_p[~_firsts(document)].mean(), _walk(log_p, log_q, document)[1]])
+
+
+def _first_floor(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+    return torch.stack([-log_p[~log_q.isnan()].mean(), _walk(log_p, log_q, document)[1]])
+
+
+def _of_losses(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+    floor, gap = _columns(log_p, log_q, document)
+    return torch.stack([-log_p.mean(), (floor + gap).mean() + log_p.mean()])
+
+
+def _by_document(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+    parts = [_walk(*(x[document == j] for x in (log_p, log_q, document))) for j in document.unique()]
+    return torch.stack(parts).mean(0)
+
+
+def _weighted(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+    floor, gap = _columns(log_p, log_q, document)
+    return torch.stack([floor.mean(), ((-floor).exp() * gap).mean()])
+
+
+def _weighted_both(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
+    floor, gap = _columns(log_p, log_q, document)
+    return torch.stack([((-floor).exp() * floor).mean(), ((-floor).exp() * gap).mean()])
 
 
 def mended_adamw(function: Callable[[Tensor, Tensor, Tensor, tuple[float, float], float, float], Tensor]) -> None:
@@ -237,22 +249,9 @@ def products(function: Callable[[int, int, int, int, int, int], dict[str, int]])
         },
     }
     sizes = [(16, 64, 2, 50, 12, 2), (12, 24, 3, 31, 7, 3), (8, 40, 1, 19, 30, 4)]
-    answers, counted = [], []
-    for d, h, L, v, n, T in sizes:
-        size = dict(n_layers=L, n_heads=2, width=d, vocab_size=v, context=n, expansion=h // d)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            models = {
-                "CRATE": cl.Crate(cl.CrateConfig(**size, n_steps=T)),
-                "GPT-2": cl.Gpt2(cl.Gpt2Config(**size)),
-            }
-            text = torch.zeros(1, n, dtype=torch.long)
-        counted.append({})
-        for name, model in models.items():
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                model(text)
-            counted[-1][name] = counter.get_total_flops() // 2 // n
-        answers.append(predict(function, d, h, L, v, n, T, keys=models))
-    for key in counted[0]:
+    counted = [_counted(*size) for size in sizes]
+    answers = [predict(function, *size, keys=mistakes) for size in sizes]
+    for key in mistakes:
         said, right = ([int(entry[key]) for entry in entries] for entries in (answers, counted))
         excess = [a - b for a, b in zip(said, right, strict=True)]
         if any(excess):
@@ -268,6 +267,20 @@ def products(function: Callable[[int, int, int, int, int, int], dict[str, int]])
                 f"{right[0]:,}; {reason}"
             )
     print(f"{function.__name__}: right. PyTorch counts the same products for both models in three sizes.")
+
+
+def _counted(d: int, h: int, L: int, v: int, n: int, T: int) -> dict[str, int]:
+    """Multiply–adds a token of both models, as PyTorch counts them."""
+    size = dict(n_layers=L, n_heads=2, width=d, vocab_size=v, context=n, expansion=h // d)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        models = {"CRATE": cl.Crate(cl.CrateConfig(**size, n_steps=T)), "GPT-2": cl.Gpt2(cl.Gpt2Config(**size))}
+        text = torch.zeros(1, n, dtype=torch.long)
+    counted = {}
+    for name, model in models.items():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(text)
+        counted[name] = counter.get_total_flops() // 2 // n
+    return counted
 
 
 def _columns(log_p: Tensor, log_q: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:

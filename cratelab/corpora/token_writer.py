@@ -68,8 +68,7 @@ def tokenize(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock"):
-        for name in {part.name.rsplit(".", 2)[0] for part in folder.glob("*.part")}:
-            remove_leftovers(folder / name)  # of a kill, since all who write hold the lock
+        remove_leftovers(folder, "*")  # of a kill, since all who write hold the lock
         finished = _begun(folder, tokenizer, shard_characters)
         if finished:
             _check_first_shard(folder, documents, shard_characters)

@@ -17,7 +17,7 @@ from cratelab.corpora.tinyworld import World
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.excerpts import Excerpts
-from cratelab.reading import NO_TOKEN, token_text, tokens_to_read
+from cratelab.reading import NO_TOKEN, check_size, token_text, tokens_to_read
 
 
 @dataclass
@@ -197,8 +197,7 @@ def concept_tokens(concepts: Concepts, corpus: TokenizedCorpus, which: Tensor, v
     Raises:
         ValueError: the corpus has more than v tokens.
     """
-    if corpus.n_vocab > v:
-        raise ValueError(f"the corpus has {corpus.n_vocab} tokens, more than v={v}")
+    check_size(corpus, v)
     stream = torch.from_numpy(corpus[:].astype(np.int64))
     truth = concepts.truth.cpu()[:, which.cpu()].float()
     counts = torch.zeros(v, len(which), device="cpu").index_add_(0, stream, truth)

@@ -73,17 +73,18 @@ class Records:
         return replace(self, **excerpts, **{name: getattr(self, name)[which] for name in STATISTICS})
 
     def save(self, folder: str | Path) -> None:
-        """Write records.safetensors and records.json into `folder`, each whole or not at all.
+        """Write records.safetensors and records.json into `folder`, each replaced whole or not at all.
 
         Raises:
             OSError: they cannot be written.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "records.safetensors") as part:
-            write_tensors(part, self._tensors())
-            digest = digest_of_file(part)  # of what was written here, whoever else writes
-        write_json(folder / "records.json", {"n_tokens": self.n_tokens, "window": self.window, "sha256": digest})
+        # both are written before either is replaced
+        with replacing(folder / "records.json") as facts, replacing(folder / "records.safetensors") as tensors:
+            write_tensors(tensors, self._tensors())
+            digest = digest_of_file(tensors)  # of what was written here, whoever else writes
+            write_json(facts, {"n_tokens": self.n_tokens, "window": self.window, "sha256": digest})
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

@@ -45,13 +45,13 @@ class ActivationBlocks:
         order = torch.from_numpy(draw.permutation(len(tokens))).to(device)
         held = torch.empty(len(self.layers), len(tokens), self.model.config.n_neurons, device=device)
         at = 0
-        for text, neurons in watch_neurons(self.model, text_drawn, batch=16, ahead=len(drawn)):
+        for text, neurons in watch_neurons(self.model, text_drawn, batch=16, ahead=None):
             places = order[at : at + int(text.present.sum())]
             for each, layer in zip(held, self.layers, strict=True):
                 each[places] = neurons[layer][text.present].float()
             at += len(places)
         for each, layer in zip(held, self.layers, strict=True):
-            if not each.isfinite().all():
+            if not each.isfinite().all():  # in float64 they may have been, beyond what float32 holds
                 raise ValueError(
                     f"activations of layer {layer} are not finite: is the model damaged, or did it diverge?"
                 )

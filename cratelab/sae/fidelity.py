@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cratelab.arguments import check_whole
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.devices import check_floating, exact, exact_sum
 from cratelab.language_model import LanguageModel
-from cratelab.reading import Text, check_vocabulary, pieces_of, tokens_to_read
+from cratelab.reading import NO_TOKEN, Text, texts, tokens_to_read
 from cratelab.sae.autoencoder import Sae
 from cratelab.sae.splicing import on_device, splice
 
@@ -105,8 +104,8 @@ def cross_entropy(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int |
     Raises:
         ValueError: the corpus has tokens that the model does not know, or none to predict.
     """
-    texts = ((_nats(model, text), int(text.present[:, 1:].sum())) for text in _texts(model, corpus, n_tokens, batch))
-    nats, counts = zip(*texts, strict=True)
+    each = ((_nats(model, text), int(text.present[:, 1:].sum())) for text in _texts(model, corpus, n_tokens, batch))
+    nats, counts = zip(*each, strict=True)
     return sum(nats) / sum(counts)
 
 
@@ -118,20 +117,19 @@ def check_text(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | No
 def _texts(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None, batch: int) -> Iterator[Text]:
     """All pieces, the longest first, which leaves less padding."""
     check_floating(model)
-    check_vocabulary(model, corpus)
-    check_whole("batch", batch)
-    total = tokens_to_read(corpus, n_tokens)
-    pieces = sorted(pieces_of(corpus, model.config.context, True, total), key=lambda piece: piece[0] - piece[1])
-    if not pieces or pieces[0][1] - pieces[0][0] < 2:
+    read = texts(model, corpus, batch, n_tokens=n_tokens, ahead=None)
+    longest = next(read)
+    if longest.tokens.shape[1] < 2:
+        total = tokens_to_read(corpus, n_tokens)
         raise ValueError(f"the first {total} tokens of the corpus hold none that follows another: read more of them")
-    for first in range(0, len(pieces), batch):
-        yield Text(corpus, pieces[first : first + batch], 1, model.token_embedding.weight.device)
+    yield longest
+    yield from read
 
 
 def _nats(model: LanguageModel, text: Text) -> float:
     """Of all tokens of the text but the first of each piece, together."""
     logits = model(text.tokens.clamp(min=0))[:, :-1]
-    nats = F.cross_entropy(logits.mT.float(), text.tokens[:, 1:], ignore_index=-1, reduction="none")
+    nats = F.cross_entropy(logits.mT.float(), text.tokens[:, 1:], ignore_index=NO_TOKEN, reduction="none")
     return float(exact_sum(nats))
 
 

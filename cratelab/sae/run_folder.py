@@ -5,18 +5,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Self
 
-from safetensors import safe_open
-
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.language_model import LanguageModel
 from cratelab.provenance import provenance
 from cratelab.run_directory import check_same_run
+from cratelab.sae.architectures import SaeConfig
 from cratelab.sae.autoencoder import FILES, Sae
 from cratelab.sae.learner import Learner
+from cratelab.sae.sae_recipe import SaeRecipe
 from cratelab.storage import (
     digest_of,
     digest_of_tensors,
     locked,
+    read_metadata,
     read_tensors,
     remove_leftovers,
     write_json,
@@ -42,34 +45,45 @@ class Progress:
 
 
 class RunFolder:
-    """The folder of one training, for one process at a time."""
+    """The folder of one training."""
 
-    def __init__(self, path: Path, model: LanguageModel, training, validation, config, layers, recipe):
-        self.path, self.file = path, path / "checkpoint.safetensors"
-        self.facts = {
+    def __init__(self, path: Path, facts: dict[str, dict]):
+        self.path, self.facts, self.file = path, facts, path / "checkpoint.safetensors"
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        path: str | Path,
+        model: LanguageModel,
+        training: TokenizedCorpus,
+        validation: TokenizedCorpus,
+        config: SaeConfig,
+        layers: list[int],
+        recipe: SaeRecipe,
+    ) -> Iterator[Self]:
+        """Begin a run in `path`, or go on with the one that is there; nobody else can while the block lasts.
+
+        Raises:
+            ValueError: `path` holds another run, or other files.
+            BlockingIOError: another process trains there.
+        """
+        facts = {
             "model": {"model": model.kind, **asdict(model.config), "sha256": digest_of_tensors(model.state_dict())},
             "training": training.facts(),
             "validation": validation.facts(),
             "sae": asdict(config) | {"layers": layers},
             "recipe": asdict(recipe) | {"resample_at": list(recipe.resample_at)},
         }
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Begin the run, or go on with it; nobody else can meanwhile.
-
-        Raises:
-            ValueError: the folder holds another run, or other files.
-            BlockingIOError: another process trains there.
-        """
-        check_same_run(self.path, self.facts)
-        busy = f"another process trains in {self.path}: wait for it, or choose another folder"
-        with locked(self.path / "lock", busy):
-            check_same_run(self.path, self.facts)  # it may have begun one
-            self._tidy()
-            if not (self.path / "run.json").is_file():
-                write_json(self.path / "run.json", self.facts | {"provenance": provenance()})
-            yield
+        run = cls(Path(path), facts)
+        check_same_run(run.path, facts)
+        busy = f"another process trains in {path}: wait for it, or choose another folder"
+        with locked(run.path / "lock", busy):
+            check_same_run(run.path, facts)  # of one that has begun since
+            run._clean()
+            if not (run.path / "run.json").is_file():
+                write_json(run.path / "run.json", facts | {"provenance": provenance()})
+            yield run
 
     def resume(self, learners: Iterable[Learner]) -> Progress:
         """Load the latest checkpoint, if any, into the learners; where in the stream it is.
@@ -81,8 +95,7 @@ class RunFolder:
             return Progress()
         try:
             tensors = read_tensors(self.file)
-            with safe_open(self.file, "pt") as opened:
-                metadata = opened.metadata()
+            metadata = read_metadata(self.file)
             if metadata["run"] != self._digest(metadata["state"]):
                 raise ValueError("its content is not what was written for this run")
             progress = Progress(**json.loads(metadata["state"]))
@@ -95,7 +108,7 @@ class RunFolder:
             ) from error
         return progress
 
-    def checkpoint(self, learners: Iterable[Learner], progress: Progress) -> None:
+    def save_checkpoint(self, learners: Iterable[Learner], progress: Progress) -> None:
         """Write down all that `resume` needs, whole or not at all."""
         tensors = {f"{i}/{name}": held for i, each in enumerate(learners) for name, held in each.tensors().items()}
         as_text = json.dumps(asdict(progress))
@@ -110,12 +123,11 @@ class RunFolder:
         """Where a layer's auto-encoder is written in the end."""
         return self.path / f"layer-{layer}"
 
-    def _tidy(self) -> None:
-        """Remove what killed writers have left."""
-        ours = [self.path / "run.json", self.file]
-        ours += [self.folder(layer) / name for layer in self.facts["sae"]["layers"] for name in FILES]
-        for each in ours:
-            remove_leftovers(each)
+    def _clean(self) -> None:
+        """Remove what killed processes have left half-written."""
+        remove_leftovers(self.path, "run.json", self.file.name)
+        for layer in self.facts["sae"]["layers"]:
+            remove_leftovers(self.folder(layer), *FILES)
 
     def _digest(self, state: str) -> str:
         """Of this run and where in the stream its checkpoint is; that of the tensors is `write_tensors`'s."""

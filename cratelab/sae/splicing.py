@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cratelab.devices import check_floating
 from cratelab.language_model import LanguageModel
+from cratelab.reading import check_layer
 from cratelab.sae.autoencoder import Sae
 
 
@@ -33,8 +34,7 @@ def splice(model: LanguageModel, saes: dict[int, Sae], error_term: bool = False)
     check_floating(model)
     width = model.config.n_neurons
     for layer, sae in saes.items():
-        if layer not in range(len(model.blocks)):
-            raise ValueError(f"the model has the layers 0 to {len(model.blocks) - 1}; got {layer}")
+        check_layer(model, layer)
         if not (hasattr(sae, "encode") and hasattr(sae, "decode")):
             raise ValueError(f"layer {layer} needs an auto-encoder; got {sae!r}")
         if sae.config.d_in != width:

@@ -82,9 +82,9 @@ def train_saes(
     layers = list(range(len(model.blocks)) if layers is None else layers)
     _check(model, training, validation, config, layers, recipe)
     layers = [int(layer) for layer in layers]
-    run = RunFolder(Path(run_dir), model, training, validation, config, layers, recipe) if run_dir else None
-    with run.held() if run else nullcontext():
-        return _train(model, training, validation, config, layers, recipe, run)
+    arguments = model, training, validation, config, layers, recipe
+    with RunFolder.open(run_dir, *arguments) if run_dir else nullcontext() as run:
+        return _train(*arguments, run)
 
 
 def _train(
@@ -127,7 +127,7 @@ def _train(
                 for learner, x in zip(learners.values(), old, strict=True):
                     learner.resample(x, recipe.patience, draw)
             if evaluate and run:
-                run.checkpoint(learners.values(), progress)
+                run.save_checkpoint(learners.values(), progress)
     for sae in saes.values():
         sae.eval()
     if run:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from cratelab.devices import all_finite, check_floating, single
 from cratelab.language_model import LanguageModel
-from cratelab.reading import hooked
+from cratelab.reading import check_layer, hooked
 
 LARGEST = 1e15  # in size, of an edited activation: norms square what it makes of the tokens, and float32 ends at 3e38
 
@@ -132,8 +131,7 @@ def check_neurons(model: LanguageModel, layer: int, neurons: Tensor) -> None:
     """Raises ValueError if the model has no such layer, or the layer no such neurons."""
     _check_numbers(neurons)
     check_floating(model)
-    if not isinstance(layer, Integral) or layer not in range(len(model.blocks)):
-        raise ValueError(f"the model has layers 0 to {len(model.blocks) - 1}; got {layer}")
+    check_layer(model, layer)
     n_neurons = _count_neurons(model, layer)
     if not ((neurons >= 0) & (neurons < n_neurons)).all():
         raise ValueError(f"layer {layer} has neurons 0 to {n_neurons - 1}; got {neurons.tolist()}")

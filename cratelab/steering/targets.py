@@ -7,6 +7,7 @@ from torch import Tensor
 from cratelab.arguments import check_seed, check_whole
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.language_model import LanguageModel
+from cratelab.reading import check_size
 from cratelab.steering.effects import direct_effect
 
 
@@ -54,8 +55,7 @@ def token_counts(corpus: TokenizedCorpus, v: int) -> Tensor:
     Raises:
         ValueError: the corpus has more than v tokens.
     """
-    if corpus.n_vocab > v:
-        raise ValueError(f"the corpus has {corpus.n_vocab} tokens, more than v={v}")
+    check_size(corpus, v)
     return torch.from_numpy(np.bincount(corpus[:], minlength=v))
 
 

@@ -168,6 +168,17 @@ def test_records_of_other_types_shapes_or_values_are_refused_by_name(name, chang
     assert str(tmp_path) in str(raised.value)
 
 
+def test_a_failed_save_leaves_the_old_records(records, tmp_path, monkeypatch):
+    def full_disk(path, content):
+        raise OSError("no space left")
+
+    records.save(tmp_path)
+    monkeypatch.setattr("cratelab.interpret.records.write_json", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        collect_records(new_model(seed=1), corpus(n=300), window=6).save(tmp_path)
+    assert Records.load(tmp_path).top.activations.equal(records.top.activations)
+
+
 def test_records_without_a_sum_are_read_and_those_of_two_savings_refused(records, tmp_path):
     records.save(tmp_path / "a")
     collect_records(new_model(seed=1), corpus(n=300), window=6, n_top=3, n_random=2, n_active=4).save(tmp_path / "b")
