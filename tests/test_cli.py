@@ -225,7 +225,7 @@ def test_interpret_asks_a_language_model_about_the_neurons_that_the_rules_explai
     assert Oracle.asked == 0 and not out.exists()
     assert Oracle.made == [(url, "tiny", True, False)]  # whether the server repeats prompts is not tried either
     main(options)
-    header, cost, *lines = capsys.readouterr().out.splitlines()
+    cost, header, *lines = capsys.readouterr().out.splitlines()
     assert cost == dry[0] and int(cost.split()[3]) > 6 and "explainer" in header
     held = json.loads(out.read_text())
     rows = held["rows"]
@@ -239,11 +239,42 @@ def test_interpret_asks_a_language_model_about_the_neurons_that_the_rules_explai
     assert len(rows[1]["texts"]) == 6 and any(text.startswith("sentence") for text in rows[1]["texts"] if text)
     assert [len(set(layer)) for layer in held["neurons"]] == [3, 3]
     assert "pass-word" not in out.read_text() and held["provenance"]["options"]["endpoint"] == "http://127.0.0.1:9/v1"
+    assert rows[1]["reasons"] == [None if text else "never active in its excerpts" for text in rows[1]["texts"]]
     asked = Oracle.asked
+    capsys.readouterr()
+    main([*options, "--dry-run"])  # what is kept is known to be, explanations, simulations and controls
+    assert all(": at most 0 requests" in line for line in capsys.readouterr().out.splitlines())
+    Oracle.made.pop()
     main([*options, "--completions"])
     assert Oracle.made[1:] == [(url, "tiny", True, True), (url, "tiny", False, True)]
     assert Oracle.asked == asked and (tmp_path / "scores.answers.sqlite").is_file()
     assert json.loads(out.read_text())["rows"] == rows
+
+
+@pytest.mark.parametrize("share", [1, 2])
+def test_neurons_that_got_no_sentence_are_counted_and_none_at_all_is_an_error(
+    share, run, tmp_path, monkeypatch, capsys
+):
+    """Of every `share` questions one is answered by what is no answer."""
+
+    class Garbled(Oracle):
+        asked = 0
+
+        def answer(self, request):
+            answer = super().answer(request)
+            return {"problem": "not JSON"} if "text" in answer and self.asked % share == 0 else answer
+
+    monkeypatch.setattr("cratelab.cli.interpret.OpenAIEndpoint", Garbled)
+    options = ["interpret", str(run), "--n-tokens", "2000", "--protocols", "random-only", "--neurons", "3"]
+    options += ["--explainer", "language-model", "--endpoint", "http://127.0.0.1:9/v1", "--language-model", "tiny"]
+    out = tmp_path / "scores.json"
+    if share == 1:
+        fails([*options, "--out", str(out)], "neurons have no explanation: not JSON (", "Does the endpoint answer")
+        assert not out.exists() and "explainer" not in capsys.readouterr().out
+        return
+    main([*options, "--out", str(out)])
+    assert " of 6 neurons have no explanation: not JSON (" in capsys.readouterr().out
+    assert "not JSON" in json.loads(out.read_text())["rows"][0]["reasons"]
 
 
 def test_rules_score_drawn_neurons_as_among_all(run, tmp_path):
@@ -608,7 +639,7 @@ def undefined(*arguments, **options) -> list[SimpleNamespace]:
 
 def test_numbers_that_are_not_defined_are_called_so_and_are_null_in_the_file(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cratelab.cli.interpret.evaluate", undefined)
-    monkeypatch.setattr("cratelab.cli.interpret.collect_for_protocols", lambda *arguments: None)
+    monkeypatch.setattr("cratelab.cli.interpret.collect_for_protocols", lambda *arguments, **options: None)
     main(["interpret", str(run), "--out", str(tmp_path / "scores.json")])
     row = capsys.readouterr().out.splitlines()[1]
     assert row.split() == ["trained", "random-only", "token"] + ["undefined"] * 3 + ["100%"]
@@ -637,7 +668,7 @@ class Closed(io.StringIO):
 
 def test_a_pipe_that_is_closed_costs_neither_scores_nor_status(run, tmp_path, monkeypatch):
     monkeypatch.setattr("cratelab.cli.interpret.evaluate", undefined)
-    monkeypatch.setattr("cratelab.cli.interpret.collect_for_protocols", lambda *arguments: None)
+    monkeypatch.setattr("cratelab.cli.interpret.collect_for_protocols", lambda *arguments, **options: None)
     monkeypatch.setattr(sys, "stdout", Closed())
     monkeypatch.setattr(sys, "stderr", None)
     main(["interpret", str(run), "--out", str(tmp_path / "scores.json")])

@@ -1,5 +1,6 @@
 """`cratelab interpret`: neurons of a trained model, explained and scored."""
 
+from collections import Counter
 from dataclasses import asdict
 from functools import reduce
 from operator import add
@@ -19,7 +20,7 @@ from cratelab.interpret.asking.simulator import LanguageModelSimulator
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate
 from cratelab.interpret.explainers import ConceptExplainer, Explainer, SuffixExplainer, TokenExplainer
-from cratelab.interpret.language_models import LanguageModelExplainer
+from cratelab.interpret.language_models import NEVER_ACTIVE, LanguageModelExplainer, TextExplanations
 from cratelab.interpret.scores import split
 from cratelab.language_model import LanguageModel
 from cratelab.models import untrained
@@ -50,24 +51,28 @@ def run(options: Interpret) -> None:
     explainers = {name: _explainer(name, options, corpus, endpoint) for name in options.explainer}
     asking, rows = explainers.get(ASKED), []
     wide = max(11, *(len(name) + 1 for name in explainers))
-    if not options.dry_run:
-        columns = f"{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}"
-        say(f"{'':10}{'protocol':16}{'explainer':{wide}}{columns}")
+    asked = dict(as_published=options.official, n_tokens=options.n_tokens, seed=options.seed)
+    columns = f"{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}"
+    head = f"{'':10}{'protocol':16}{'explainer':{wide}}{columns}"
+    if not asking:
+        say(head)
     for name, each in ("trained", model), ("untrained", untrained(model, options.seed)):
-        records = collect_for_protocols(each, text, options.protocols, options.official, options.n_tokens, options.seed)
+        records = collect_for_protocols(each, text, options.protocols, **asked)
         if neurons:
             records = {protocol: held.neurons(*neurons) for protocol, held in records.items()}
         if asking:
-            parts = (split(held, protocol, options.official) for protocol, held in records.items())
+            parts = (split(held, protocol, as_published=options.official) for protocol, held in records.items())
             say(f"{name}: at most {reduce(add, (asking.estimate_cost(*part) for part in parts))}")
         if options.dry_run:
             continue
-        for evaluation in evaluate(records, explainers, options.official):
+        for evaluation in evaluate(records, explainers, as_published=options.official):
             row = {"model": name} | evaluation.row()
+            if row["explainer"] == ASKED:
+                row |= _said(evaluation.explanations)
+            if asking and not rows:
+                say(head)  # below the cost, and no sooner than there is something to put under it
             rows.append(row)
             _say_row(row, wide)
-            if row["explainer"] == ASKED:
-                row["texts"] = evaluation.explanations.texts
     if options.dry_run:
         return
     if asking and (problems := asking.simulator.problems):
@@ -79,6 +84,22 @@ def run(options: Interpret) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"provenance": facts, "rows": rows} | ({"neurons": neurons[1].tolist()} if neurons else {}))
     say(f"{out} has them layer by layer")
+
+
+def _said(explanations: TextExplanations) -> dict:
+    """The sentences, and why there is none.
+
+    Raises:
+        ValueError: no neuron has one, though some were asked for.
+    """
+    failed = Counter(reason for reason in explanations.reasons if reason not in (None, NEVER_ACTIVE))
+    if failed:
+        often = "; ".join(f"{reason} ({n:,})" for reason, n in failed.most_common(3))
+        lost = f"{failed.total()} of {len(explanations.texts)} neurons have no explanation: {often}"
+        if not any(explanations.texts):
+            raise ValueError(f"{lost}. Does the endpoint answer as it should?")
+        say(lost)
+    return {"texts": explanations.texts, "reasons": explanations.reasons}
 
 
 def _say_row(row: dict, wide: int) -> None:

@@ -132,7 +132,8 @@ class Interpret(TrainedModel):
     completions: bool = False
     """Ask the server at /completions, where an excerpt is one question if the server repeats prompts; else by chat."""
     neurons: int | None = None
-    """How many of each layer, drawn by --seed, for all explainers; unless given all, or 10 for language-model."""
+    """How many of each layer, at least 2 since the control takes another's explanation; drawn by --seed, for all
+    explainers. Unless given all, or 10 for language-model."""
     cache: Path | None = None
     """The language model's answers; beside the scores unless given."""
     dry_run: bool = False

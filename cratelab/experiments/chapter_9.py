@@ -233,7 +233,7 @@ def measure(
         records = collect_for_protocols(model, text, as_published=as_published, n_tokens=n_tokens, seed=seed)
         if not as_published:
             found |= _statistics(records)
-        evaluations = evaluate(records, chosen, as_published)
+        evaluations = evaluate(records, chosen, as_published=as_published)
         found["rows"] += [{"strict": not as_published} | each.row() for each in evaluations]
     if truth:
         known = match_concepts(model, text, concepts, max_concepts=0)

@@ -65,6 +65,7 @@ def collect_for_protocols(
     model: LanguageModel,
     corpus: TokenizedCorpus,
     protocols: Iterable[ScoringProtocol] = PROTOCOLS,
+    *,
     as_published: bool = False,
     n_tokens: int | None = None,
     seed: int = 0,
@@ -85,7 +86,7 @@ def collect_for_protocols(
     protocols = list(protocols)
     if not protocols:
         raise ValueError(f"no protocol is given; there are {', '.join(PROTOCOLS)}")
-    asks = {protocol: needs(protocol, as_published) for protocol in protocols}
+    asks = {protocol: needs(protocol, as_published=as_published) for protocol in protocols}
     found: dict[ScoringProtocol, Records] = {}
     by_window: dict[int, Records] = {}
     for protocol, asked in asks.items():
@@ -99,7 +100,7 @@ def collect_for_protocols(
 
 
 def evaluate(
-    records: dict[ScoringProtocol, Records], explainers: dict[str, Explainer], as_published: bool = False
+    records: dict[ScoringProtocol, Records], explainers: dict[str, Explainer], *, as_published: bool = False
 ) -> list[Evaluation]:
     """Explain and score every neuron under every protocol that there are records for.
 
@@ -116,7 +117,7 @@ def evaluate(
     """
     if not records or not explainers:
         raise ValueError(f"evaluate needs records and explainers; got {list(records)} and {list(explainers)}")
-    parts = {protocol: split(held, protocol, as_published) for protocol, held in records.items()}
+    parts = {protocol: split(held, protocol, as_published=as_published) for protocol, held in records.items()}
     found = []
     for protocol, (explaining, validation) in parts.items():
         for name, explainer in explainers.items():

@@ -71,8 +71,13 @@ class Excerpts:
 
 def places_of_neurons(layers, indices, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Layers and indices, each (r, m), of neurons that are there."""
-    which = (torch.as_tensor(each, dtype=torch.long, device="cpu") for each in (layers, indices))
-    layers, indices = (torch.atleast_2d(each) for each in torch.broadcast_tensors(*which))
+    try:
+        which = [torch.as_tensor(each, device="cpu") for each in (layers, indices)]
+        if any(each.numel() and (each.is_floating_point() or each.dtype == torch.bool) for each in which):
+            raise TypeError("some are none")
+        layers, indices = (torch.atleast_2d(each.long()) for each in torch.broadcast_tensors(*which))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"layers and indices must be whole numbers that broadcast: {error}") from error
     wrong = (layers < 0) | (layers >= shape[0]) | (indices < 0) | (indices >= shape[1])
     if wrong.any() or not layers.numel():
         found = ", ".join(map(str, zip(layers[wrong].tolist()[:5], indices[wrong].tolist(), strict=False)))

@@ -272,13 +272,18 @@ class ConceptExplanations:
 
 def shuffle(explanations: Explanations, excerpts: Excerpts, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The control: each neuron is simulated by the explanation of another one of its layer."""
+    layer, order = others(*excerpts.tokens.shape[:2], seed)
+    simulated, coverage = explanations.simulate(excerpts.neurons(layer, order))
+    back = order.argsort(dim=1)
+    return simulated[layer, back], coverage[layer, back]
+
+
+def others(n_layers: int, h: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Whose excerpts each neuron's explanation meets in the control: layers (l, 1) and indices (l, h)."""
     check_seed(seed)
-    n_layers, h = excerpts.tokens.shape[:2]
     draw = np.random.default_rng(seed)
     order = torch.from_numpy(np.stack([_derangement(draw, h) for _ in range(n_layers)]))
-    layer, back = torch.arange(n_layers, device="cpu")[:, None], order.argsort(dim=1)
-    simulated, coverage = explanations.simulate(excerpts.neurons(layer, order))
-    return simulated[layer, back], coverage[layer, back]
+    return torch.arange(n_layers, device="cpu")[:, None], order
 
 
 def _derangement(draw: np.random.Generator, n: int) -> np.ndarray:

@@ -19,18 +19,19 @@ from torch import Tensor
 
 from cratelab.arguments import check_seed, check_whole
 from cratelab.corpora.tokenizers import Tokenizer
-from cratelab.interpret.asking.answers import Asker, Cost
+from cratelab.interpret.asking.answers import AnswerCache, Asker, Cost
 from cratelab.interpret.asking.endpoints import Request
 from cratelab.interpret.asking.prompts import drop_unprintable, explanation_prompt, token_writer
 from cratelab.interpret.asking.simulator import LanguageModelSimulator
 from cratelab.interpret.excerpts import Excerpts
-from cratelab.interpret.explainers import discretise
+from cratelab.interpret.explainers import discretise, others
 from cratelab.reading import NO_TOKEN
 from cratelab.storage import read_json, write_json
 
 Neuron = tuple[int, int]
 
 LONGEST_SENTENCE = 2000  # characters
+NEVER_ACTIVE = "never active in its excerpts"
 
 
 @dataclass
@@ -158,7 +159,7 @@ class LanguageModelExplainer(Asker):
             ValueError, OSError: as the endpoint and the cache.
         """
         answers = iter(list(self.ask(lambda: self._requests(excerpts))))
-        found = [next(answers) if it else {"problem": "never active in its excerpts"} for it in _active(excerpts)]
+        found = [next(answers) if it else {"problem": NEVER_ACTIVE} for it in _active(excerpts)]
         texts = [first_line(answer.get("text", "")) or None for answer in found]
         reasons = [
             None if text else answer.get("problem", "the answer is empty")
@@ -170,14 +171,21 @@ class LanguageModelExplainer(Asker):
         """What `explain` would ask, without asking it.
 
         With validation excerpts, what a score costs: two simulations are added, the neuron's own and the control's,
-        from explanations that are as long as they may be.
+        from explanations that are as long as they may be where the cache does not hold them.
         """
         cost = self.estimate(self._requests(excerpts))
         if validation is not None:
-            longest = ["word " * self.max_tokens if active else None for active in _active(excerpts)]
-            once = self.simulator.estimate_cost(longest, validation, self.tokenizer)
-            cost = cost + once + once
+            texts, control = self._expected(excerpts), validation.neurons(*others(*validation.tokens.shape[:2]))
+            for held in validation, control:
+                cost = cost + self.simulator.estimate_cost(texts, held, self.tokenizer)
         return cost
+
+    def _expected(self, excerpts: Excerpts) -> list[str | None]:
+        """The sentences that the cache holds, and as long ones as may come in place of the others."""
+        requests, longest = self._requests(excerpts), {"text": "word " * self.max_tokens}
+        with AnswerCache(self.cache if self.cache and Path(self.cache).exists() else None) as known:
+            answers = (known.get(request.key(self.endpoint.name)) or longest for request in requests)
+            return [first_line(next(answers)["text"]) or None if it else None for it in _active(excerpts)]
 
     def _requests(self, excerpts: Excerpts) -> Iterator[Request]:
         write = token_writer(self.tokenizer)

@@ -142,6 +142,7 @@ def collect_records(
     n_random: int = 10,
     n_active: int = 0,
     seed: int = 0,
+    *,
     as_published: bool = False,
     n_tokens: int | None = None,
     batch: int = 16,

@@ -26,7 +26,7 @@ NEEDS = {
 }
 
 
-def needs(protocol: ScoringProtocol, as_published: bool = False) -> dict[str, int]:
+def needs(protocol: ScoringProtocol, *, as_published: bool = False) -> dict[str, int]:
     """What `collect_records` has to gather for a protocol: its arguments.
 
     As published, the intervals of "anthropic" are cut from random excerpts, of which there must then be many.
@@ -39,7 +39,7 @@ def needs(protocol: ScoringProtocol, as_published: bool = False) -> dict[str, in
     return NEEDS[protocol] | (dict(n_random=250, n_active=0) if protocol == "anthropic" and as_published else {})
 
 
-def split(records: Records, protocol: ScoringProtocol, as_published: bool = False) -> tuple[Excerpts, Excerpts]:
+def split(records: Records, protocol: ScoringProtocol, *, as_published: bool = False) -> tuple[Excerpts, Excerpts]:
     """The excerpts to explain from, and those to validate on.
 
     | protocol | explain | validate |
@@ -54,7 +54,7 @@ def split(records: Records, protocol: ScoringProtocol, as_published: bool = Fals
     The intervals hold equally many of a neuron's positive activations.
 
     Args:
-        records: from `collect_records` with at least `needs(protocol, as_published)`.
+        records: from `collect_records` with at least `needs(protocol, as_published=…)`.
         protocol: which.
         as_published: as in the paper's code, excerpts may overlap, and the intervals of "anthropic" are cut from all
             activations and not only the positive ones, the highest of twelve left out.
@@ -64,7 +64,7 @@ def split(records: Records, protocol: ScoringProtocol, as_published: bool = Fals
 
     Source: Bills et al. (2023); Bricken et al. (2023); Bai & Ma (2024) for the numbers.
     """
-    for name, least in needs(protocol, as_published).items():
+    for name, least in needs(protocol, as_published=as_published).items():
         held = records.window if name == "window" else getattr(records, name.removeprefix("n_")).starts.shape[2]
         if held < least:
             raise ValueError(f"{protocol} needs records with {name}={least} or more; these have {held}: collect anew")

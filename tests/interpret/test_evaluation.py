@@ -111,7 +111,7 @@ def all_explainers(text):
 def test_a_dead_layer_and_short_texts_give_rows_that_can_be_written(n_tokens, as_published, tmp_path):
     text = corpus(n=3000, n_documents=60)
     held = collect_for_protocols(with_dead_layer(), text, as_published=as_published, n_tokens=n_tokens)
-    rows = [each.row() for each in evaluate(held, all_explainers(text), as_published)]
+    rows = [each.row() for each in evaluate(held, all_explainers(text), as_published=as_published)]
     assert len(rows) == 9
     for row in rows:
         assert row["dead"] >= 0.5 and row["mean_defined"] != row["mean_defined"]  # NaN: a layer has no score at all

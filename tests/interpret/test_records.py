@@ -6,6 +6,7 @@ from test_training import corpus, new_model
 import cratelab as cl
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret import running_layer
+from cratelab.interpret.excerpts import places_of_neurons
 from cratelab.interpret.records import Records, collect_records
 from cratelab.reading import NO_TOKEN, watch_neurons
 
@@ -299,6 +300,14 @@ def test_records_of_some_neurons_are_theirs_in_the_order_asked(model, layers, in
             pairs = zip(held.flatten(0, 1), layers.flat, indices.flat, strict=True)
             assert all(one.equal(getattr(getattr(every, kind), name)[layer, i]) for one, layer, i in pairs)
     assert some.maximum.flatten().equal(every.maximum[layers.ravel(), indices.ravel()])
+
+
+@pytest.mark.parametrize(
+    ("layers", "indices"), [(0.9, [1]), (0, [1.0]), ([True], [1]), ([0, 1], [0, 1, 2]), ("a", [1])]
+)
+def test_neurons_are_whole_numbers_that_broadcast(layers, indices):
+    with pytest.raises(ValueError, match="layers and indices must be whole numbers that broadcast"):
+        places_of_neurons(layers, indices, (2, 5))
 
 
 @pytest.mark.parametrize(
