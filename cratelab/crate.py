@@ -47,7 +47,7 @@ class CrateBlock(nn.Module):
     def __init__(self, config: CrateConfig):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = Mssa(config.width, config.n_heads)
+        self.attention = Mssa(config.width, config.n_heads, span=config.span)
         self.ista_norm = nn.LayerNorm(config.width)
         self.ista = Ista(config.width, config.expansion, config.step_size, config.lam, config.n_steps)
         self.neurons = nn.Identity()

@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Gpt2Config):
         super().__init__()
-        self.n_heads = config.n_heads
+        self.n_heads, self.span = config.n_heads, config.span
         self.projection = nn.Linear(config.width, 3 * config.width, bias=config.bias)
         self.output = nn.Linear(config.width, config.width, bias=config.bias)
 
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache[:, :, :, position : position + x.shape[1]] = key_value
             key_value = cache[:, :, :, : position + x.shape[1]]
-        attended = attend(query, *key_value, position == 0)
+        attended = attend(query, *key_value, position == 0, span=self.span)
         return self.output(rearrange(attended, "b k n p -> b n (k p)"))
 
 

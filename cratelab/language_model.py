@@ -31,6 +31,7 @@ class LanguageModelConfig:
         vocab_size: v; GPT-2's 50,257 tokens padded to a multiple of 64 by default.
         context: largest number of tokens the model sees at once.
         expansion: h/d, neurons per dimension.
+        span: how many tokens back a layer may look; all unless given. With 0 the model is context-free, a control.
 
     Raises:
         ValueError: a field is of another type than stated or out of its range, or the heads do not divide the width.
@@ -42,6 +43,7 @@ class LanguageModelConfig:
     vocab_size: int = 50_304
     context: int = 1024
     expansion: int = 4
+    span: int | None = None
 
     presets: ClassVar[dict[str, dict]] = {
         "toy": dict(n_layers=2, n_heads=4, width=64, vocab_size=256, context=128),
@@ -59,6 +61,10 @@ class LanguageModelConfig:
             raise ValueError(
                 f"the width must be a multiple of the heads; got width={self.width}, n_heads={self.n_heads}"
             )
+        if self.span is not None:
+            if not isinstance(self.span, Integral) or isinstance(self.span, bool) or not 0 <= self.span < 2**31:
+                raise ValueError(f"span must be a number of tokens, 0 or more, or None; got {self.span!r}")
+            self.span = int(self.span)
 
     @property
     def n_neurons(self) -> int:

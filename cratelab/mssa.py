@@ -13,6 +13,7 @@ round once.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -152,17 +153,27 @@ def mssa(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None)
     return einsum(attended, U, "... k n p, k d p -> ... n d").to(dtype)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None = None) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None = None, span: int | None = None
+) -> Tensor:
     """PyTorch's attention of (..., n, p) tensors, in its plain form where the fast ones have no derivatives.
+
+    With a `span` the last query is at the last key, and each sees its own key and `span` before it.
 
     They have first ones. `torch.func`'s transforms and forward-mode AD get the plain form of themselves; for a second
     backward pass through a first (`create_graph=True`) compute the model under
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     """
+    mask = None
+    if span is not None:
+        keys = torch.arange(key.shape[-2], device=key.device)
+        back = keys[-query.shape[-2] :, None] - keys
+        mask, causal = (back >= 0) & (back <= span), False
+    attention = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, scale=scale)
     if is_transformed(query, key, value):
         with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+            return attention(query, key, value)
+    return attention(query, key, value)
 
 
 def attention_step(
@@ -210,6 +221,7 @@ class Mssa(nn.Module):
         width: d.
         n_heads: K subspaces of dimension p = d/K.
         causal: a token attends to itself and to earlier tokens only.
+        span: to that many earlier tokens at most; causal then, whatever `causal` says.
 
     Input and output are (b, n, d). Parameters: `projection.weight` (d, d) holds U_kᵀ in rows kp to (k+1)p;
     `output.weight` (d, d) and `output.bias` (d,).
@@ -220,11 +232,11 @@ class Mssa(nn.Module):
 
     cache_tensors = 1  # query, key and value are one tensor, so one is all that generation has to remember
 
-    def __init__(self, width: int, n_heads: int, causal: bool = True):
+    def __init__(self, width: int, n_heads: int, causal: bool = True, span: int | None = None):
         super().__init__()
         if width < 1 or n_heads < 1 or width % n_heads:
             raise ValueError(f"the width must be a multiple of the heads; got width={width}, n_heads={n_heads}")
-        self.n_heads, self.causal = n_heads, causal
+        self.n_heads, self.causal, self.span = n_heads, causal, span
         self.projection = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width)
 
@@ -240,5 +252,5 @@ class Mssa(nn.Module):
         if cache is not None:
             cache[0, :, :, position : position + z.shape[1]] = w
             keys = cache[0, :, :, : position + z.shape[1]]
-        attended = attend(w, keys, keys, self.causal and position == 0)
+        attended = attend(w, keys, keys, self.causal and position == 0, span=self.span)
         return self.output(rearrange(attended, "b k n p -> b n (k p)"))

@@ -1,0 +1,119 @@
+"""The learning rate of each model at each size, found before anything is compared (chapter 7)."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean
+
+from cratelab.corpora.prepare import prepare
+from cratelab.experiments.comparison import check_ladder, compare
+from cratelab.experiments.tinyworld_runs import Setting, gap, new_world
+from cratelab.models import MODELS
+from cratelab.provenance import provenance
+from cratelab.recipe import Recipe
+from cratelab.storage import cached_json, digest_of_file, write_json
+
+PEAKS = 1e-3, 3e-3, 6e-3, 1e-2, 2e-2
+DEPTHS = 1, 2, 3
+TOY_CONTEXT = 128
+
+
+def toy_recipe(peak_rate: float, steps: int = 1500) -> Recipe:
+    """How the toys that the package carries are trained: `steps` of 16 windows of 128 tokens."""
+    every = max(1, steps // 15)
+    return Recipe.preset("toy", steps=steps, peak_rate=peak_rate, final_rate=peak_rate / 10, checkpoint_every=every)
+
+
+def sweep_toys(
+    folder: str | Path,
+    seeds: int = 3,
+    steps: int = 1500,
+    on_run: Callable[[str], None] | None = None,
+    on_step: Callable[[dict], None] | None = None,
+) -> list[dict]:
+    """The package's toys at every rate; what is done is read.
+
+    Returns:
+        One dict a run, with ladder "toy", model, n_layers, steps, peak_rate, seed, and loss, that of validation.
+
+    Raises:
+        ValueError: no seeds or steps, or `folder` holds runs of other arguments.
+    """
+    world, found = prepare("tinyworld", context=TOY_CONTEXT), []
+    for peak_rate in PEAKS:
+        recipe, under = toy_recipe(peak_rate, steps), Path(folder) / f"toys-{peak_rate:g}"
+        for run in compare(world, recipe, under, ("toy",), range(seeds), TOY_CONTEXT, on_run, on_step):
+            facts = {"ladder": "toy", "model": run["model"], "n_layers": 2, "steps": steps, "peak_rate": peak_rate}
+            found.append(facts | {"seed": run["seed"], "loss": run["validation_loss"]})
+    return found
+
+
+def sweep_ladder(
+    folder: str | Path,
+    seeds: int = 3,
+    steps: int = 2000,
+    on_run: Callable[[str], None] | None = None,
+    on_step: Callable[[dict], None] | None = None,
+) -> list[dict]:
+    """One to three layers of width 64 at every rate, as chapters 7 and 9 train them; what is done is read.
+
+    Returns:
+        One dict a run, with ladder "width 64", model, n_layers, steps, peak_rate, seed, and loss, nats above the floor.
+
+    Raises:
+        ValueError: no seeds or steps, or `folder` holds runs of other arguments.
+    """
+    world, found = new_world(), []
+    held_out = world.part("validation")
+    for seed in check_ladder(["toy"], range(seeds))[1]:
+        for n_layers in DEPTHS:
+            for name in MODELS:
+                for peak_rate in PEAKS:
+                    setting = Setting(name, n_layers, steps, peak_rate)
+                    if on_run:
+                        on_run(f"{setting.name}-{seed}")
+                    model, run_dir = setting.train(world, seed, folder, on_step)
+                    made_from = [asdict(setting), seed, digest_of_file(run_dir / "model" / "model.safetensors")]
+                    loss = cached_json(run_dir / "gap.json", made_from, lambda model=model: gap(model, held_out))
+                    facts = {"ladder": "width 64"} | {key: getattr(setting, key) for key in ("model", "n_layers")}
+                    found.append(facts | {"steps": steps, "peak_rate": peak_rate, "seed": seed, "loss": loss})
+    return found
+
+
+def best_rates(runs: list[dict]) -> dict[tuple, float]:
+    """Of each ladder, model, depth and number of steps the rate with the lowest mean loss over seeds."""
+    keys = ("ladder", "model", "n_layers", "steps")
+    losses: dict[tuple, dict[float, list[float]]] = {}
+    for run in runs:
+        of_rate = losses.setdefault(tuple(run[key] for key in keys), {})
+        of_rate.setdefault(run["peak_rate"], []).append(run["loss"])
+    return {key: min(of_rate, key=lambda rate: mean(of_rate[rate])) for key, of_rate in losses.items()}
+
+
+def reproduce_rates(
+    folder: str | Path,
+    seeds: int = 3,
+    steps: tuple[int, int] = (1500, 2000),
+    on_run: Callable[[str], None] | None = None,
+    on_step: Callable[[dict], None] | None = None,
+) -> Path:
+    """Make the table of rates anew; what is done is not done again.
+
+    Args:
+        folder: for the runs and the table.
+        seeds: 0 up to this many.
+        steps: of the toys and of the models of width 64; fewer only to try it out.
+        on_run: called with the name of each run before it starts.
+        on_step: as for `cratelab.training.train`.
+
+    Returns:
+        The file, to be copied to cratelab/reference.
+
+    Raises:
+        ValueError: no seeds or steps, or `folder` holds runs of other arguments.
+    """
+    runs = sweep_toys(folder, seeds, steps[0], on_run, on_step)
+    runs += sweep_ladder(folder, seeds, steps[1], on_run, on_step)
+    table = Path(folder) / "rates.json"
+    write_json(table, {"provenance": provenance(seeds=list(range(seeds)), steps=list(steps)), "findings": runs})
+    return table
