@@ -35,7 +35,8 @@ class Evaluation:
 
         layers are the means of each, mean and variance those of layers (eq-09-1). All three and interval count neurons
         without a score as 0; mean_defined leaves them out, as the paper does, and is NaN if a layer has none with a
-        score; undefined is their share, dead the share that is so because the neuron is constant.
+        score; undefined is their share, dead the share that is so because the neuron is constant. within_token and
+        within_control are means as mean and control are, of what the current token does not explain.
 
         Raises:
             ValueError: there is no such layer, or none is asked for.
@@ -53,6 +54,8 @@ class Evaluation:
             "interval": list(interval_over_neurons(held.nan_to_num(0))),
             "variance": float(means.var(correction=0)),
             "mean_defined": float(self.scores.by_layer(undefined_as_zero=False)[layers].mean()),
+            "within_token": float(100 * self.scores.within_token[layers].nan_to_num(0).mean()),
+            "within_control": float(100 * self.control.within_token[layers].nan_to_num(0).mean()),
             "rank_mean": float(100 * self.scores.rank_correlation[layers].nan_to_num(0).mean()),
             "undefined": float(held.isnan().double().mean()),
             "dead": float(self.scores.dead[layers].double().mean()),
