@@ -79,5 +79,5 @@ def fresh_text(seed: int) -> tinyworld.World:
 
 
 def gap(model: LanguageModel, part: tinyworld.World) -> float:
-    """Nats a token by which the model's loss on whole documents is above the floor that no model can pass (eq-07-4)."""
+    """Nats a token by which the model's loss on whole documents is above the floor that no model can pass (eq-07-2)."""
     return float(np.nanmean(part.log_prob - document_log_probs(model, part.corpus())))
