@@ -164,7 +164,7 @@ def reproduce_chapter_9(
 
     Args:
         folder: for the runs and the table; runs that `cratelab.experiments.rates` left there are read.
-        seeds: of the ladder, 0 up to this many; of the runner-up and the spans half as many, of λ and the limit a third.
+        seeds: of the ladder, 0 up to this many; of runner-up and spans half as many, of λ and the limit a third.
         steps: of every run; fewer only to try it out.
         on_run: called with the name of each run before it starts.
         on_step: as for `cratelab.training.train`.
