@@ -6,11 +6,7 @@ from cratelab.arguments import check_whole
 
 
 def witten_bell(training: np.ndarray, held_out: np.ndarray, n_vocab: int, order: int) -> list[float]:
-    """Loss on held-out tokens of n-gram tables with Witten–Bell smoothing, orders 1 to `order`, in nats a token.
-
-    With c(h, w) how often w followed the context h in training, c(h) the sum over w and t(h) how many different w did,
-    p(w | h) = (c(h, w) + t(h) p(w | h′)) / (c(h) + t(h)), where h′ lacks the first token of h; the shortest context's
-    h′ gives every token of the vocabulary 1/v.
+    """Loss on held-out tokens of n-gram tables blended by Witten and Bell's rule (eq-06-5), orders 1 to `order`.
 
     Args:
         training: (n,) integers from 0 to `n_vocab` − 1, one stream.
@@ -18,10 +14,13 @@ def witten_bell(training: np.ndarray, held_out: np.ndarray, n_vocab: int, order:
         n_vocab: v.
         order: the longest; v to the power of it must be below 2⁶³.
 
+    Returns:
+        Nats a token of each order, all over the same tokens.
+
     Raises:
         ValueError: a stream is shorter than the order, holds what is no token, or `order` is below 1 or too large.
 
-    Source: Witten & Bell (1991), in the interpolated form of Chen & Goodman (1999).
+    Source: Witten & Bell (1991).
     """
     check_whole("order", order)
     training, held_out = (np.asarray(stream).astype(np.int64) for stream in (training, held_out))

@@ -63,7 +63,7 @@ def compare_on_tinyworld(
 
     Returns:
         One dict a run, with the setting, seed, parameters (without positions), gap (nats a token above the floor of the
-        validation text), and trained and untrained, as `measure` gives them.
+        validation text), and as `measure` gives them trained and, where nothing but the depth is changed, untrained.
 
     Raises:
         ValueError: no seeds, or `folder` holds runs of other arguments.
@@ -85,13 +85,16 @@ def compare_on_tinyworld(
 
 
 def _findings(setting: Setting, seed: int, model: LanguageModel, text: tinyworld.World) -> dict:
-    return asdict(setting) | {
-        "seed": seed,
-        "parameters": model.count_parameters(positions=False),
-        "gap": gap(model, text),
-        "trained": measure(model, text, seed),
-        "untrained": measure(untrained(model, seed), text, seed),
-    }
+    return (
+        asdict(setting)
+        | {
+            "seed": seed,
+            "parameters": model.count_parameters(positions=False),
+            "gap": gap(model, text),
+            "trained": measure(model, text, seed),
+        }
+        | ({"untrained": measure(untrained(model, seed), text, seed)} if setting in ladder(setting.steps) else {})
+    )
 
 
 @torch.no_grad()

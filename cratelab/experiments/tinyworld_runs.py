@@ -72,8 +72,8 @@ def new_world() -> tinyworld.World:
 
 
 def fresh_text(seed: int) -> tinyworld.World:
-    """Some 60,000 tokens of documents that no model has trained on, others for every seed."""
-    world = tinyworld.generate(600_000, seed=1000 + seed, context=CONTEXT + 1)
+    """Some 42,000 tokens of documents that no model has trained on, others for every seed."""
+    world = tinyworld.generate(400_000, seed=1000 + seed, context=CONTEXT + 1)
     world.split[world.split != "train"] = "validation"  # a document that was trained on has the same split everywhere
     return world.part("validation")
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.interpret.explainers import Explainer, Explanations, shuffle
 from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import PROTOCOLS, Scores, ScoringProtocol, needs, score, split
@@ -121,10 +122,14 @@ def evaluate(
     if not records or not explainers:
         raise ValueError(f"evaluate needs records and explainers; got {list(records)} and {list(explainers)}")
     parts = {protocol: split(held, protocol, as_published=as_published) for protocol, held in records.items()}
-    found = []
+    found: list[Evaluation] = []
+    said: list[tuple[Excerpts, dict[str, Explanations]]] = []  # two of the protocols explain from the same excerpts
     for protocol, (explaining, validation) in parts.items():
-        for name, explainer in explainers.items():
-            explanations = explainer.explain(explaining)
+        known = [each for excerpts, each in said if excerpts.starts.equal(explaining.starts)]
+        if not known:
+            known = [{name: explainer.explain(explaining) for name, explainer in explainers.items()}]
+            said.append((explaining, known[0]))
+        for name, explanations in known[0].items():
             simulated, coverage = explanations.simulate(validation)
             other, other_coverage = shuffle(explanations, validation)
             found.append(
