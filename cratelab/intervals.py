@@ -1,4 +1,4 @@
-"""How sure a mean is: intervals over seeds and over the neurons of one network; what many tests at once allow to be said."""
+"""How sure a mean is: intervals over seeds and over the neurons of one network; and what many tests at once allow."""
 
 import math
 from collections.abc import Sequence
