@@ -179,7 +179,7 @@ def reproduce_chapter_9(
     findings = compare_on_tinyworld(folder, ladder(steps), range(seeds), on_run, on_step)
     for settings in runner_up(steps), spans(steps):
         findings += compare_on_tinyworld(folder, settings, range(-(-seeds // 2)), on_run, on_step)
-    findings += compare_on_tinyworld(folder, sparser(steps), range(-(-seeds // 3)), on_run, on_step)
+    findings += compare_on_tinyworld(folder, sparser(steps), range(max(1, seeds // 3)), on_run, on_step)
     table = Path(folder) / "crate_against_gpt2.json"
     write_json(table, {"provenance": provenance(seeds=list(range(seeds)), steps=steps), "findings": findings})
     return table
