@@ -85,3 +85,38 @@ def bootstrap(
         )
     low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
     return float(statistic(*map(np.concatenate, held))), float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values of a family of tests, adjusted so that one false finding among all is as unlikely as each says.
+
+    The smallest of m is multiplied by m, the next by m − 1 and so on, none becomes smaller than the one before it, and
+    none larger than 1. No independence is assumed.
+
+    Raises:
+        ValueError: a p value is not from 0 to 1.
+
+    Source: Holm (1979).
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p values must be from 0 to 1; got {list(p_values)}")
+    order, adjusted, least = sorted(range(len(p_values)), key=lambda i: p_values[i]), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        least = adjusted[i] = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+    return adjusted
+
+
+def equivalence(values: list[float], margin: float) -> float:
+    """p value of the claim that the mean lies within ±margin of zero: two one-sided t tests, of which the worse counts.
+
+    Raises:
+        ValueError: fewer than two values, or `margin` is not positive.
+
+    Source: Schuirmann (1987).
+    """
+    from scipy.stats import ttest_1samp
+
+    if len(values) < 2 or not margin > 0:
+        raise ValueError(f"equivalence needs two values or more and a margin above 0; got {len(values)} and {margin}")
+    above, below = ttest_1samp(values, -margin, alternative="greater"), ttest_1samp(values, margin, alternative="less")
+    return float(max(above.pvalue, below.pvalue))

@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from cratelab.intervals import bootstrap, interval, interval_over_neurons
+from cratelab.intervals import bootstrap, equivalence, holm, interval, interval_over_neurons
 
 
 def test_half_widths_are_students():
@@ -74,3 +76,34 @@ def test_the_bootstrap_knows_seeds_pairs_of_arms_and_infinite_costs():
 def test_intervals_of_nothing_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_holm_rejects_what_its_step_down_rule_rejects():
+    draw = np.random.default_rng(0)
+    for size in (1, 2, 5, 9):
+        p = draw.uniform(size=size) ** 3
+        p[-1] = p[0]
+        adjusted = np.array(holm(p.tolist()))
+        for level in (0.01, 0.05, 0.2, 0.6):
+            rejected = np.zeros(size, bool)
+            for rank, i in enumerate(np.argsort(p, kind="stable")):
+                if p[i] > level / (size - rank):
+                    break
+                rejected[i] = True
+            assert ((adjusted <= level) == rejected).all()
+        assert (adjusted >= p).all() and (adjusted <= 1).all()
+    assert holm([]) == []
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        holm([0.1, math.nan])
+
+
+def test_equivalence_is_an_interval_of_ninety_per_cent_inside_the_margin():
+    draw = np.random.default_rng(1)
+    for n, scale in ((2, 0.1), (5, 1.0), (10, 0.3)):
+        values = (0.2 + scale * draw.normal(size=n)).tolist()
+        half = stats.t.ppf(0.95, n - 1) * np.std(values, ddof=1) / n**0.5
+        edge = abs(np.mean(values)) + half
+        assert equivalence(values, 1.01 * edge) < 0.05 < equivalence(values, 0.99 * edge)
+    for values, margin in (([1.0], 1.0), ([1.0, 2.0], 0.0), ([1.0, 2.0], math.nan)):
+        with pytest.raises(ValueError, match="two values or more and a margin above 0"):
+            equivalence(values, margin)
