@@ -10,6 +10,12 @@ PAGE = (BOOK / "paper_and_us.md").read_text(encoding="utf8")
 ROWS = [line for line in PAGE.splitlines() if re.match(r"\| [A-Z]", line) and line.count("|") == 6]
 
 
+def quotes(text: str, *numbers: str) -> bool:
+    """Whether the text holds these numbers one after the other, with nothing but words between them."""
+    found, n = NUMBER.findall(text), len(numbers)
+    return any(found[i : i + n] == list(numbers) for i in range(len(found)))
+
+
 def printed(slug: str) -> str:
     """What the cells of a chapter print."""
     outputs = (output for cell in read(slug).cells for output in cell.get("outputs", []))
@@ -29,6 +35,12 @@ def unfounded(row: str) -> list[str]:
 def test_numbers_stand_in_the_chapters_that_the_row_names(row):
     assert unfounded(row) == []
     assert unfounded(row.replace(" | ", " 0.7391 and 77,777 | ", 1)) == ["0.7391", "77,777"]
+
+
+def test_numbers_are_quoted_in_order():
+    assert quotes("by 2 to 6 points, GPT-2 by 1,024", "2", "6", "1,024")
+    assert not quotes("by 2 to 6 points", "6", "2") and not quotes("by 12 to 60 points", "2", "6")
+    assert not quotes("by 2 to 5 or 6 points", "2", "6")
 
 
 def test_every_claim_has_numbers_a_place_and_a_verdict_and_says_what_would_change_it():

@@ -47,7 +47,7 @@ class GroundTruth:
 
     @property
     def log_lift(self) -> Tensor:
-        """(l, h) log(purity / base_rate) in nats: 0 by chance, −∞ where none of the activation is on the concept."""
+        """The logarithm of purity over base rate, (l, h), in nats; 0 by chance, −∞ where no activation is on the concept."""
         return (self.purity / self.base_rate).log()
 
 
@@ -253,8 +253,8 @@ def sense_controls(corpus: TokenizedCorpus, concepts: Concepts, n_before: int = 
         n_before: words before the word that the bag may hold, of the same document.
 
     Returns:
-        Of each word two areas, chosen and judged as those of neurons: of the domain of the document that tells most;
-        and of a bag of the words before, regardless of their order (naive Bayes, counts plus one).
+        Of each word two areas, chosen and judged as those of neurons. The first is of the domain of the document that
+        tells most, the second of a bag of the words before, regardless of their order (naive Bayes, counts plus one).
 
     Raises:
         ValueError: the concepts are of another text, or `n_before` is below 1.
