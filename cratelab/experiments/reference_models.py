@@ -135,10 +135,11 @@ def make_toys(
             precision.
     """
     check_ladder(["toy"], range(seeds))
+    recipes = {model: toy_recipe(peak_rate, steps) for model, peak_rate in TOY_RATE.items()}
     world, packed, runs = prepare("tinyworld", context=TOY_CONTEXT), Path(folder) / "packed", []
     packed.mkdir(parents=True, exist_ok=True)
-    for model, peak_rate in TOY_RATE.items():
-        recipe, under = toy_recipe(peak_rate, steps), Path(folder) / f"toys-{peak_rate:g}"
+    for model, recipe in recipes.items():
+        under = Path(folder) / f"toys-{recipe.peak_rate:g}"
         mine = compare(world, recipe, under, ("toy",), range(seeds), TOY_CONTEXT, on_run, on_step, [model])
         for run in mine:
             run_dir = under / f"{model}-toy-{run['seed']}"
