@@ -1,7 +1,7 @@
-"""How sure a mean is: intervals over seeds, over the neurons of one network, and over both."""
+"""How sure a mean is: intervals over seeds and over the neurons of one network; and what many tests at once allow."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import stdev
 
 import numpy as np
@@ -47,44 +47,6 @@ def interval_over_neurons(scores: Tensor, n_resamples: int = 2000, seed: int = 0
         means += 100 * layer[draw.integers(h, size=(n_resamples, h))].mean(1) / n_layers
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def bootstrap(
-    statistic: Callable[..., float], *arms: Sequence[Tensor], n_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """A statistic of arms with its 95 % interval over seeds and neurons.
-
-    Seeds are drawn with replacement, the same for all arms, since arms may share a model; then neurons of each.
-
-    Args:
-        statistic: of one array of values for each arm, all seeds together, such as `np.median` for one arm.
-        arms: of each arm the neurons' values, (m,), for every seed; infinite values are allowed.
-        n_resamples: how many.
-        seed: of the draws.
-
-    Returns:
-        The statistic, and the ends of the interval, which are resamples' own values.
-
-    Raises:
-        ValueError: the arms have different numbers of seeds, no neuron under one of them, or NaN; there is no
-            resample; or `seed` is out of range.
-    """
-    check_whole("n_resamples", n_resamples)
-    check_seed(seed)
-    if not arms or len({len(arm) for arm in arms}) != 1 or not all(len(values) for arm in arms for values in arm):
-        raise ValueError("bootstrap needs arms with equally many seeds, and at least one neuron under each seed")
-    held = [[np.asarray(values.cpu(), np.float64) for values in arm] for arm in arms]
-    if any(np.isnan(values).any() for arm in held for values in arm):
-        raise ValueError(f"bootstrap needs values that are numbers; got {held}")
-    draw = np.random.default_rng(seed)
-    resampled = []
-    for _ in range(n_resamples):
-        seeds = draw.integers(len(held[0]), size=len(held[0]))
-        resampled.append(
-            statistic(*(np.concatenate([draw.choice(arm[i], len(arm[i])) for i in seeds]) for arm in held))
-        )
-    low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
-    return float(statistic(*map(np.concatenate, held))), float(low), float(high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -10,7 +10,7 @@ from cratelab.reading import watch_neurons
 
 @torch.no_grad()
 def share_explained(model: LanguageModel, corpus: TokenizedCorpus, batch: int = 64) -> tuple[Tensor, float]:
-    """Of every neuron the share of its variance that lies between tokens and not between occurrences of one (eq-09-5).
+    """Of every neuron the share of its variance that lies between tokens and not between occurrences of one (eq-09-4).
 
     The correlation ratio η² of activations given the token: 1 for a network that never looks back and knows no places.
 

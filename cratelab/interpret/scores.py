@@ -122,7 +122,7 @@ def rank_correlation(actual: Tensor, simulated: Tensor, present: Tensor) -> Tens
 
 
 def within_token_correlation(actual: Tensor, simulated: Tensor, present: Tensor, tokens: Tensor) -> Tensor:
-    """`correlation` of what the current token leaves of both sides (eq-09-4): differences among its own occurrences.
+    """`correlation` of what the current token leaves of both sides (eq-09-5): differences among its own occurrences.
 
     Of `actual` and `simulated` the mean over the present places with the same token is subtracted first, so a neuron
     or a simulation that depends on the current token alone has none, and a token that occurs once counts for nothing.

@@ -9,7 +9,7 @@ import cratelab as cl
 from cratelab.cli import main
 from cratelab.corpora import tinyworld
 from cratelab.experiments import chapter_9, rates, tinyworld_runs
-from cratelab.experiments.chapter_9 import compare_on_tinyworld, ladder, measure, variations
+from cratelab.experiments.chapter_9 import compare_on_tinyworld, ladder, measure, runner_up, spans, sparser
 from cratelab.experiments.tinyworld_runs import Setting
 from cratelab.interpret.records import collect_records
 
@@ -34,7 +34,7 @@ def brief(monkeypatch):
 
 
 def test_a_run_on_tinyworld_is_trained_and_measured_once(small, brief, tmp_path):
-    steps, settings = [], [*ladder(4), *variations(4)]
+    steps, settings = [], [*ladder(4), *spans(4), *sparser(4)]
     runs = compare_on_tinyworld(tmp_path, settings, (0, 1), on_step=steps.append)
     assert len(runs) == 2 * len(settings) == 2 * (2 + 2 + 1 + 1) and len(steps) == 4 * len(runs)
     limited = next(run for run in runs if run["top_k"] == 4)
@@ -103,6 +103,6 @@ def test_one_command_makes_the_table_of_the_chapter(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(chapter_9, "compare_on_tinyworld", compared)
     main(["reproduce", "chapter-9", "--out", str(tmp_path), "--seeds", "3", "--steps", "4"])
     held = json.loads((tmp_path / "crate_against_gpt2.json").read_text())
-    assert held["provenance"]["seeds"] == [0, 1, 2] and held["findings"] == ["1 made", "2 made"]
-    assert asked == [(ladder(4), [0, 1, 2]), (variations(4), [0, 1])]
+    assert held["provenance"]["seeds"] == [0, 1, 2] and held["findings"] == ["1 made", "2 made", "3 made", "4 made"]
+    assert asked == [(ladder(4), [0, 1, 2]), (runner_up(4), [0, 1]), (spans(4), [0, 1]), (sparser(4), [0])]
     assert "crate_against_gpt2.json is what cratelab/reference holds" in capsys.readouterr().out

@@ -60,8 +60,12 @@ def test_all_that_is_compared_has_the_rate_that_its_sweep_found_best():
         assert best["toy", model, 2, 1500] == rate
     for (model, n_layers), rate in rates.TUNED.items():
         assert best["width 64", model, n_layers, 2000] == rate
-        seeds = [r["seed"] for r in runs if (r["ladder"], r["model"], r["n_layers"]) == ("width 64", model, n_layers)]
-        assert sorted(set(seeds)) == [0, 1, 2] and len(seeds) == 3 * len(rates.PEAKS)
+    for ladder, model, n_layers, _ in best:
+        tried = {rate: set() for rate in rates.PEAKS}
+        for run in runs:
+            if (run["ladder"], run["model"], run["n_layers"]) == (ladder, model, n_layers):
+                tried[run["peak_rate"]].add(run["seed"])
+        assert all(tried.values()) and all(tried[rate] == {0, 1, 2} for rate in rates.PEAKS[1:-1])
     assert all(0 < run["loss"] < 7 for run in runs) and mean(run["loss"] for run in runs) < 2
 
 
