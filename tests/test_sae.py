@@ -16,8 +16,9 @@ from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.ground_truth import match_concepts
 from cratelab.interpret.records import collect_records
-from cratelab.reading import watch_neurons
-from cratelab.sae import Sae, SaeConfig, cross_entropy, evaluate_sae, splice
+from cratelab.reading import hooked, watch_neurons
+from cratelab.sae import Sae, SaeConfig, cross_entropy, evaluate_sae, on_residual, splice
+from cratelab.storage import digest_of_tensors
 
 WIDTH = 64  # neurons of the small models
 
@@ -333,6 +334,25 @@ def test_cross_entropy_prices_a_splice_of_several_layers(model):
     part = cross_entropy(model, text, n_tokens=100)
     assert part != pytest.approx(scores.ce_clean, abs=1e-3)
     assert evaluate_sae(model, text, saes, n_tokens=100)[0].n_tokens == 100
+
+
+def test_the_residual_stream_is_what_blocks_give(model):
+    text, sae, weights = corpus(60), random_sae(model.config.width), digest_of_tensors(model.state_dict())
+    view = on_residual(model)
+    assert view.config.n_neurons == model.config.width
+    streams: list[torch.Tensor] = []
+    for read, seen in watch_neurons(view, text):
+        tokens = read.tokens.clamp(min=0)
+        streams.clear()
+        with hooked(*((block, lambda module, inputs, x: streams.append(x)) for block in model.blocks)):
+            expected = model(tokens)
+        torch.testing.assert_close(torch.stack(seen), torch.stack(streams))
+        torch.testing.assert_close(view(tokens), expected)
+    with hooked((model.blocks[0], lambda module, inputs, x: sae(x))):
+        expected = model(tokens)
+    with splice(view, {0: sae}):
+        torch.testing.assert_close(view(tokens), expected)
+    assert digest_of_tensors(model.state_dict()) == weights
 
 
 def test_a_corpus_with_other_tokens_or_none_to_predict_is_refused(model):

@@ -110,6 +110,8 @@ def _train(
         while not progress.stopped:
             new, before = blocks.read(progress.block + 1), progress.tokens
             for batch in mixed(old, new, recipe.batch):
+                for learner in learners.values():
+                    learner.optimizer.param_groups[0]["lr"] = recipe.rate(progress.tokens)
                 total += torch.stack([each.step(x) for each, x in zip(learners.values(), batch, strict=True)])
                 n_steps += 1
                 progress.tokens += batch.shape[1]
