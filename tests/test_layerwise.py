@@ -1,19 +1,22 @@
+import math
+
 import pytest
 import torch
+from scipy.stats import entropy
 from sklearn.linear_model import Lasso
 from torch.testing import assert_close
 
 import cratelab as cl
-from cratelab.layerwise import layer_statistics, subspaces
+from cratelab.layerwise import attention_spectra, effective_rank, layer_statistics, subspaces
 
 from conftest import tokens
 
 SMALL = dict(n_layers=2, n_heads=2, width=16, vocab_size=50, context=12)
 
 
-def models():
+def models(**options):
     torch.manual_seed(0)
-    both = cl.Crate(cl.CrateConfig(**SMALL)), cl.Gpt2(cl.Gpt2Config(**SMALL))
+    both = (cl.Crate(cl.CrateConfig(**SMALL | options)), cl.Gpt2(cl.Gpt2Config(**SMALL | options)))
     with torch.no_grad():
         for model in both:
             for parameter in model.parameters():
@@ -46,6 +49,73 @@ def test_rates_and_sparsity_are_those_of_a_walk_through_the_blocks(model):
             hook.remove()
             few = 2 / codes[0].numel()  # a code at the threshold may fall on either side
             assert_close(found["active"][i], (codes[0] > 0).double().mean().cpu(), rtol=0, atol=few)
+
+
+@pytest.mark.parametrize("span", [None, 0, 3])
+@pytest.mark.parametrize("kind", [0, 1], ids=["crate", "gpt2"])
+@torch.no_grad()
+def test_controls_are_those_of_a_loop_over_tokens(kind, span):
+    model, batch = models(span=span)[kind], torch.randint(50, (3, 7))
+    model.to(batch.device)
+    found = layer_statistics(model, [batch[:2], batch[2:]], eps=0.7)
+    x = model.token_embedding(batch) + model.position_embedding.weight[:7]
+    for i, (block, U) in enumerate(zip(model.blocks, subspaces(model), strict=True)):
+        out, seen = block.attention.output, block.attention_norm(x)
+        maps = {"identity": torch.zeros_like(x), "uniform": torch.zeros_like(x)}
+        for b in range(3):
+            for token in range(7):
+                first = 0 if span is None else max(0, token - span)
+                for name, sees in ("identity", [token]), ("uniform", range(first, token + 1)):
+                    for k, U_k in enumerate(U):  # a head writes through its own eight columns of the output matrix
+                        fetched = sum(seen[b, j] @ U_k for j in sees) / len(sees)
+                        maps[name][b, token] += out.weight[:, 8 * k : 8 * k + 8] @ fetched
+                    maps[name][b, token] += 0 if out.bias is None else out.bias
+        for name, update in maps.items():
+            after = block.attention_norm(x + update).double().cpu()
+            svd = [torch.linalg.svd(U_k, full_matrices=False)[0] for U_k in U.double().cpu()]
+            flat = [sum(cl.coding_rate(sequence @ U_k, 0.7) for U_k in svd) for sequence in after]
+            assert_close(found[f"R {name}"][i], cl.coding_rate(after, 0.7).mean(), rtol=1e-5, atol=1e-5)
+            assert_close(found[f"R^c orthonormal {name}"][i], torch.stack(flat).mean(), rtol=1e-5, atol=1e-5)
+            if span == 0:  # a network without context sees as the controls do
+                assert_close(found[f"R^c {name}"][i], found["R^c after"][i], rtol=1e-5, atol=1e-5)
+        half = x + block.attention(seen)
+        lengths = [
+            float((new - old).norm() / old.norm()) for new, old in zip(half.view(-1, 16), x.view(-1, 16), strict=True)
+        ]
+        assert abs(float(found["update"][i]) - sum(lengths) / len(lengths)) < 1e-4
+        x = block(x)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["crate", "gpt2"])
+def test_random_subspaces(kind):
+    batch = torch.randint(50, (3, 10))
+    whole = models(n_heads=1)[kind].to(batch.device)  # every basis of the whole space codes alike
+    found = layer_statistics(whole, [batch])
+    for when in ("before", "after", "identity", "uniform"):
+        assert_close(found[f"R^c random {when}"], found[f"R {when}"], rtol=1e-5, atol=1e-5)
+    two = models()[kind].to(batch.device)
+    first, again, other = (layer_statistics(two, [batch], seed=seed) for seed in (0, 0, 1))
+    assert_close(first, again)
+    changed = {name for name in first if not torch.allclose(first[name], other[name], rtol=1e-5)}
+    assert changed == {f"R^c random {when}" for when in ("before", "after", "identity", "uniform")}
+    assert (first["R^c random before"][0] - first["R^c random before"][1]).abs() > 1e-3  # each layer has its own
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["crate", "gpt2"])
+def test_the_spectrum_is_that_of_a_lone_tokens_jacobian(kind):
+    model = models()[kind].double()
+    spectra = attention_spectra(model)
+    assert spectra.shape == (2, 16) and spectra.dtype == torch.float64
+    for spectrum, block in zip(spectra, model.blocks, strict=True):
+        z = torch.randn(16, dtype=torch.float64, device=model.token_embedding.weight.device)
+        jacobian = torch.autograd.functional.jacobian(lambda z: block.attention(z[None, None])[0, 0], z)  # noqa: B023
+        assert_close(spectrum, torch.linalg.svdvals(jacobian).cpu())
+
+
+def test_effective_rank_is_exp_of_the_entropy_of_the_energy():
+    for spectrum in torch.eye(5)[0] * 3, torch.tensor([2.0, 2, 2, 0, 0]), torch.rand(5):
+        assert_close(float(effective_rank(spectrum)), math.exp(entropy(spectrum.square())), rtol=1e-5, atol=0)
+    assert_close(effective_rank(torch.tensor([[2.0, 2, 2, 0], [1, 0, 0, 0]])), torch.tensor([3.0, 1.0]))
 
 
 def test_gpt2s_subspaces_are_what_its_values_read():
@@ -99,6 +169,7 @@ def test_wrong_requests_are_named():
         ([torch.zeros(1, 0, dtype=torch.long)], {}, r"contexts must be \(c, n\)"),
         ([torch.zeros(2)], {}, r"contexts must be \(c, n\)"),
         ([batch], dict(eps=float("nan")), "precision eps must be positive.*; got nan"),
+        ([batch], dict(seed=-1), "seed must be from 0"),
         ([batch], dict(lasso_steps=-1), "lasso_steps must be at least 0"),
         ([batch], dict(lasso_steps=0.5), "lasso_steps must be at least 0, a whole number"),
     ):
