@@ -9,7 +9,7 @@ the matrices: "identity", where each token sees only itself, and "uniform", the 
 keeps the tokens and takes random subspaces of the same sizes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from einops import rearrange
@@ -62,38 +62,48 @@ def effective_rank(singular_values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def layer_statistics(
-    model: LanguageModel, batches: Iterable[Tensor], eps: float = 0.5, lasso_steps: int = 0, seed: int = 0
+    model: LanguageModel,
+    batches: Iterable[Tensor],
+    eps: float | Sequence[float] = 0.5,
+    lasso_steps: int = 0,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Rates around every layer's attention with controls, sparsity of its neurons, the codes' distance from the lasso.
 
     Args:
         model: CRATE or GPT-2; put into evaluation mode or not, it is only read.
         batches: token batches, (b, n) integers each; consumed one at a time, so memory does not grow with the text.
-        eps: precision ε of the rates, in units of the normalised tokens (length about √d).
+        eps: precision ε of the rates, in the units of what the subspaces see: one for all layers, or one for each. A
+            fresh LayerNorm gives a token the length √d, a trained one any: see "length" below.
         lasso_steps: for CRATE, ISTA steps towards the lasso solution at step size 1/‖D‖²; 0 leaves the lasso out.
         seed: of the random subspaces.
 
     Returns:
         Tensors (l,), float64 and on the CPU. The rates are "R …", "R^c …" with the bases as learned, "R^c
         orthonormal …" with a QR basis of each subspace and "R^c random …" with random ones, where … is "before",
-        "after", or "identity" and "uniform", after with that map. Then "update", the mean of ‖attention(LN z)‖/‖z‖,
-        and "active", the share of neurons above zero. With `lasso_steps` also "lasso objective" of the model's codes,
-        "converged lasso objective" and "lasso active", the share above 1e-6 there.
+        "after", or "identity" and "uniform", after with that map. Then "length", the mean of ‖LN z‖, "update", that of
+        ‖attention(LN z)‖/‖z‖, and "active", the share of neurons above zero. With `lasso_steps` also "lasso objective"
+        of the model's codes, "converged lasso objective" and "lasso active", the share above 1e-6 there.
 
     Raises:
         ValueError: `batches` is empty or holds what are no tokens of the model's, `lasso_steps` is negative or no
-            whole number, or given for a model without ISTA, `eps` is not positive (from 1e-100 to 1e100), or `seed` is
-            out of range.
+            whole number, or given for a model without ISTA, `eps` is not positive (from 1e-100 to 1e100) or not one
+            for each layer, or `seed` is out of range.
 
     Source: the layer-wise figures of Yu et al. (2023), on the tokens that U sees.
     """
     check_whole("lasso_steps", lasso_steps, 0)
-    check_precision(eps)
+    precisions = list(eps) if isinstance(eps, Sequence | Tensor) else [eps] * len(model.blocks)
+    for precision in precisions:
+        check_precision(precision)
+    if len(precisions) != len(model.blocks):
+        raise ValueError(f"eps must be one number or one for each of {len(model.blocks)} layers; got {len(precisions)}")
     check_seed(seed)
     if lasso_steps and not isinstance(model, Crate):
         raise ValueError(f"lasso_steps needs a model with ISTA layers; got {type(model).__name__}")
     draw = torch.Generator("cpu").manual_seed(seed)
-    layers = [_Layer(block, U, eps, lasso_steps, draw) for block, U in zip(model.blocks, subspaces(model), strict=True)]
+    parts = zip(model.blocks, subspaces(model), precisions, strict=True)
+    layers = [_Layer(block, U, float(precision), lasso_steps, draw) for block, U, precision in parts]
     total = 0
     with hooked(*(hook for layer in layers for hook in layer.hooks())):
         for tokens in batches:
@@ -140,6 +150,7 @@ class _Layer:
         self.add_rates("before", normed)
         for when, update in updates.items():
             self.add_rates(when, self.block.attention_norm(z + update))
+        self.add("length", exact(normed).norm(dim=-1))
         self.add("update", exact(output).norm(dim=-1) / exact(z).norm(dim=-1))
 
     def before_ista(self, module, arguments, normed) -> None:

@@ -87,6 +87,22 @@ def test_controls_are_those_of_a_loop_over_tokens(kind, span):
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["crate", "gpt2"])
+def test_each_layer_may_have_a_precision_of_its_own(kind):
+    model, batch = models()[kind], torch.randint(50, (3, 10))
+    model.to(batch.device)
+    with torch.no_grad():
+        first, second = (layer_statistics(model, [batch], eps=eps) for eps in (0.7, 0.2))
+        both = layer_statistics(model, [batch], eps=torch.tensor([0.7, 0.2]))
+        x = model.token_embedding(batch) + model.position_embedding.weight[:10]
+        for i, block in enumerate(model.blocks):
+            lengths = [float(token.norm()) for token in block.attention_norm(x).flatten(0, 1)]
+            assert abs(float(both["length"][i]) - sum(lengths) / len(lengths)) < 1e-4
+            x = block(x)
+    for name, values in both.items():
+        assert_close(values, torch.stack([first[name][0], second[name][1]]))
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["crate", "gpt2"])
 def test_random_subspaces(kind):
     batch = torch.randint(50, (3, 10))
     whole = models(n_heads=1)[kind].to(batch.device)  # every basis of the whole space codes alike
@@ -169,6 +185,8 @@ def test_wrong_requests_are_named():
         ([torch.zeros(1, 0, dtype=torch.long)], {}, r"contexts must be \(c, n\)"),
         ([torch.zeros(2)], {}, r"contexts must be \(c, n\)"),
         ([batch], dict(eps=float("nan")), "precision eps must be positive.*; got nan"),
+        ([batch], dict(eps=[0.5]), "one for each of 2 layers; got 1"),
+        ([batch], dict(eps=[0.5, -1.0]), "precision eps must be positive.*; got -1"),
         ([batch], dict(seed=-1), "seed must be from 0"),
         ([batch], dict(lasso_steps=-1), "lasso_steps must be at least 0"),
         ([batch], dict(lasso_steps=0.5), "lasso_steps must be at least 0, a whole number"),
