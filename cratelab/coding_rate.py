@@ -17,7 +17,7 @@ _CHOLESKY_LIMIT = 1e10
 
 
 def coding_rate(z: Tensor, eps: float = 0.5) -> Tensor:
-    """Nats a token that code `z` up to precision `eps` (eq-01-2, eq-01-3).
+    """Nats a token that code `z` up to precision `eps` (eq-01-3, eq-01-4).
 
     R(Z) = ½ logdet(I + d/(nε²) ZᵀZ), on the smaller of the two Gram matrices.
 
@@ -38,7 +38,7 @@ def coding_rate(z: Tensor, eps: float = 0.5) -> Tensor:
 
 
 def coding_rate_gradient(z: Tensor, eps: float = 0.5) -> Tensor:
-    """∇_Z R in closed form (eq-01-5): d/(nε²) Z(I + d/(nε²) ZᵀZ)⁻¹.
+    """∇_Z R in closed form (eq-01-7): d/(nε²) Z(I + d/(nε²) ZᵀZ)⁻¹.
 
     Args:
         z: tokens, (..., n, d).
@@ -77,7 +77,7 @@ def project(z: Tensor, U: Tensor) -> Tensor:
 
 
 def subspace_rate(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
-    """Nats a token when each subspace is coded on its own, R^c (eq-02-1).
+    """Nats a token when each subspace is coded on its own, R^c (eq-02-2).
 
     R^c(Z; U) = ½ Σ_k logdet(I + p/(nε²) (U_kᵀZ)ᵀ(U_kᵀZ)).
 
@@ -121,7 +121,7 @@ def subspace_rate_gradient(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
 
 
 def rate_reduction(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
-    """Nats a token saved by coding subspace by subspace, ΔR = R − R^c (eq-02-2).
+    """Nats a token saved by coding subspace by subspace, ΔR = R − R^c (eq-02-3).
 
     Args:
         z: tokens, (..., n, d).
@@ -141,7 +141,7 @@ def rate_reduction(z: Tensor, U: Tensor, eps: float = 0.5) -> Tensor:
 
 
 def sparse_rate_reduction(z: Tensor, U: Tensor, lam: float = 0.1, eps: float = 0.5) -> Tensor:
-    """The objective each CRATE layer climbs, ΔR − λ‖Z‖₁ (eq-02-4), with ‖·‖₁ summed over all entries.
+    """The objective each CRATE layer climbs, ΔR − λ‖Z‖₁ (eq-02-6), with ‖·‖₁ summed over all entries.
 
     Args:
         z: tokens, (..., n, d).

@@ -1,7 +1,7 @@
-"""How sure a mean is: intervals over seeds, over the neurons of one network, and over both."""
+"""How sure a mean is: intervals over seeds and over the neurons of one network; and what many tests at once allow."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import stdev
 
 import numpy as np
@@ -49,39 +49,36 @@ def interval_over_neurons(scores: Tensor, n_resamples: int = 2000, seed: int = 0
     return float(low), float(high)
 
 
-def bootstrap(
-    statistic: Callable[..., float], *arms: Sequence[Tensor], n_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """A statistic of arms with its 95 % interval over seeds and neurons.
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values of a family of tests, adjusted so that one false finding among all is as unlikely as each says.
 
-    Seeds are drawn with replacement, the same for all arms, since arms may share a model; then neurons of each.
-
-    Args:
-        statistic: of one array of values for each arm, all seeds together, such as `np.median` for one arm.
-        arms: of each arm the neurons' values, (m,), for every seed; infinite values are allowed.
-        n_resamples: how many.
-        seed: of the draws.
-
-    Returns:
-        The statistic, and the ends of the interval, which are resamples' own values.
+    The smallest of m is multiplied by m, the next by m − 1 and so on, none becomes smaller than the one before it, and
+    none larger than 1. No independence is assumed.
 
     Raises:
-        ValueError: the arms have different numbers of seeds, no neuron under one of them, or NaN; there is no
-            resample; or `seed` is out of range.
+        ValueError: a p value is not from 0 to 1.
+
+    Source: Holm (1979).
     """
-    check_whole("n_resamples", n_resamples)
-    check_seed(seed)
-    if not arms or len({len(arm) for arm in arms}) != 1 or not all(len(values) for arm in arms for values in arm):
-        raise ValueError("bootstrap needs arms with equally many seeds, and at least one neuron under each seed")
-    held = [[np.asarray(values.cpu(), np.float64) for values in arm] for arm in arms]
-    if any(np.isnan(values).any() for arm in held for values in arm):
-        raise ValueError(f"bootstrap needs values that are numbers; got {held}")
-    draw = np.random.default_rng(seed)
-    resampled = []
-    for _ in range(n_resamples):
-        seeds = draw.integers(len(held[0]), size=len(held[0]))
-        resampled.append(
-            statistic(*(np.concatenate([draw.choice(arm[i], len(arm[i])) for i in seeds]) for arm in held))
-        )
-    low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
-    return float(statistic(*map(np.concatenate, held))), float(low), float(high)
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p values must be from 0 to 1; got {list(p_values)}")
+    order, adjusted, least = sorted(range(len(p_values)), key=lambda i: p_values[i]), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        least = adjusted[i] = max(least, min(1.0, (len(p_values) - rank) * p_values[i]))
+    return adjusted
+
+
+def equivalence(values: list[float], margin: float) -> float:
+    """p value of the claim that the mean lies within ±margin of zero: two one-sided t tests, of which the worse counts.
+
+    Raises:
+        ValueError: fewer than two values, or `margin` is not positive.
+
+    Source: Schuirmann (1987).
+    """
+    from scipy.stats import ttest_1samp
+
+    if len(values) < 2 or not margin > 0:
+        raise ValueError(f"equivalence needs two values or more and a margin above 0; got {len(values)} and {margin}")
+    above, below = ttest_1samp(values, -margin, alternative="greater"), ttest_1samp(values, margin, alternative="less")
+    return float(max(above.pvalue, below.pvalue))

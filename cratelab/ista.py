@@ -13,7 +13,7 @@ from cratelab.ista_gradient import ista_saving_memory
 
 
 def soft_threshold(x: Tensor, threshold: float) -> Tensor:
-    """The non-negative soft threshold S(x) = max(x − threshold, 0), entry by entry (eq-04-2).
+    """The non-negative soft threshold S(x) = max(x − threshold, 0), entry by entry (eq-04-3).
 
     It is the proximal operator of threshold·‖·‖₁ restricted to a ≥ 0.
 
@@ -56,7 +56,7 @@ def lasso_objective(z: Tensor, code: Tensor, D: Tensor, lam: float) -> Tensor:
 
 
 def ista_complete(z: Tensor, D: Tensor, step_size: float = 0.1, lam: float = 0.1, n_steps: int = 1) -> Tensor:
-    """Sparsify tokens in a complete dictionary, starting from the tokens themselves (eq-04-3).
+    """Sparsify tokens in a complete dictionary, starting from the tokens themselves (eq-04-8).
 
     a ← ReLU(a + η Dᵀ(z − D a) − ηλ), from a = z. With one step it is the ISTA block of the vision CRATE.
 
@@ -84,7 +84,7 @@ def ista_complete(z: Tensor, D: Tensor, step_size: float = 0.1, lam: float = 0.1
 
 
 def ista(z: Tensor, D: Tensor, step_size: float = 0.1, lam: float = 0.1, n_steps: int = 2) -> Tensor:
-    """Non-negative sparse codes of the tokens in the dictionary `D`, by ISTA from zero (eq-04-4).
+    """Non-negative sparse codes of the tokens in the dictionary `D`, by ISTA from zero (eq-04-5).
 
     a_t = S_{ηλ}(a_{t−1} + η Dᵀ(z − D a_{t−1})), a_0 = 0. The first step needs Dᵀz alone and each later one acts on the
     residual z − Da, so T steps take 2T − 1 matrix products (and the decoding D a_T one more).
@@ -92,8 +92,8 @@ def ista(z: Tensor, D: Tensor, step_size: float = 0.1, lam: float = 0.1, n_steps
     Args:
         z: tokens, (..., n, d).
         D: dictionary, (d, h); overcomplete where h > d.
-        step_size: η > 0; η ≤ 1/‖D‖² (spectral norm) guarantees convergence to the lasso (eq-04-5), and the objective
-            falls at every step below 2/‖D‖² (eq-04-9).
+        step_size: η > 0; η ≤ 1/‖D‖² (spectral norm) guarantees convergence to the lasso (eq-04-6), and the objective
+            falls at every step below 2/‖D‖² (eq-04-7).
         lam: λ ≥ 0; the threshold of each step is ηλ.
         n_steps: T ≥ 1.
 
@@ -132,7 +132,7 @@ def _check_constants(step_size: float, lam: float, n_steps: int) -> None:
 
 
 class Ista(nn.Module):
-    """The sparsifying layer (eq-04-6): `encode` tokens by a few steps of ISTA, `decode` with the same dictionary.
+    """The sparsifying layer (eq-04-9): `encode` tokens by a few steps of ISTA, `decode` with the same dictionary.
 
     Args:
         width: d.

@@ -36,7 +36,7 @@ def validation_loss(model: LanguageModel, windows: Tensor, batch: int = 16) -> f
 
 @torch.no_grad()
 def document_log_probs(model: LanguageModel, corpus: TokenizedCorpus, batch: int = 16) -> np.ndarray:
-    """Nats of each token of a corpus given all before it in its document: what the gap is made of (eq-07-4).
+    """Nats of each token of a corpus given all before it in its document: what the gap is made of (eq-07-2).
 
     Args:
         model: on any device.

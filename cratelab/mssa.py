@@ -49,7 +49,7 @@ def compression_step(z: Tensor, U: Tensor, step_size: float, eps: float = 0.5) -
 
 
 def neumann_gradient(z: Tensor, U: Tensor, eps: float = 0.5, order: int = 1) -> Tensor:
-    """∇R^c with the inverse replaced by its Neumann series up to `order` (eq-03-3).
+    """∇R^c with the inverse replaced by its Neumann series up to `order` (eq-03-4).
 
     s Σ_k U_k W_k Σ_{j≤order} (−s W_kᵀW_k)^j with s = p/(nε²). The series converges to `subspace_rate_gradient` where
     s‖W_k‖² < 1 for every k, and diverges with the order elsewhere.
@@ -83,7 +83,7 @@ def neumann_gradient(z: Tensor, U: Tensor, eps: float = 0.5, order: int = 1) -> 
 
 
 def gram_attention(z: Tensor, U: Tensor) -> Tensor:
-    """Attention by plain inner products, Σ_k U_k W_k (W_kᵀW_k) (eq-03-4): what softmax then replaces.
+    """Attention by plain inner products, Σ_k U_k W_k (W_kᵀW_k) (eq-03-5): what softmax then replaces.
 
     Args:
         z: tokens, (..., n, d).
@@ -103,7 +103,7 @@ def gram_attention(z: Tensor, U: Tensor) -> Tensor:
 
 
 def attention_map(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
-    """Softmax weights with which each token attends to every other, one map a subspace (eq-03-5).
+    """Softmax weights with which each token attends to every other, one map a subspace (eq-03-6).
 
     Args:
         z: tokens, (..., n, d).
@@ -128,7 +128,7 @@ def attention_map(z: Tensor, U: Tensor, causal: bool = False, scale: float | Non
 
 
 def mssa(z: Tensor, U: Tensor, causal: bool = False, scale: float | None = None) -> Tensor:
-    """Multi-head subspace self-attention, Σ_k U_k SSA_k(Z), without the factor p/(nε²) (eq-03-5, eq-03-6).
+    """Multi-head subspace self-attention, Σ_k U_k SSA_k(Z), without the factor p/(nε²) (eq-03-6, eq-03-7).
 
     SSA_k(Z) = W_k softmax(W_kᵀW_k · scale) with W_k = U_kᵀZ: query, key and value are one and the same projection.
 
@@ -179,7 +179,7 @@ def attend(
 def attention_step(
     z: Tensor, U: Tensor, step_size: float, eps: float = 0.5, attention: Callable[[Tensor, Tensor], Tensor] = mssa
 ) -> Tensor:
-    """The compression step once Σ_k U_kU_kᵀ ≈ I has been used, (1 − κs)Z + κs²·attention(Z) with s = p/(nε²) (eq-03-7).
+    """The compression step once Σ_k U_kU_kᵀ ≈ I has been used, (1 − κs)Z + κs²·attention(Z) with s = p/(nε²) (eq-03-8).
 
     Args:
         z: tokens, (..., n, d).
@@ -215,7 +215,7 @@ def _check_scale(scale: float | None) -> None:
 
 
 class Mssa(nn.Module):
-    """MSSA as a layer (eq-03-8): one projection for query, key and value, a learned output matrix in place of the U_k.
+    """MSSA as a layer (eq-03-11): one projection for query, key and value, a learned output matrix in place of the U_k.
 
     Args:
         width: d.

@@ -1,12 +1,17 @@
 """Provenance: every published number can be traced to command, commit, versions, device, seconds and data."""
 
+import ast
 import datetime
+import hashlib
+import inspect
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +19,8 @@ from pathlib import Path
 import torch
 
 from cratelab.devices import best_device
+
+SPEAKS = "cli", "viewers", "checks", "plots", "colours", "terminal", "provenance"  # rooms that move no number
 
 _SECRET = r"(?:key|token|secret|password|passwd|passphrase|pwd|credentials?|auth|authorization)"
 
@@ -26,8 +33,8 @@ def provenance(**facts) -> dict:
 
     Returns:
         What `json` can write. `command` is without keys and passwords. `commit` is that of the current folder's
-        checkout, None outside one; it ends in "+changes" where files were edited. `cratelab` is
-        None where the library is not installed.
+        checkout, None outside one; it ends in "+changes" where files were edited. `cratelab` is None where the library
+        is not installed. `library` is `library_code()`.
     """
     device = best_device()
     return {
@@ -37,10 +44,49 @@ def provenance(**facts) -> dict:
         "python": platform.python_version(),
         "torch": version("torch"),
         "cratelab": _installed(),
+        "library": library_code(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         **facts,
     }
+
+
+def library_code() -> dict[str, str]:
+    """Of each module of the library that is loaded and can move a number, a hash of its code, by name.
+
+    Comments, docstrings and layout make no difference.
+    """
+    names = [name for name, module in sorted(sys.modules.items()) if name.startswith("cratelab.") and module]
+    return {
+        own: _digest_of_module(name) for name in names if (own := name.split(".", 1)[1]).split(".")[0] not in SPEAKS
+    }
+
+
+def changed_since(facts: dict) -> list[str] | None:
+    """The modules whose code is no longer what it was when `facts` were made by `provenance`; None if it was not kept.
+
+    A number that they computed may be another today.
+    """
+    if "library" not in facts:
+        return None
+    return [name for name, digest in facts["library"].items() if _digest_of_module(f"cratelab.{name}") != digest]
+
+
+@cache
+def _digest_of_module(name: str) -> str | None:
+    """None if there is no such module."""
+    try:
+        tree = ast.parse(inspect.getsource(import_module(name)))
+    except (ImportError, OSError):  # an empty file has no source to speak of
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [each for i, each in enumerate(node.body) if i or not _is_text(each)]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def read_reference(name: str) -> dict:

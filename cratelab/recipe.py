@@ -88,7 +88,7 @@ class Recipe:
             )
 
     def learning_rate(self, step: int) -> float:
-        """The rate of a step, counted from 0 (eq-07-3): linear up to the peak, then half a cosine down."""
+        """The rate of a step, counted from 0 (eq-07-4): linear up to the peak, then half a cosine down."""
         warmup = min(2000, self.steps // 10) if self.warmup is None else self.warmup
         if step < warmup:
             return self.peak_rate * (step + 1) / warmup

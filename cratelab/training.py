@@ -47,7 +47,7 @@ def train(
     command: dict | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> list[dict]:
-    """Train `model` in place by AdamW (eq-07-2). With a `run_dir` the same call goes on where a killed one stopped.
+    """Train `model` in place by AdamW (eq-07-3). With a `run_dir` the same call goes on where a killed one stopped.
 
     What compiles the model, lowers its precision or spreads it over processes is put around a second object of the same
     weights. So `model` is afterwards, however the call ends, what it was, with other weights and without gradients.

@@ -31,7 +31,7 @@ torch.set_default_dtype(torch.float64)
 # - **Difficulty:** 1 of 5
 # - **Time:** 10 minutes
 #
-# A cloud of $n$ tokens in $d$ dimensions has rank $r < d$, and $\varepsilon$ is far smaller than all its non-zero singular values.
+# A cloud of $n$ tokens in $d$ dimensions has rank $r < d$, and $\varepsilon \ll \sigma_i\sqrt{d/n}$ for all its non-zero singular values $\sigma_i$.
 # By how many nats a token does the rate change if
 #
 # - `finer`: $\varepsilon$ becomes ten times smaller,
@@ -68,6 +68,17 @@ check.change_of_rate(change_of_rate)
 # dimensions, and half of it now falls into the new ones, where it buys nothing. This is the excess $\frac r2\log\frac dr$ of the chapter, seen as
 # a difference. `diluted` is the opposite: the rate is an average over tokens, and tokens at the origin need no precision of their own.
 # What goes wrong most often is to think that $R$ depends on the points alone.
+#
+# The condition is $c\,\sigma_i^2 \gg 1$, written for $\varepsilon$. That $\varepsilon$ is far smaller than the $\sigma_i$ is not enough, since singular values grow with the
+# number of tokens, and the precision is that of one token. In ten thousand tokens $\sigma = 1$ is a tiny reach:
+
+# %% tags=["solution"]
+n, d, r, eps = 10_000, 10, 3, 0.05
+cloud = torch.linalg.qr(torch.randn(n, r)).Q @ torch.eye(r, d)  # r singular values of 1
+change = float(cl.coding_rate(cloud, eps / 10) - cl.coding_rate(cloud, eps))
+print(
+    f"ε = {eps}, σ = 1, but σ√(d/n) = {math.sqrt(d / n):.3f}: finer costs {change:.2f} nats, not {r * math.log(10):.2f}"
+)
 
 # %% [markdown]
 # ## Exercise 1.B: Three bugs that a test did not find

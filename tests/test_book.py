@@ -4,6 +4,7 @@ import ast
 import base64
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import check_chapters
 import nbformat
 import notebooks
 import pytest
+import renumber
 import sync
 import yaml
 from matplotlib.figure import Figure
@@ -288,14 +290,31 @@ def test_unsuitable_cell_is_noticed(book, old, new, complaint):
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("(eq-01-1)\n", "(eq-02-1)\n", "should be eq-01-"),
-        ("Some text.", "$$\nc\n$$ (eq-01-1)", "more than once"),
+        ("(eq-01-1)\n", "(eq-02-1)\n", "expected eq-01-1"),
+        ("(eq-01-1)\n", "(eq-01-2)\n", "prints (1.1)"),
+        ("Some text.", "$$\nc\n$$ (eq-01-1)", "prints (1.2)"),
+        ("Some text.", "$$\nc\n$$ (eq-01-2)", "prints (1.1)"),
         ("{eq}`eq-01-1`", "{eq}`eq-01-9`", "refers to no equation"),
     ],
 )
 def test_wrong_label_is_noticed(book, old, new, complaint):
     rewrite(book, old, new)
     assert complaint in "\n".join(check_chapters.check_equations(book, library=book))
+
+
+def test_renumbering_gives_each_equation_its_printed_number_everywhere(tmp_path):
+    (book := tmp_path / "book" / "src").mkdir(parents=True)
+    (library := tmp_path / "cratelab").mkdir()
+    (book / "01_sample.md").write_text(SAMPLE.replace("Some text.", "$$\nc\n$$ (eq-01-new)\n\n{eq}`eq-01-new`"))
+    (library / "module.py").write_text('"""As in eq-01-1, unlike eq-01-new or eq-01-10."""')
+    assert len(renumber.renumber(tmp_path)) == 2 and renumber.renumber(tmp_path) == []
+    text = (book / "01_sample.md").read_text()
+    assert re.findall(r"eq-01-\w+", text) == ["eq-01-1", "eq-01-1", "eq-01-2", "eq-01-2"]
+    assert (library / "module.py").read_text() == '"""As in eq-01-2, unlike eq-01-1 or eq-01-10."""'
+    assert list(check_chapters.check_equations(book.parent, library=book)) == []
+    (book / "01_sample.md").write_text(SAMPLE.replace("Some text.", "$$\nc\n$$ (eq-01-1)"))
+    with pytest.raises(ValueError, match="two equations of one label"):
+        renumber.renumber(tmp_path)
 
 
 def test_docstring_that_cites_no_equation_is_noticed(book, tmp_path):

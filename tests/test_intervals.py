@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from cratelab.intervals import bootstrap, interval, interval_over_neurons
+from cratelab.intervals import equivalence, holm, interval, interval_over_neurons
 
 
 def test_half_widths_are_students():
@@ -34,38 +36,9 @@ def test_the_interval_over_neurons_covers():
     assert 180 <= sum(low < 30 < high for low, high in found) <= 199
 
 
-def test_the_bootstrap_of_a_mean_is_the_textbooks():
-    values = torch.randn(400).double() * 3 + 1
-    mean, low, high = bootstrap(np.mean, [values])
-    assert mean == pytest.approx(values.mean().item())
-    half = 1.96 * values.std().item() / 20
-    assert (mean - low, high - mean) == pytest.approx((half, half), rel=0.15)
-
-
-def test_the_bootstrap_knows_seeds_pairs_of_arms_and_infinite_costs():
-    seeds = [torch.full((50,), level).double() for level in (0.0, 1.0, 5.0)]
-    assert bootstrap(np.mean, seeds) == (2.0, 0.0, 5.0)
-    better = [values + 1 for values in seeds]
-    difference = bootstrap(lambda a, b: np.mean(a) - np.mean(b), better, seeds)
-    assert difference == pytest.approx((1.0, 1.0, 1.0))
-    costs = torch.arange(100).double()
-    costs[60:] = torch.inf
-    median, low, high = bootstrap(np.median, [costs])
-    assert median == 49.5 and 30 < low < 45 and high >= 58
-    costs[52:] = torch.inf
-    assert bootstrap(np.median, [costs])[2] == torch.inf
-    with pytest.raises(ValueError, match="at least one neuron"):
-        bootstrap(np.mean, [costs, costs[:0]])
-    with pytest.raises(ValueError, match="equally many seeds"):
-        bootstrap(np.mean, [costs], [costs, costs])
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: bootstrap(np.mean, [torch.tensor([1.0, torch.nan])]), "values that are numbers"),
-        (lambda: bootstrap(np.mean, [torch.ones(2)], n_resamples=0), "n_resamples must be at least 1"),
-        (lambda: bootstrap(np.mean, [torch.ones(2)], seed=None), "seed must be from 0 to"),
         (lambda: interval_over_neurons(torch.ones(1, 2), n_resamples=0), "n_resamples must be at least 1"),
         (lambda: interval_over_neurons(torch.ones(1, 2), seed=-1), "seed must be from 0 to"),
         (lambda: interval_over_neurons(torch.ones(0, 2)), r"at least one neuron; got scores of shape \(0, 2\)"),
@@ -74,3 +47,34 @@ def test_the_bootstrap_knows_seeds_pairs_of_arms_and_infinite_costs():
 def test_intervals_of_nothing_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_holm_rejects_what_its_step_down_rule_rejects():
+    draw = np.random.default_rng(0)
+    for size in (1, 2, 5, 9):
+        p = draw.uniform(size=size) ** 3
+        p[-1] = p[0]
+        adjusted = np.array(holm(p.tolist()))
+        for level in (0.01, 0.05, 0.2, 0.6):
+            rejected = np.zeros(size, bool)
+            for rank, i in enumerate(np.argsort(p, kind="stable")):
+                if p[i] > level / (size - rank):
+                    break
+                rejected[i] = True
+            assert ((adjusted <= level) == rejected).all()
+        assert (adjusted >= p).all() and (adjusted <= 1).all()
+    assert holm([]) == []
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        holm([0.1, math.nan])
+
+
+def test_equivalence_is_an_interval_of_ninety_per_cent_inside_the_margin():
+    draw = np.random.default_rng(1)
+    for n, scale in ((2, 0.1), (5, 1.0), (10, 0.3)):
+        values = (0.2 + scale * draw.normal(size=n)).tolist()
+        half = stats.t.ppf(0.95, n - 1) * np.std(values, ddof=1) / n**0.5
+        edge = abs(np.mean(values)) + half
+        assert equivalence(values, 1.01 * edge) < 0.05 < equivalence(values, 0.99 * edge)
+    for values, margin in (([1.0], 1.0), ([1.0, 2.0], 0.0), ([1.0, 2.0], math.nan)):
+        with pytest.raises(ValueError, match="two values or more and a margin above 0"):
+            equivalence(values, margin)

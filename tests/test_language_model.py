@@ -47,6 +47,47 @@ def test_logits_have_a_row_for_every_token_and_see_no_future(model_class, config
 
 
 @both
+@pytest.mark.parametrize("span", [0, 1, 3])
+def test_a_layer_looks_back_over_its_span_and_no_further(model_class, config_class, span, tmp_path):
+    """By the derivative of every logit by every embedding; and generated with a cache as without."""
+    model = small(model_class, config_class, span=span)
+    n, reach = 9, span * model.config.n_layers
+    embedded = model.token_embedding(prompt(1, n)[0]).detach()
+    with sdpa_kernel(SDPBackend.MATH):
+
+        def logits(x):
+            x = x[None] + model.position_embedding.weight[:n]
+            for block in model.blocks:
+                x = block(x)
+            return model.norm(x)[0]
+
+        moved = torch.autograd.functional.jacobian(logits, embedded).abs().amax((1, 3)) > 0
+    back = torch.arange(n)[:, None] - torch.arange(n)
+    assert (moved == ((back >= 0) & (back <= reach))).all()
+    tokens = prompt(2, 4)
+    uncached = tokens
+    for _ in range(6):
+        uncached = torch.cat([uncached, model(uncached)[:, -1:].argmax(-1)], 1)
+    assert model.generate(tokens, 6, temperature=0).equal(uncached)
+    model.save(tmp_path)
+    assert cl.load(tmp_path).config.span == span
+
+
+@both
+def test_a_span_as_long_as_the_context_is_no_limit(model_class, config_class):
+    free, far = (small(model_class, config_class, span=span) for span in (None, SMALL["context"]))
+    tokens = prompt(2, 12)
+    assert_close(free(tokens), far(tokens))
+
+
+@both
+@pytest.mark.parametrize("span", [-1, True, 2.0, "2"])
+def test_an_impossible_span_is_refused(model_class, config_class, span):
+    with pytest.raises(ValueError, match="span must be a number of tokens, 0 or more, or None"):
+        config_class(**SMALL, span=span)
+
+
+@both
 def test_every_parameter_gets_a_gradient(model_class, config_class):
     model = small(model_class, config_class)
     model(prompt(n=12)).logsumexp(-1).sum().backward()

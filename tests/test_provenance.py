@@ -20,6 +20,27 @@ def test_provenance_names_what_ran_and_where(monkeypatch):
     json.dumps(facts, allow_nan=False)
 
 
+def test_the_library_that_computed_is_named_and_a_change_of_its_code_shows(monkeypatch):
+    assert cl.mssa and cl.ista  # names are loaded when they are first used
+    facts = json.loads(json.dumps(module.provenance()))
+    assert {"coding_rate", "mssa", "ista"} <= facts["library"].keys()
+    assert not [name for name in facts["library"] if name.split(".")[0] in module.SPEAKS]
+    assert module.changed_since(facts) == [] and module.changed_since({}) is None
+    source = module.inspect.getsource
+
+    def edited(which):
+        text = source(which)
+        return text.replace("z - step_size *", "z + step_size *") if which.__name__ == "cratelab.mssa" else text
+
+    for change, changed in ((edited, ["mssa"]), (lambda which: "# a comment\n" + source(which), [])):
+        monkeypatch.setattr(module.inspect, "getsource", change)
+        module._digest_of_module.cache_clear()
+        assert module.changed_since(facts) == changed
+    monkeypatch.undo()
+    module._digest_of_module.cache_clear()
+    assert module.changed_since({"library": {"gone": "0"}}) == ["gone"]
+
+
 def test_commit_is_none_outside_a_checkout_and_marked_where_files_changed(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

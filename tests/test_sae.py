@@ -16,8 +16,9 @@ from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.concepts import Concepts
 from cratelab.interpret.ground_truth import match_concepts
 from cratelab.interpret.records import collect_records
-from cratelab.reading import watch_neurons
-from cratelab.sae import Sae, SaeConfig, cross_entropy, evaluate_sae, splice
+from cratelab.reading import hooked, watch_neurons
+from cratelab.sae import Sae, SaeConfig, cross_entropy, evaluate_sae, on_residual, splice
+from cratelab.storage import digest_of_tensors
 
 WIDTH = 64  # neurons of the small models
 
@@ -252,9 +253,14 @@ def test_records_and_matches_of_features_are_those_of_codes_made_by_hand(model):
     places = (records.top.starts + records.top.offsets)[:, None, :, 0]
     there = codes.cpu().gather(1, places.clamp(min=0))[:, 0]
     torch.testing.assert_close(there[live], maximum.cpu()[live], atol=1e-5, rtol=1e-4)
-    on_best = (codes.cpu() * truth.cpu().float().mT[matches.best.clamp(min=0)].permute(0, 2, 1)).sum(1)
-    torch.testing.assert_close(matches.purity[live], (on_best / codes.cpu().sum(1))[live], atol=1e-4, rtol=1e-3)
-    assert (matches.best[~live] == -1).all()
+    document = np.repeat(np.arange(text.n_documents), [len(text.document(i)) for i in range(text.n_documents)])
+    odd = torch.from_numpy(document % 2 == 1)
+    judged = codes.cpu()[:, odd]
+    on_best = (judged * truth.cpu()[odd].float().mT[matches.best.clamp(min=0)].permute(0, 2, 1)).sum(1)
+    live = codes.cpu()[:, ~odd].amax(1) > 0
+    known = live & (judged.sum(1) > 0)
+    torch.testing.assert_close(matches.purity[known], (on_best / judged.sum(1))[known], atol=1e-4, rtol=1e-3)
+    assert known.any() and (matches.best[~live] == -1).all()
 
 
 # Scores
@@ -328,6 +334,25 @@ def test_cross_entropy_prices_a_splice_of_several_layers(model):
     part = cross_entropy(model, text, n_tokens=100)
     assert part != pytest.approx(scores.ce_clean, abs=1e-3)
     assert evaluate_sae(model, text, saes, n_tokens=100)[0].n_tokens == 100
+
+
+def test_the_residual_stream_is_what_blocks_give(model):
+    text, sae, weights = corpus(60), random_sae(model.config.width), digest_of_tensors(model.state_dict())
+    view = on_residual(model)
+    assert view.config.n_neurons == model.config.width
+    streams: list[torch.Tensor] = []
+    for read, seen in watch_neurons(view, text):
+        tokens = read.tokens.clamp(min=0)
+        streams.clear()
+        with hooked(*((block, lambda module, inputs, x: streams.append(x)) for block in model.blocks)):
+            expected = model(tokens)
+        torch.testing.assert_close(torch.stack(seen), torch.stack(streams))
+        torch.testing.assert_close(view(tokens), expected)
+    with hooked((model.blocks[0], lambda module, inputs, x: sae(x))):
+        expected = model(tokens)
+    with splice(view, {0: sae}):
+        torch.testing.assert_close(view(tokens), expected)
+    assert digest_of_tensors(model.state_dict()) == weights
 
 
 def test_a_corpus_with_other_tokens_or_none_to_predict_is_refused(model):

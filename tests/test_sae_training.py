@@ -334,13 +334,34 @@ def test_either_gain_keeps_training_going(gain, fall, stops):
     assert not SaeRecipe(max_tokens=1000).reason_to_stop(rows[2:])
 
 
+def test_the_rate_falls_linearly_over_the_last_share():
+    r = SaeRecipe(max_tokens=1000, learning_rate=0.5, decay=0.4)
+    rates = [r.rate(tokens) for tokens in (0, 600, 700, 900, 1000, 1010)]
+    assert rates == pytest.approx([0.5, 0.5, 0.375, 0.125, 0, 0])
+    assert SaeRecipe(max_tokens=1000, learning_rate=0.5).rate(1000) == 0.5
+
+
+def test_the_rate_of_the_recipe_is_that_of_the_steps(monkeypatch):
+    rates, step = [], Learner.step
+
+    def noted(self, x):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return step(self, x)
+
+    monkeypatch.setattr(Learner, "step", noted)
+    r = recipe(decay=1.0, learning_rate=1e-2, least_gain=1e9)
+    trained = train_saes(talkative(), corpus(), corpus(200), config(), [0], r)
+    assert "tokens were read" in trained.stopped  # a descent is not left half-way
+    assert rates[0] == 1e-2 and rates == sorted(rates, reverse=True) and 0 < rates[-1] < 1e-3
+
+
 class Killed(Exception):
     pass
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     for kind in KINDS:
-        arguments = dict(config=config(kind), recipe=recipe(resample_at=(0.3, 0.7)))
+        arguments = dict(config=config(kind), recipe=recipe(resample_at=(0.3, 0.7), decay=0.5))
         whole = train_saes(talkative(), corpus(), corpus(200), **arguments)
         for kill_at in 3, 23, 38:
             folder, calls = tmp_path / f"{kind}-{kill_at}", []
@@ -670,6 +691,8 @@ def test_what_does_not_fit_is_refused_before_work_starts(tmp_path, changes, comp
             dict(resample_at="a"),
             dict(resample_at=None),
             dict(resample_at=0.5),
+            dict(decay=1.5),
+            dict(decay="x"),
             dict(learning_rate="x"),
             dict(least_gain=None),
         ),

@@ -20,8 +20,10 @@ import cratelab
 sys.path.insert(0, str(Path(__file__).parents[1]))  # book/, where the chapters' own code is
 from chapters import slugs
 from check_chapters import EQUATION, LABEL, equation_labels, source
+from notebooks import ROOT
 
 import exercises
+from cratelab.provenance import changed_since
 
 labels_of = cache(equation_labels)  # hundreds of docstrings ask
 
@@ -38,6 +40,23 @@ class ExecutionTable(SphinxDirective):
             machine = f"{entry['platform']}, {entry['cpu']}"
             lines.append(f"| [](/{slug}) | {entry['seconds']} | {entry['date']} | {versions} | {machine} |")
         return self.parse_text_to_nodes(StringList(lines, str(path)))
+
+
+class ReferenceTable(SphinxDirective):
+    """Tables of longer runs: what made each, when, and which modules of the library are other than they were then."""
+
+    def run(self):
+        self.env.note_reread()  # depends on the library's code
+        lines = ["| table | command | made | PyTorch | seeds | other code since |", "|---|---|---|---|--:|---|"]
+        for file in sorted((ROOT / "cratelab" / "reference").glob("*.json")):
+            facts = json.loads(file.read_text(encoding="utf8")).get("provenance")
+            if facts is None:  # a tokenizer
+                continue
+            changed = changed_since(facts)
+            since = "not recorded" if changed is None else ", ".join(f"`{name}`" for name in changed) or "none"
+            made = f"{facts['date']} | {facts['torch']} | {len(facts.get('seeds', [])) or ''}"
+            lines.append(f"| `{file.stem}` | `{facts['command']}` | {made} | {since} |")
+        return self.parse_text_to_nodes(StringList(lines, "status.md"))
 
 
 class EquationTable(SphinxDirective):
@@ -153,6 +172,7 @@ def setup(app):
         100_000, 20, 100
     )  # pages are millions of small objects, all of which stay: look through them rarely
     app.add_directive("execution-table", ExecutionTable)
+    app.add_directive("reference-table", ReferenceTable)
     app.add_directive("equation-table", EquationTable)
     app.add_directive("exercise-table", ExerciseTable)
     app.connect("autodoc-process-docstring", read_docstring)

@@ -13,7 +13,7 @@ CASES = [(tokens(30, 6, seed=1), 0.5), (tokens(5, 9, seed=2), 1.7), (tokens(12, 
 
 
 def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
-    """Exercise 1.A: four changes of the rate in nats, predicted, against the rates of clouds of rank `r`."""
+    """Exercise 1.A: four changes of the rate in nats, predicted, against rates of clouds of rank `r`, ε ≪ σᵢ√(d/n)."""
     mistakes = {
         "finer": {
             "each direction in use pays for the finer precision, and there are r of them": lambda r: log(10),
@@ -54,7 +54,8 @@ def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
                     f"{key}, rank {r}: you say {float(answer[key]):.3f} nats, measured: {measured:.3f}; {reason}"
                 )
     print(
-        f"{function.__name__}: right. The changes measured on clouds of rank 1, 3 and 6 are what you predict, to 1e-4."
+        f"{function.__name__}: right. The changes measured on clouds of rank 1, 3 and 6, ε ≪ σᵢ√(d/n), "
+        "are what you predict, to 1e-4."
     )
 
 

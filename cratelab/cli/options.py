@@ -172,15 +172,14 @@ class Steer(TrainedModel):
 class Reproduce:
     """Make again what the package carries. Start it again to go on."""
 
-    what: Annotated[Literal["reference", "chapter-9"], tyro.conf.Positional]
-    """reference: CRATE and GPT-2, one to three layers of width 128, on Python's documentation, and toys on TinyWorld.
-    chapter-9: what their neurons mean, and those of models of width 64 on TinyWorld."""
+    what: Annotated[Literal["rates", "toys", "chapter-9", "reference"], tyro.conf.Positional]
+    """rates: at which learning rate each model learns most, on TinyWorld. toys: the package's own, at these rates.
+    chapter-9: what the neurons of CRATE and of GPT-2 mean there. reference: one to three layers of width 128 on
+    Python's documentation."""
     out: Path | None = None
-    """Where runs and results go; runs/reference or runs/chapter-9 unless given."""
-    reference: Path = Path("runs/reference")
-    """For chapter-9: where the reference models are, or will be."""
-    seeds: int = 3
-    """How many seeds, counted from 0; of the models on documentation the weights of seed 0 are packed."""
+    """Where runs and results go; runs/reference or runs/tinyworld unless given."""
+    seeds: int | None = None
+    """How many seeds, counted from 0, unless 3 for rates and reference, 5 for toys, 10 for chapter-9."""
     text: tuple[str, ...] = ()
     """For reference: local text to read besides, files or folders."""
     steps: int | None = None

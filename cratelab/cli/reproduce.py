@@ -2,37 +2,39 @@
 
 from pathlib import Path
 
-from cratelab.cli.checks import (
-    check_folder,
-)
+from cratelab.cli.checks import check_folder
 from cratelab.cli.options import MOST, Reproduce, dashed
 from cratelab.cli.shared import print_table, report, use_one_thread
 from cratelab.experiments.chapter_9 import reproduce_chapter_9
-from cratelab.experiments.reference_models import make_reference_models
+from cratelab.experiments.rates import reproduce_rates
+from cratelab.experiments.reference_models import make_reference_models, make_toys
 from cratelab.terminal import say
 
 
 def check(options: Reproduce) -> None:
-    least = 1 if options.what == "reference" else 3  # some runs of chapter 9 have a third of the steps
-    if options.steps is not None and not least <= options.steps <= MOST:
-        raise ValueError(f"--steps must be at least {least} and at most {MOST}; got {options.steps}")
-    if options.what == "chapter-9" and options.text:
-        raise ValueError("--text is for reference: chapter-9 reads what the reference models have read")
-    for option in ("out", "reference"):
-        if folder := getattr(options, option):
-            check_folder(dashed(option), folder)
+    if options.steps is not None and not 1 <= options.steps <= MOST:
+        raise ValueError(f"--steps must be at least 1 and at most {MOST}; got {options.steps}")
+    if options.what != "reference" and options.text:
+        raise ValueError(f"--text is for reference: {options.what} reads TinyWorld")
+    if options.out:
+        check_folder(dashed("out"), options.out)
 
 
 def run(options: Reproduce) -> None:
     use_one_thread(128)
-    if options.what == "reference":
-        folder = options.out or options.reference
-        print_table(
-            make_reference_models(folder, options.seeds, options.text, options.steps or 1500, say, report), None
-        )
-        say(f"{folder}/packed is what cratelab/reference holds")
+    folder = options.out or Path("runs/reference" if options.what == "reference" else "runs/tinyworld")
+    given = {name: getattr(options, name) for name in ("seeds", "steps") if getattr(options, name) is not None}
+    told = {"on_run": say, "on_step": report}
+    if options.what == "rates":
+        steps = {"steps": (options.steps, options.steps)} if options.steps else {}
+        table = reproduce_rates(folder, **given | steps, **told)
+    elif options.what == "chapter-9":
+        table = reproduce_chapter_9(folder, **given, **told)
     else:
-        steps = (2000, 1500) if options.steps is None else (options.steps, options.steps)
-        folder = options.out or Path("runs/chapter-9")
-        table = reproduce_chapter_9(folder, options.reference, options.seeds, steps, say, report)
-        say(f"{table} is what cratelab/reference holds")
+        if options.what == "toys":
+            rows = make_toys(folder, **given, **told)
+        else:
+            rows = make_reference_models(folder, text=options.text, **given, **told)
+        print_table(rows, None)
+        table = folder / "packed"
+    say(f"{table} is what cratelab/reference holds")

@@ -124,7 +124,7 @@ def byte_encoding() -> "tiktoken.Encoding":
 
 
 def train_bpe(documents: Iterable[Document], vocab_size: int = 4096) -> "tiktoken.Encoding":
-    """A byte-level BPE (eq-06-4) of the corpus by GPT-2's recipe, trained by Hugging Face `tokenizers`.
+    """A byte-level BPE (eq-06-7) of the corpus by GPT-2's recipe, trained by Hugging Face `tokenizers`.
 
     Args:
         documents: what to train on: the split "train" only.

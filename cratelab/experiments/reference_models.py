@@ -1,8 +1,10 @@
 """The small trained models that chapters load, in half precision, as part of the package.
 
-CRATE and GPT-2 of width 128 with one to three layers have read Python's documentation, which is on every machine,
-through a byte-level BPE of 4,096 tokens: the first seed of each travels with the package. Of the two toys that have
-read TinyWorld every seed does. The numbers of all runs are in `reference_models.json`.
+Two toys have read TinyWorld, each at the learning rate that is best for it; all five seeds of both travel with the
+package, their numbers in `toys.json`. CRATE and GPT-2 of width 128 with one to three layers have read Python's
+documentation, which is on every machine, through a byte-level BPE of 4,096 tokens; of each the first seed travels,
+their numbers in `reference_models.json`. They are there to be looked at and are not fit to be compared: all had one
+learning rate, and none of them knows as much as a table of trigrams of the whole text.
 """
 
 from collections.abc import Callable
@@ -10,8 +12,10 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from cratelab.corpora import tokenizers
-from cratelab.corpora.prepare import PreparedCorpus, prepare
+from cratelab.corpora.ngrams import witten_bell
+from cratelab.corpora.prepare import prepare
 from cratelab.experiments.comparison import check_ladder, compare, loss_table
+from cratelab.experiments.rates import TOY_CONTEXT, TOY_RATE, toy_recipe
 from cratelab.language_model import LanguageModel
 from cratelab.models import load
 from cratelab.provenance import provenance
@@ -19,7 +23,7 @@ from cratelab.recipe import Recipe
 from cratelab.storage import read_json, write_json
 
 PRESETS = "1L", "2L", "3L"
-CONTEXT, TINYWORLD_CONTEXT = 256, 128
+CONTEXT = 256
 REFERENCE = files("cratelab") / "reference"
 
 
@@ -48,29 +52,32 @@ def load_reference_tokenizer() -> tokenizers.Tokenizer:
         return tokenizers.load(path)
 
 
-def train_on_documentation(
+def make_reference_models(
     folder: str | Path,
     seeds: int = 3,
     text: tuple[str, ...] = (),
     steps: int = 1500,
     on_run: Callable[[str], None] | None = None,
     on_step: Callable[[dict], None] | None = None,
-    presets: tuple[str, ...] = PRESETS,
-    name: str = "runs",
-) -> tuple[PreparedCorpus, list[dict]]:
-    """CRATE and GPT-2 on Python's documentation; arguments as for `make_reference_models`, but for two.
+) -> list[dict]:
+    """Train those that read documentation, going on where a killed call stopped, and pack what the package carries.
 
     Args:
-        presets: sizes.
-        name: of the folder in `folder` for the runs.
+        folder: runs, and in the end `packed`: what the package carries, to be copied to cratelab/reference.
+        seeds: 0 up to this many.
+        text: files or folders of local text to read besides Python's documentation.
+        steps: of 8 windows of 256 tokens.
+        on_run: called with the name of each run before it starts.
+        on_step: as for `cratelab.training.train`.
 
     Returns:
-        The corpus, and the runs as `cratelab.experiments.comparison.compare` returns them.
+        The table of `cratelab.experiments.comparison.loss_table`.
 
     Raises:
-        ValueError: no seeds or steps, or as for `make_reference_models`.
+        ValueError: no seeds or steps; `folder` holds runs of other arguments or text; or a weight is too large for half
+            precision.
     """
-    check_ladder(presets, range(seeds))
+    check_ladder(PRESETS, range(seeds))
     folder = Path(folder)
     every = max(1, steps // 15)
     recipe = Recipe(
@@ -84,24 +91,39 @@ def train_on_documentation(
         checkpoint_every=every,
     )
     documentation = prepare("+".join(["pydocs", "packages", *text]), "bpe-4096", cache=folder / "tokens")
-    return documentation, compare(documentation, recipe, folder / name, presets, range(seeds), CONTEXT, on_run, on_step)
+    runs = compare(documentation, recipe, folder / "runs", PRESETS, range(seeds), CONTEXT, on_run, on_step)
+    packed = folder / "packed"
+    packed.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        run_dir = folder / "runs" / f"{run['model']}-{run['preset']}-{run['seed']}"
+        run["provenance"] = read_json(run_dir / "run.json")["provenance"]
+        if run["seed"] == 0:
+            _pack(run_dir / "model", packed / run_dir.name)
+    tokenizers.save(documentation.tokenizer, packed / "tokenizer.json")
+    train, held_out = documentation.training, documentation.validation
+    about = provenance(
+        documentation={"name": "+".join(["pydocs", "packages", *text])} | train.facts(),
+        # of orders 1 to 4, from all of the training text and from as much of it as the models read
+        ngrams={n: witten_bell(train[:n], held_out[:], train.n_vocab, 4) for n in (len(train), runs[0]["tokens"])},
+    )
+    table = loss_table(runs)
+    write_json(packed / "reference_models.json", {"provenance": about, "findings": runs, "table": table})
+    return table
 
 
-def make_reference_models(
+def make_toys(
     folder: str | Path,
-    seeds: int = 3,
-    text: tuple[str, ...] = (),
+    seeds: int = 5,
     steps: int = 1500,
     on_run: Callable[[str], None] | None = None,
     on_step: Callable[[dict], None] | None = None,
 ) -> list[dict]:
-    """Train all of them into `folder`, going on where a killed call stopped, and pack what the package carries.
+    """Train the toys on TinyWorld at their own rates, and pack every seed; arguments as for `make_reference_models`.
 
     Args:
-        folder: runs, and in the end `packed`: what the package carries, to be copied to cratelab/reference.
+        folder: as for `cratelab.experiments.rates.reproduce_rates`, whose runs are read.
         seeds: 0 up to this many.
-        text: files or folders of local text to read besides Python's documentation.
-        steps: of 8 windows of 256 tokens; for the toys, of 16 windows of 128.
+        steps: of 16 windows of 128 tokens.
         on_run: called with the name of each run before it starts.
         on_step: as for `cratelab.training.train`.
 
@@ -109,28 +131,24 @@ def make_reference_models(
         The table of `cratelab.experiments.comparison.loss_table`.
 
     Raises:
-        ValueError: no seeds or steps; `folder` holds runs of other arguments or text; or a weight is too large for half
+        ValueError: no seeds or steps; `folder` holds runs of other arguments; or a weight is too large for half
             precision.
     """
-    folder = Path(folder)
-    documentation, runs = train_on_documentation(folder, seeds, text, steps, on_run, on_step)
-    world = prepare("tinyworld", context=TINYWORLD_CONTEXT)
-    toy = Recipe.preset("toy", steps=steps, checkpoint_every=max(1, steps // 15))
-    runs += compare(world, toy, folder / "runs", ("toy",), range(seeds), TINYWORLD_CONTEXT, on_run, on_step)
-    packed = folder / "packed"
+    check_ladder(["toy"], range(seeds))
+    recipes = {model: toy_recipe(peak_rate, steps) for model, peak_rate in TOY_RATE.items()}
+    world, packed, runs = prepare("tinyworld", context=TOY_CONTEXT), Path(folder) / "packed", []
     packed.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        run_dir = folder / "runs" / f"{run['model']}-{run['preset']}-{run['seed']}"
-        run["provenance"] = read_json(run_dir / "run.json")["provenance"]
-        if run["seed"] == 0 or run["preset"] == "toy":
+    for model, recipe in recipes.items():
+        under = Path(folder) / f"toys-{recipe.peak_rate:g}"
+        mine = compare(world, recipe, under, ("toy",), range(seeds), TOY_CONTEXT, on_run, on_step, [model])
+        for run in mine:
+            run_dir = under / f"{model}-toy-{run['seed']}"
+            run["provenance"] = read_json(run_dir / "run.json")["provenance"]
             _pack(run_dir / "model", packed / run_dir.name)
-    tokenizers.save(documentation.tokenizer, packed / "tokenizer.json")
-    about = provenance(
-        documentation={"name": "+".join(["pydocs", "packages", *text])} | documentation.training.facts(),
-        tinyworld=world.training.facts() | {"floor": world.floor},
-    )
+        runs += mine
+    about = provenance(seeds=list(range(seeds)), tinyworld=world.training.facts() | {"floor": world.floor})
     table = loss_table(runs)
-    write_json(packed / "reference_models.json", {"provenance": about, "findings": runs, "table": table})
+    write_json(packed / "toys.json", {"provenance": about, "findings": runs, "table": table})
     return table
 
 

@@ -71,6 +71,13 @@ def new_world() -> tinyworld.World:
     return tinyworld.generate(N_TOKENS, context=CONTEXT + 1)
 
 
+def fresh_text(seed: int) -> tinyworld.World:
+    """Some 42,000 tokens of documents that no model has trained on, others for every seed."""
+    world = tinyworld.generate(400_000, seed=1000 + seed, context=CONTEXT + 1)
+    world.split[world.split != "train"] = "validation"  # a document that was trained on has the same split everywhere
+    return world.part("validation")
+
+
 def gap(model: LanguageModel, part: tinyworld.World) -> float:
-    """Nats a token by which the model's loss on whole documents is above the floor that no model can pass (eq-07-4)."""
+    """Nats a token by which the model's loss on whole documents is above the floor that no model can pass (eq-07-2)."""
     return float(np.nanmean(part.log_prob - document_log_probs(model, part.corpus())))

@@ -19,6 +19,8 @@ from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.excerpts import Excerpts
 from cratelab.reading import NO_TOKEN, check_size, token_text, tokens_to_read
 
+ONE_WORD = "the word is ", "the token is '", 'the token is "'
+
 
 @dataclass
 class Concepts:
@@ -31,6 +33,16 @@ class Concepts:
 
     names: list[str]
     truth: Tensor
+
+    @property
+    def is_word(self) -> Tensor:
+        """(c,) bool, whether a concept is "the word is …" or "the token is …", one of the vocabulary; else grammar."""
+        return torch.tensor([name.startswith(ONE_WORD) for name in self.names], dtype=torch.bool)
+
+    def only(self, which: Tensor) -> "Concepts":
+        """Some of them, by a mask (c,) or by indices."""
+        indices = torch.arange(len(self.names))[which]
+        return Concepts([self.names[index] for index in indices], self.truth[:, indices])
 
     def of(self, excerpts: Excerpts) -> Tensor:
         """(…, w, c) truth in excerpts (…, w) of that corpus; false where there is no text."""
@@ -53,6 +65,23 @@ def tinyworld_concepts(world: World) -> Concepts:
     words = torch.from_numpy(world.tokens.astype(np.int64))[:, None] == torch.arange(len(world.vocabulary))
     names = [*world.concept_names, *(f"the word is {word!r}" for word in world.vocabulary)]
     return Concepts(names, torch.cat([torch.from_numpy(world.concepts), words], 1))
+
+
+def uses_within_domains(world: World) -> Concepts:
+    """Two uses of one kind of word in one domain: "sense:specimen in biology/subject", and the same "/no subject".
+
+    Neither the word nor the domain tells which, only the words before it in its sentence: "the bat needs …", "we
+    observed the bat …". Senses are another matter: the domain decides all those that can be known when they are read.
+    """
+    concept = dict(zip(world.concept_names, world.concepts.T, strict=True))
+    names, columns = [], []
+    for kind in (name for name in concept if name.startswith("kind:")):
+        for domain in (name for name in concept if name.startswith("domain:")):
+            here = concept[kind] & concept[domain]
+            name = f"sense:{kind.removeprefix('kind:')} in {domain.removeprefix('domain:')}"
+            names += [f"{name}/subject", f"{name}/no subject"]
+            columns += [here & concept["role:subject"], here & ~concept["role:subject"]]
+    return Concepts(names, torch.from_numpy(np.stack(columns, 1)))
 
 
 def text_concepts(corpus: TokenizedCorpus, tokenizer: Tokenizer, n_frequent: int = 100) -> Concepts:

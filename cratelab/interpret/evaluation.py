@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.interpret.excerpts import Excerpts
 from cratelab.interpret.explainers import Explainer, Explanations, shuffle
 from cratelab.interpret.records import Records, collect_records
 from cratelab.interpret.scores import PROTOCOLS, Scores, ScoringProtocol, needs, score, split
@@ -35,7 +36,8 @@ class Evaluation:
 
         layers are the means of each, mean and variance those of layers (eq-09-1). All three and interval count neurons
         without a score as 0; mean_defined leaves them out, as the paper does, and is NaN if a layer has none with a
-        score; undefined is their share, dead the share that is so because the neuron is constant.
+        score; undefined is their share, dead the share that is so because the neuron is constant. within_token and
+        within_control are means as mean and control are, of what the current token does not explain.
 
         Raises:
             ValueError: there is no such layer, or none is asked for.
@@ -53,6 +55,8 @@ class Evaluation:
             "interval": list(interval_over_neurons(held.nan_to_num(0))),
             "variance": float(means.var(correction=0)),
             "mean_defined": float(self.scores.by_layer(undefined_as_zero=False)[layers].mean()),
+            "within_token": float(100 * self.scores.within_token[layers].nan_to_num(0).mean()),
+            "within_control": float(100 * self.control.within_token[layers].nan_to_num(0).mean()),
             "rank_mean": float(100 * self.scores.rank_correlation[layers].nan_to_num(0).mean()),
             "undefined": float(held.isnan().double().mean()),
             "dead": float(self.scores.dead[layers].double().mean()),
@@ -118,10 +122,14 @@ def evaluate(
     if not records or not explainers:
         raise ValueError(f"evaluate needs records and explainers; got {list(records)} and {list(explainers)}")
     parts = {protocol: split(held, protocol, as_published=as_published) for protocol, held in records.items()}
-    found = []
+    found: list[Evaluation] = []
+    said: list[tuple[Excerpts, dict[str, Explanations]]] = []  # two of the protocols explain from the same excerpts
     for protocol, (explaining, validation) in parts.items():
-        for name, explainer in explainers.items():
-            explanations = explainer.explain(explaining)
+        known = [each for excerpts, each in said if excerpts.starts.equal(explaining.starts)]
+        if not known:
+            known = [{name: explainer.explain(explaining) for name, explainer in explainers.items()}]
+            said.append((explaining, known[0]))
+        for name, explanations in known[0].items():
             simulated, coverage = explanations.simulate(validation)
             other, other_coverage = shuffle(explanations, validation)
             found.append(

@@ -121,6 +121,35 @@ def rank_correlation(actual: Tensor, simulated: Tensor, present: Tensor) -> Tens
     return correlation(ranks(actual), ranks(simulated), present)
 
 
+def within_token_correlation(actual: Tensor, simulated: Tensor, present: Tensor, tokens: Tensor) -> Tensor:
+    """`correlation` of what the current token leaves of both sides (eq-09-5): differences among its own occurrences.
+
+    Of `actual` and `simulated` the mean over the present places with the same token is subtracted first, so a neuron
+    or a simulation that depends on the current token alone has none, and a token that occurs once counts for nothing.
+
+    Args:
+        actual: activations, (…, n).
+        simulated: the shape of `actual`.
+        present: which places count, the shape of `actual`.
+        tokens: integers, the shape of `actual`.
+    """
+    order = tokens.argsort(-1)
+    in_order = tokens.gather(-1, order)
+    group = torch.zeros_like(order)
+    group[..., 1:] = (in_order[..., 1:] != in_order[..., :-1]).cumsum(-1)
+    group = torch.zeros_like(order).scatter(-1, order, group)
+    weights = present.double()
+    count = torch.zeros_like(weights).scatter_add(-1, group, weights).clamp(min=1)
+
+    def rest(values: Tensor) -> Tensor:
+        values = values.double() * weights
+        mean = (torch.zeros_like(values).scatter_add(-1, group, values) / count).gather(-1, group)
+        left = values - mean
+        return left.masked_fill(left.abs() <= 1e-9 * values.abs().amax(-1, keepdim=True), 0)  # rounding
+
+    return correlation(rest(actual), rest(simulated), present)
+
+
 @dataclass
 class Scores:
     """Scores of l × h neurons.
@@ -128,6 +157,7 @@ class Scores:
     Attributes:
         correlation: (l, h) float64, NaN where undefined.
         rank_correlation: (l, h), likewise.
+        within_token: (l, h), likewise: of what the current token does not explain.
         dead: (l, h) bool: undefined because the neuron is constant on the validation excerpts.
         constant: (l, h) bool: undefined because the simulation is constant or there is none, though the neuron varies.
         coverage: (l, h) share of the validation tokens that the explanation has something to say of; 1 unless given.
@@ -135,6 +165,7 @@ class Scores:
 
     correlation: Tensor
     rank_correlation: Tensor
+    within_token: Tensor
     dead: Tensor
     constant: Tensor
     coverage: Tensor
@@ -155,15 +186,16 @@ def score(simulated: Tensor, validation: Excerpts, coverage: Tensor | None = Non
     if simulated.shape != validation.activations.shape:
         shapes = f"{tuple(simulated.shape)} and {tuple(validation.activations.shape)}"
         raise ValueError(f"simulated and actual activations must be of one shape; got {shapes}")
-    actual, simulated, present = (
-        rearrange(values, "l h k w -> l h (k w)")
-        for values in (validation.activations, simulated, validation.tokens != NO_TOKEN)
+    actual, simulated, tokens = (
+        rearrange(values, "l h k w -> l h (k w)") for values in (validation.activations, simulated, validation.tokens)
     )
+    present = tokens != NO_TOKEN
     found = correlation(actual, simulated, present)
     dead = correlation(actual, actual, present).isnan()
     return Scores(
         correlation=found,
         rank_correlation=rank_correlation(actual, simulated, present),
+        within_token=within_token_correlation(actual, simulated, present, tokens),
         dead=dead,
         constant=found.isnan() & ~dead,
         coverage=torch.ones_like(found) if coverage is None else coverage,

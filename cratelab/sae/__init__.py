@@ -4,7 +4,7 @@ from cratelab.sae.architectures import SaeConfig
 from cratelab.sae.autoencoder import Sae
 from cratelab.sae.fidelity import SaeScores, cross_entropy, evaluate_sae
 from cratelab.sae.sae_recipe import SaeRecipe
-from cratelab.sae.splicing import splice
+from cratelab.sae.splicing import on_residual, splice
 from cratelab.sae.trainer import SaeTraining, train_saes
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "SaeTraining",
     "cross_entropy",
     "evaluate_sae",
+    "on_residual",
     "splice",
     "train_saes",
 ]

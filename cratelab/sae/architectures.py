@@ -109,7 +109,7 @@ class JumpRelu(Architecture):
 
 
 class BatchTopK(JumpRelu):
-    """Trained to keep the k·n largest of a batch (eq-10-3); in use, where a token has no batch, a JumpReLU.
+    """Trained to keep the k·n largest of a batch (eq-10-4); in use, where a token has no batch, a JumpReLU.
 
     Source: Bussmann, Leask & Nanda (2024).
     """

@@ -22,7 +22,7 @@ class SaeScores:
 
     Attributes:
         l0: active features a token.
-        explained_variance: 1 − Σ‖x − x̂‖²/Σ‖x − x̄‖² (eq-10-4); 0 for one that always returns the mean x̄; NaN where
+        explained_variance: 1 − Σ‖x − x̂‖²/Σ‖x − x̄‖² (eq-10-5); 0 for one that always returns the mean x̄; NaN where
             the neurons never change, as in a dead layer.
         ce_clean: nats a token of the model as it is.
         ce_spliced: with the reconstruction in the place of this layer's neurons, the others as they are.
@@ -41,7 +41,7 @@ class SaeScores:
 
     @property
     def recovered(self) -> float:
-        """Loss recovered, (CE_zero − CE_spliced)/(CE_zero − CE_clean) (eq-10-5); NaN where zeros cost nothing."""
+        """Loss recovered, (CE_zero − CE_spliced)/(CE_zero − CE_clean) (eq-10-6); NaN where zeros cost nothing."""
         cost = self.ce_zero - self.ce_clean
         return (self.ce_zero - self.ce_spliced) / cost if cost else float("nan")
 

@@ -17,14 +17,16 @@ class SaeRecipe:
     Attributes:
         max_tokens: where training ends at the latest.
         batch: tokens a step.
-        learning_rate: Adam's, constant.
+        learning_rate: Adam's.
+        decay: the last share of `max_tokens`, over which the rate falls linearly to 0; before, and if 0, it is
+            constant. Features should not be born again late in it.
         buffer: tokens whose activations are held; half of it is read at a time.
         resample_at: when dead features are born again, as shares of `max_tokens`.
         evaluations: how many, evenly over `max_tokens`; after each there is a checkpoint.
         validation_tokens: read in each.
-        least_gain: training ends when over its last quarter no layer's recovered loss has gained this much, nor has its
-            training loss fallen by this share. The first alone would end it too early: recovered loss of small models
-            nears 1 long before the code is sparse.
+        least_gain: without `decay`, training ends when over its last quarter no layer's recovered loss has gained this
+            much, nor has its training loss fallen by this share. The first alone would end it too early: recovered loss
+            of small models nears 1 long before the code is sparse.
         seed: 0 to 2³² − 1, of the weights, the text and its order.
 
     Raises:
@@ -34,6 +36,7 @@ class SaeRecipe:
     max_tokens: int = 500_000
     batch: int = 256
     learning_rate: float = 3e-3
+    decay: float = 0.0
     buffer: int = 65_536
     resample_at: tuple[float, ...] = (0.1, 0.2, 0.5, 0.75)
     evaluations: int = 16
@@ -51,7 +54,7 @@ class SaeRecipe:
         check_seed(self.seed)
         if not all(isinstance(share, Real) and 0 <= share < math.inf for share in self.resample_at):
             raise ValueError(f"resample_at must be shares of max_tokens, finite and at least 0; got {self.resample_at}")
-        for name in "learning_rate", "least_gain":
+        for name in "learning_rate", "decay", "least_gain":
             if not isinstance(getattr(self, name), Real):
                 raise ValueError(f"{name} must be a number; got {getattr(self, name)!r}")
         if not (0 < self.learning_rate < math.inf and math.isfinite(self.least_gain)):
@@ -59,6 +62,8 @@ class SaeRecipe:
                 f"the learning rate must be positive and the least gain finite; got {self.learning_rate} and "
                 f"{self.least_gain}"
             )
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be from 0 to 1, a share of max_tokens; got {self.decay}")
 
     @property
     def patience(self) -> int:
@@ -68,6 +73,11 @@ class SaeRecipe:
         become active before the next; and 25,000 tokens, of the usual 500,000, spare what is rare and not dead.
         """
         return self.max_tokens // 20
+
+    def rate(self, tokens: int) -> float:
+        """The learning rate after so many tokens."""
+        left = max(0.0, 1 - tokens / self.max_tokens)
+        return self.learning_rate * (min(1.0, left / self.decay) if self.decay else 1.0)
 
     def due(self, before: int, after: int) -> tuple[bool, bool]:
         """Whether an evaluation, and whether a rebirth, lies past `before` tokens and not past `after`."""
@@ -84,7 +94,7 @@ class SaeRecipe:
         if tokens >= self.max_tokens:
             return f"all {tokens} tokens were read"
         then = {row["layer"]: row for row in curve if row["tokens"] <= 0.75 * tokens}
-        if tokens < self.max_tokens / 4 or not then:
+        if self.decay or tokens < self.max_tokens / 4 or not then:
             return ""
         now = {row["layer"]: row for row in curve}
         pairs = [(now[i]["recovered"], then[i]["recovered"]) for i in now]

@@ -1,8 +1,9 @@
-"""Putting an auto-encoder into a model, in the place of a layer's neurons."""
+"""Putting an auto-encoder into a model, in the place of a layer's neurons; or of its residual stream."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,29 @@ def splice(model: LanguageModel, saes: dict[int, Sae], error_term: bool = False)
     finally:
         for layer, site in sites.items():
             model.blocks[layer].neurons = site
+
+
+def on_residual(model: LanguageModel) -> LanguageModel:
+    """A copy whose `neurons` are the residual stream behind each block, (b, n, d), signed; its logits are the model's.
+
+    What records, trains on, splices or edits neurons does so with the stream, and `config.n_neurons` is its width. The
+    copy reads text; it does not generate.
+    """
+    view = deepcopy(model)
+    view.config = replace(model.config, expansion=1)
+    view.blocks = nn.ModuleList(_BehindBlock(block) for block in view.blocks)
+    return view
+
+
+class _BehindBlock(nn.Module):
+    """A block, and the site behind it."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block, self.neurons = block, nn.Identity()
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
+        return self.neurons(self.block(x, cache, position))
 
 
 def on_device(sae: Sae, device: torch.device) -> Sae:

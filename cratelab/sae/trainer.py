@@ -57,7 +57,7 @@ def train_saes(
     """Train one auto-encoder on the neurons of each layer. With a `run_dir` a killed call goes on where it stopped.
 
     For "relu" the loss is that of the paper, the mean over tokens of ‖x̂ − x‖²/‖x‖² + λ Σ|f| (eq-10-2); for "batchtopk"
-    its first term alone, with the k·n largest of the n tokens' codes kept (eq-10-3). ‖x‖² counts as no less than a
+    its first term alone, with the k·n largest of the n tokens' codes kept (eq-10-4). ‖x‖² counts as no less than a
     hundredth of its mean, so that silent tokens do not rule. Rows of W_dec keep unit length: the part of the gradient
     along them is removed.
 
@@ -110,6 +110,8 @@ def _train(
         while not progress.stopped:
             new, before = blocks.read(progress.block + 1), progress.tokens
             for batch in mixed(old, new, recipe.batch):
+                for learner in learners.values():
+                    learner.optimizer.param_groups[0]["lr"] = recipe.rate(progress.tokens)
                 total += torch.stack([each.step(x) for each, x in zip(learners.values(), batch, strict=True)])
                 n_steps += 1
                 progress.tokens += batch.shape[1]

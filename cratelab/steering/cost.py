@@ -5,8 +5,8 @@ Each of its neurons is set, at every position, to growing multiples of its own m
 addition this leaves no trace of the text in the neuron. With T a set of tokens fixed beforehand, p the model
 with nothing spliced in and nothing steered, which is the reference of all arms, and p′ the arm, steered:
 
-- the lift is the mean of ``log p′(T) − log p(T)`` (eq-11-4),
-- the off-target divergence is the mean of ``KL(p(·|∉T) ‖ p′(·|∉T))`` (eq-11-5),
+- the lift is the mean of ``log p′(T) − log p(T)`` (eq-11-5),
+- the off-target divergence is the mean of ``KL(p(·|∉T) ‖ p′(·|∉T))`` (eq-11-7),
 
 both in nats, over all positions of the contexts. An arm that changes the model before anything is steered, as an
 auto-encoder without error term does, pays for that in both. In short::
@@ -46,8 +46,8 @@ class Frontier:
         lift: (1 + s, m) of the target tokens; the first row, as below, is the arm with nothing steered.
         control_lift: (1 + s, m) of the control tokens.
         off_target: (1 + s, m) divergence on the tokens that are no targets.
-        loss_penalty: cross-entropy of the arm with nothing steered, less that of the clean model (eq-11-3).
-        kl_penalty: KL from the clean model to the arm with nothing steered (eq-11-3).
+        loss_penalty: cross-entropy of the arm with nothing steered, less that of the clean model (eq-11-4).
+        kl_penalty: KL from the clean model to the arm with nothing steered (eq-11-4).
     """
 
     lift: Tensor
@@ -57,7 +57,7 @@ class Frontier:
     kl_penalty: float
 
     def cost_at(self, lift: float) -> Tensor:
-        """(m,) off-target divergence where each neuron first reaches a lift, linear between strengths (eq-11-6).
+        """(m,) off-target divergence where each neuron first reaches a lift, linear between strengths (eq-11-8).
 
         It is infinite for a neuron that does not reach it, so that a median over neurons takes all of them into
         account; the share of infinite costs is to be reported beside it.
@@ -76,7 +76,7 @@ class Frontier:
         return cost.masked_fill(~reached.any(0), torch.inf)
 
     def mean_cost(self, lift: float, n: int = 50) -> Tensor:
-        """(m,) area under the frontier up to `lift`, divided by `lift` (eq-11-6); infinite as in `cost_at`.
+        """(m,) area under the frontier up to `lift`, divided by `lift` (eq-11-8); infinite as in `cost_at`.
 
         Args:
             lift: positive.
@@ -105,7 +105,7 @@ def frontier(
     within: Callable[[], AbstractContextManager] = nullcontext,
     batch: int = 4,
 ) -> Frontier:
-    """Set each of m neurons to multiples of its maximum, at every position, and measure (eq-11-4, eq-11-5).
+    """Set each of m neurons to multiples of its maximum, at every position, and measure (eq-11-5, eq-11-7).
 
     Args:
         model: with nothing spliced in.

@@ -10,17 +10,24 @@ from cratelab.corpora import tinyworld
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.corpora.tokenizers import byte_encoding
 from cratelab.experiments import reference_models
-from cratelab.experiments.reference_models import load_reference, load_reference_tokenizer, make_reference_models
+from cratelab.experiments.rates import TOY_RATE
+from cratelab.experiments.reference_models import (
+    load_reference,
+    load_reference_tokenizer,
+    make_reference_models,
+    make_toys,
+)
 from cratelab.losses import document_log_probs
 
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
-    """The folder, the table, and what was prepared."""
+    """The folder, both tables, and what was prepared."""
     folder, asked = tmp_path_factory.mktemp("made"), []
     with pytest.MonkeyPatch.context() as patch:
         as_if_small(patch, asked)
-        return folder, make_reference_models(folder, seeds=2, text=("novels",), steps=2), asked
+        table = make_reference_models(folder, seeds=2, text=("novels",), steps=2)
+        return folder, table, make_toys(folder, seeds=2, steps=2), asked
 
 
 @pytest.fixture
@@ -36,16 +43,17 @@ def as_if_small(patch: pytest.MonkeyPatch, asked: list) -> None:
         asked.append((name, tokenizer))
         return PreparedCorpus(corpus(n=4000), corpus(n=900, seed=1), byte_encoding())
 
-    for name, value in dict(prepare=prepare, CONTEXT=16, TINYWORLD_CONTEXT=12).items():
+    for name, value in dict(prepare=prepare, CONTEXT=16, TOY_CONTEXT=12).items():
         patch.setattr(reference_models, name, value)
 
 
 def test_all_sizes_are_trained_and_the_first_seed_packed_in_half_precision(made):
-    folder, table, asked = made
+    folder, table, toys, asked = made
     assert asked == [("pydocs+packages+novels", "bpe-4096"), ("tinyworld", None)]
     assert [(row["model"], row["preset"], row["seeds"]) for row in table] == [
-        (model, preset, 2) for preset in ("1L", "2L", "3L", "toy") for model in ("crate", "gpt2")
+        (model, preset, 2) for preset in ("1L", "2L", "3L") for model in ("crate", "gpt2")
     ]
+    assert [(row["model"], row["preset"], row["seeds"]) for row in toys] == [("crate", "toy", 2), ("gpt2", "toy", 2)]
     for model in "crate", "gpt2":
         for preset in "1L", "2L", "3L":
             packed = load_reference(model, preset)
@@ -54,8 +62,16 @@ def test_all_sizes_are_trained_and_the_first_seed_packed_in_half_precision(made)
             for name, tensor in trained.state_dict().items():
                 torch.testing.assert_close(packed.state_dict()[name], tensor.half().float(), rtol=0, atol=0)
     held = json.loads((folder / "packed" / "reference_models.json").read_text())
-    assert len(held["findings"]) == 16 and held["table"] == table
+    assert len(held["findings"]) == 12 and held["table"] == table
     assert held["provenance"]["documentation"]["n_tokens"] == 4000
+    read = str(held["findings"][0]["tokens"])
+    assert [len(losses) for losses in held["provenance"]["ngrams"].values()] == [4, 4]
+    assert held["provenance"]["ngrams"].keys() == {"4000", read}
+    held = json.loads((folder / "packed" / "toys.json").read_text())
+    assert len(held["findings"]) == 4 and held["table"] == toys
+    for model, rate in TOY_RATE.items():
+        run = json.loads((folder / f"toys-{rate:g}" / f"{model}-toy-1" / "run.json").read_text())
+        assert run["recipe"]["peak_rate"] == rate
     assert load_reference("gpt2", "toy", seed=1).config.context == 12
 
 
@@ -78,8 +94,9 @@ def test_weights_too_large_for_half_precision_are_not_packed(made, monkeypatch):
 @pytest.mark.parametrize(("wrong", "message"), [(dict(seeds=0), "seeds must be"), (dict(steps=0), "steps must be")])
 def test_nothing_to_train_is_refused_before_any_work(tmp_path, monkeypatch, wrong, message):
     monkeypatch.setattr(reference_models, "prepare", lambda *a, **options: pytest.fail("a corpus was made"))
-    with pytest.raises(ValueError, match=message):
-        make_reference_models(tmp_path / "new", **wrong)
+    for make in make_reference_models, make_toys:
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path / "new", **wrong)
     assert not (tmp_path / "new").exists()
 
 
@@ -100,7 +117,8 @@ def test_what_the_package_carries_is_small_and_trained(folder):
     name, preset, seed = folder.name.split("-")
     model = load_reference(name, preset, int(seed))
     assert (folder / "model.safetensors").stat().st_size < 2.5e6
-    held = json.loads((reference_models.REFERENCE / "reference_models.json").read_text())
+    table = "toys" if preset == "toy" else "reference_models"
+    held = json.loads((reference_models.REFERENCE / f"{table}.json").read_text())
     (run,) = [r for r in held["findings"] if (r["model"], r["preset"], r["seed"]) == (name, preset, int(seed))]
     assert model.count_parameters(positions=False) == run["parameters"]
     if preset == "toy":

@@ -5,7 +5,7 @@ import torch
 from cratelab.corpora import tinyworld
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import byte_encoding
-from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts
+from cratelab.interpret.concepts import Concepts, text_concepts, tinyworld_concepts, uses_within_domains
 from cratelab.interpret.excerpts import Excerpts
 from cratelab.reading import NO_TOKEN
 
@@ -129,4 +129,31 @@ def test_concepts_of_another_text_are_refused(marked):
         1,
         4,
         len(marked.names),
+    )
+
+
+def test_words_are_told_from_grammar_and_concepts_chosen(marked):
+    words = [name for name, is_word in zip(marked.names, marked.is_word.tolist(), strict=True) if is_word]
+    assert len(words) == 5 and all(name[:14] in ("the token is '", 'the token is "') for name in words)
+    chosen = marked.only(marked.is_word)
+    assert chosen.names == words and chosen.is_word.all() and chosen.truth.shape == (len(marked.truth), 5)
+    again = marked.only(torch.tensor([marked.names.index(words[2])]))
+    assert (again.truth == chosen.truth[:, 2:3]).all()
+    world = tinyworld.generate(500)
+    named = tinyworld_concepts(world)
+    assert int(named.is_word.sum()) == len(world.vocabulary)
+
+
+def test_uses_of_one_kind_of_word_are_those_of_the_sentences():
+    world = tinyworld.generate(30_000, context=128)
+    uses = uses_within_domains(world)
+    subject, other = (uses.names.index(f"sense:specimen in biology/{use}") for use in ("subject", "no subject"))
+    assert not uses.truth[:, [subject, other]].all(1).any()
+    seen = {}
+    for column in subject, other:
+        for place in uses.truth[:, column].nonzero()[:, 0].tolist():
+            assert world.domain[world.document[place]] == "biology"
+            seen.setdefault(" ".join(world.vocabulary[t] for t in world.tokens[place - 3 : place]), set()).add(column)
+    assert seen["we followed the"] == {other} and all(
+        uses == {subject} for before, uses in seen.items() if before.endswith(". the")
     )

@@ -74,7 +74,7 @@ def test_explanations_beat_their_controls(evaluations):
 
 def test_a_row_is_of_the_layers_asked_for():
     values = torch.tensor([[0.2, 0.4], [0.8, torch.nan]]).double()
-    scores = Scores(values, values, values.isnan(), values.isnan() & False, values * 0 + 1)
+    scores = Scores(values, values, values, values.isnan(), values.isnan() & False, values * 0 + 1)
     found = Evaluation("random-only", "token", scores, scores, explanations=None)
     row = found.row()
     assert row["layers"] == pytest.approx([30, 40]) and row["mean"] == row["control"] == pytest.approx(35)

@@ -2,13 +2,15 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.naive_bayes import MultinomialNB
 from test_records import activations_of, random_text
 from test_training import new_model
 
 import cratelab as cl
+from cratelab.corpora import tinyworld
 from cratelab.corpora.token_store import TokenizedCorpus
-from cratelab.interpret.concepts import Concepts
-from cratelab.interpret.ground_truth import match_concepts, separate_senses
+from cratelab.interpret.concepts import Concepts, tinyworld_concepts, uses_within_domains
+from cratelab.interpret.ground_truth import match_concepts, sense_controls, separate_senses
 
 
 @pytest.fixture
@@ -24,43 +26,76 @@ def setting():
     return model, text, Concepts([f"c{i}" for i in range(9)], truth)
 
 
-def test_best_concept_f1_and_purity_are_sklearns(setting):
+def odd_documents(text):
+    """Which tokens are in documents 1, 3, 5, …; by a loop."""
+    odd = np.zeros(len(text), bool)
+    for index in range(1, text.n_documents, 2):
+        start, stop = text.document_span(index)
+        odd[start:stop] = True
+    return odd
+
+
+def test_the_concept_is_chosen_on_even_documents_and_judged_on_odd_ones_as_sklearn_would(setting):
     model, text, concepts = setting
-    found = match_concepts(model, text, concepts, batch=7)
+    odd, truth = odd_documents(text), concepts.truth.numpy()
+    least = int(truth[odd].sum(0)[4])  # some are rarer
+    candidates = [c for c in range(9) if min(truth[half, c].sum() for half in (odd, ~odd)) >= least]
+    assert 0 < len(candidates) < 9
+    found = match_concepts(model, text, concepts, batch=7, least=least)
     activations = activations_of(model, text)[0].clamp(min=0).numpy()
-    truth = concepts.truth.numpy()
     for layer, neuron in (0, 0), (0, 5), (1, 60):
         a = activations[layer, :, neuron]
-        table = np.array([[f1_score(truth[:, c], a > a.max() * t / 10) for c in range(9)] for t in range(10)])
-        best = int(found.best[layer, neuron])
-        assert float(found.f1[layer, neuron]) == pytest.approx(table.max(), abs=1e-5)
-        assert table[:, best].max() == pytest.approx(table.max(), abs=1e-5)
-        assert float(found.purity[layer, neuron]) == pytest.approx(a[truth[:, best]].sum() / a.sum(), abs=1e-4)
-        assert float(found.base_rate[layer, neuron]) == pytest.approx(truth[:, best].mean(), abs=1e-6)
+        thresholds = a[~odd].max() * np.arange(10) / 10
+        table = np.array([[f1_score(truth[~odd, c], a[~odd] > t) for c in candidates] for t in thresholds])
+        at, best = np.unravel_index(table.argmax(), table.shape)
+        best = candidates[best]
+        assert int(found.best[layer, neuron]) == best
+        f1 = f1_score(truth[odd, best], a[odd] > thresholds[at])
+        assert float(found.f1[layer, neuron]) == pytest.approx(f1, abs=1e-5)
+        purity, base_rate = a[odd & truth[:, best]].sum() / a[odd].sum(), truth[odd, best].mean()
+        assert float(found.purity[layer, neuron]) == pytest.approx(purity, abs=1e-4)
+        assert float(found.base_rate[layer, neuron]) == pytest.approx(base_rate, abs=1e-6)
+        assert float(found.log_lift[layer, neuron]) == pytest.approx(np.log(purity / base_rate), abs=1e-3)
     assert (found.f1[0, 3], found.best[0, 3], found.n_concepts[0, 3]) == (0, -1, 0)
 
 
 @pytest.mark.parametrize("most", [0, 1, 4])
 def test_the_number_of_concepts_is_that_of_a_greedy_cover(setting, most):
     model, text, concepts = setting
-    found = match_concepts(model, text, concepts, coverage=0.7, max_concepts=most)
+    found = match_concepts(model, text, concepts, coverage=0.7, max_concepts=most, least=1)
     activations = activations_of(model, text)[0].clamp(min=0).double().numpy()
-    truth = concepts.truth.numpy()
+    truth, odd = concepts.truth.numpy(), odd_documents(text)
     for layer, neuron in (0, 0), (0, 9), (1, 2), (1, 33):
-        rest, total, count = activations[layer, :, neuron].copy(), activations[layer, :, neuron].sum(), 0
-        while rest.sum() > 0.3 * total and count < most:
-            rest[truth[:, (truth * rest[:, None]).sum(0).argmax()]] = 0
+        rest, count = activations[layer, :, neuron].copy(), 0
+        total = rest[odd].sum()
+        while rest[odd].sum() > 0.3 * total and count < most:
+            rest[truth[:, (truth * rest[:, None])[~odd].sum(0).argmax()]] = 0
             count += 1
-        assert int(found.n_concepts[layer, neuron]) == count + (rest.sum() > 0.3 * total)
+        assert int(found.n_concepts[layer, neuron]) == count + (rest[odd].sum() > 0.3 * total)
+
+
+def test_noise_lies_on_its_concept_as_often_as_chance_would_have_it():
+    """The choice among a hundred concepts no longer flatters: log(purity / base rate) is 0 on average, F1 is lower."""
+    text = random_text(4000, 200)
+    draw = np.random.default_rng(1)
+    truth = torch.from_numpy(draw.random((4000, 100)) < 0.02)
+    noise = torch.from_numpy(draw.random((4000, 64)) * (draw.random((4000, 64)) < 0.02)).float()
+    model = Detector([lambda t, i=i: noise[t, i] for i in range(64)], 4000)
+    places = TokenizedCorpus.from_arrays(
+        np.arange(4000), np.repeat(np.arange(200), [len(text.document(i)) for i in range(200)]), ["a"] * 200, 4000
+    )
+    found = match_concepts(model, places, Concepts([str(i) for i in range(100)], truth))
+    assert abs(float((found.purity / found.base_rate).mean()) - 1) < 0.25
+    assert float(found.f1.mean()) < 0.04
 
 
 class Detector(torch.nn.Module):
     """Stands for a model: one layer whose neurons are given functions of the tokens."""
 
-    def __init__(self, functions):
+    def __init__(self, functions, v=50):
         super().__init__()
         self.functions = functions
-        self.config = cl.CrateConfig(n_layers=1, n_heads=1, width=4, vocab_size=50, context=40)
+        self.config = cl.CrateConfig(n_layers=1, n_heads=1, width=4, vocab_size=v, context=40)
         self.token_embedding = torch.nn.Embedding(1, 1)
         self.blocks = torch.nn.ModuleList([torch.nn.Module()])
         self.blocks[0].neurons = torch.nn.Identity()
@@ -108,6 +143,47 @@ def test_senses_told_apart_by_the_token_before():
     assert separate_senses(blind, corpus, concepts)["seven"][0] == 0.5
 
 
+def test_what_tells_senses_apart_without_a_network_is_the_domain_and_a_bag_as_sklearn_would():
+    world = tinyworld.generate(60_000, seed=3, context=128)
+    text, n = world.corpus(), len(world.tokens)
+    odd = world.document % 2 == 1
+    start = np.searchsorted(world.document, world.document)
+    for concepts, by_domain in (tinyworld_concepts(world), 1.0), (uses_within_domains(world), 0.5):
+        found = sense_controls(text, concepts, n_before=40)
+        bag = np.zeros((n, text.n_vocab))
+        marked = [name.startswith("sense:") for name in concepts.names]
+        for place in np.flatnonzero(concepts.truth[:, marked].any(1)):
+            np.add.at(bag[place], world.tokens[max(start[place], place - 40) : place], 1)
+        assert len(found) > 5
+        assert all(area == by_domain for word, (area, _) in found.items() if word not in ("bank", "bat"))
+        for word, (_, area) in found.items():
+            first, second = (
+                concepts.truth[:, i].numpy()
+                for i, name in enumerate(concepts.names)
+                if name.startswith(f"sense:{word}/")
+            )
+            learn, judge = ((first ^ second) & half for half in (~odd, odd))
+            odds = MultinomialNB().fit(bag[learn], first[learn]).predict_log_proba(bag[judge]) @ [-1, 1]
+            assert area == pytest.approx(roc_auc_score(first[judge], odds), abs=2e-3)
+
+
+def test_words_are_chosen_and_judged_on_different_documents():
+    """A neuron that knows the sense in even documents only is chosen, and found wanting."""
+    stream = np.arange(2000) % 20
+    document, odd = np.arange(2000) // 20, (np.arange(2000) // 20) % 2 == 1
+    high = np.random.default_rng(0).random(2000) < 0.5
+    word = stream == 7
+    concepts = Concepts(["sense:w/a", "sense:w/b"], torch.from_numpy(np.stack([word & high, word & ~high], 1)))
+    places = TokenizedCorpus.from_arrays(np.arange(2000), document, ["a"] * 100, 2000)
+    known = torch.from_numpy(high & ~odd).float()
+    area, layer, neuron = separate_senses(Detector([lambda t: known[t]], 2000), places, concepts)["w"]
+    assert (area, layer, neuron) == (0.5, 0, 0)
+
+
+def one_document(text):
+    return TokenizedCorpus.from_arrays(text[:], np.zeros(len(text), np.int64), ["a"], text.n_vocab)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -116,7 +192,10 @@ def test_senses_told_apart_by_the_token_before():
             "are of 99 tokens",
         ),
         (lambda model, text, held: separate_senses(model, text, Concepts([], held.truth[:99])), "are of 99 tokens"),
-        (lambda model, text, held: match_concepts(model, text, Concepts([], held.truth[:, :0])), "needs a concept"),
+        (lambda model, text, held: match_concepts(model, text, Concepts([], held.truth[:, :0])), "none of 0 concepts"),
+        (lambda model, text, held: match_concepts(model, text, held, least=500), "none of 9 concepts occurs 500 times"),
+        (lambda model, text, held: match_concepts(model, text, held, least=0), "least of at least 1"),
+        (lambda model, text, held: match_concepts(model, one_document(text), held), "more documents"),
         (lambda model, text, held: match_concepts(model, text, held, coverage=float("nan")), "coverage from 0 to 1"),
         (
             lambda model, text, held: match_concepts(model, text, held, max_concepts=10**9),
@@ -127,6 +206,8 @@ def test_senses_told_apart_by_the_token_before():
             lambda model, text, held: match_concepts(model, text, held, batch=0),
             "batch must be at least 1",
         ),
+        (lambda model, text, held: sense_controls(text, Concepts([], held.truth[:99])), "are of 99 tokens"),
+        (lambda model, text, held: sense_controls(text, held, 0), "n_before must be at least 1"),
         (lambda model, text, held: separate_senses(model, text, held, batch=-1), "(batch|window) must be at least 1"),
     ],
 )

@@ -15,6 +15,7 @@ from cratelab.interpret.scores import (
     rank_correlation,
     score,
     split,
+    within_token_correlation,
 )
 from cratelab.reading import NO_TOKEN
 
@@ -37,6 +38,23 @@ def test_correlations_are_scipys_over_the_present_places():
     for ours, theirs in (correlation, stats.pearsonr), (rank_correlation, stats.spearmanr):
         expected = [theirs(x[here], y[here])[0] for x, y, here in zip(a, s, present, strict=True)]
         np.testing.assert_allclose(ours(*arrays), expected, atol=1e-12)
+
+
+def test_within_tokens_is_what_a_regression_on_the_token_leaves():
+    """Partial correlation given a dummy variable for each token, by least squares."""
+    draw = np.random.default_rng(0)
+    tokens, present = draw.integers(7, size=(5, 60)), draw.random((5, 60)) < 0.9
+    a, s = draw.normal(size=(2, 5, 60))
+    a += 3 * tokens
+    s += 0.5 * a
+    found = within_token_correlation(*map(torch.as_tensor, (a, s, present, tokens)))
+    for i, here in enumerate(present):
+        dummies = np.eye(7)[tokens[i, here]]
+        left = [y[i, here] - dummies @ np.linalg.lstsq(dummies, y[i, here])[0] for y in (a, s)]
+        assert float(found[i]) == pytest.approx(np.corrcoef(*left)[0, 1], abs=1e-9)
+    table = torch.as_tensor(draw.normal(size=7)[tokens])  # says the same of every occurrence
+    assert within_token_correlation(*map(torch.as_tensor, (a, table, present, tokens))).isnan().all()
+    assert within_token_correlation(*map(torch.as_tensor, (table, s, present, tokens))).isnan().all()
 
 
 def test_a_constant_neuron_or_simulation_has_no_score_and_the_reason_is_kept():
@@ -131,7 +149,9 @@ def test_intervals_hold_equally_many_positive_activations(records):
 
 def all_scores(correlation) -> Scores:
     correlation = torch.tensor(correlation, dtype=torch.float64)
-    return Scores(correlation, correlation, correlation.isnan(), correlation.isnan() & False, correlation * 0 + 1)
+    return Scores(
+        correlation, correlation, correlation, correlation.isnan(), correlation.isnan() & False, correlation * 0 + 1
+    )
 
 
 def test_a_layer_without_any_score_counts_as_zero_or_not_at_all(recwarn):

@@ -39,7 +39,7 @@ class World:
             | `sense:bank/finance` … | the word in this sense |
             | `fact`, `recall` | a token that tells a fact for later, or tells it again |
 
-        log_prob: (n,) nats, log p(token | visible prefix of its document), all hidden choices summed out (eq-06-3).
+        log_prob: (n,) nats, log p(token | visible prefix of its document), all hidden choices summed out (eq-06-2).
         recall_distance: (n,) int32, tokens since the recalled fact was last told, 0 where none is recalled.
     """
 
@@ -55,7 +55,7 @@ class World:
 
     @property
     def entropy_rate(self) -> float:
-        """Nats a token, the mean of `log_prob` without its sign; no model can expect less loss (eq-06-2)."""
+        """Nats a token, the mean of `log_prob` without its sign; no model can expect less loss (eq-06-3)."""
         return float(-self.log_prob.mean())
 
     def part(self, split: str) -> "World":

@@ -1,0 +1,35 @@
+"""Label every numbered equation by the number that its page prints, eq-NN-k, wherever the label is named.
+
+    python book/renumber.py
+
+A new equation gets a label of its own, such as eq-03-new; this then moves up those that follow, in the chapters, the
+pages and the library. Afterwards `make sync`.
+"""
+
+from pathlib import Path
+
+from chapters import slugs
+from check_chapters import EQUATION, LABEL, source
+from notebooks import ROOT
+
+
+def renumber(root: Path = ROOT) -> list[Path]:
+    """The files that it changed."""
+    book, new, changed = root / "book", {}, []
+    for slug in slugs(book):
+        labels = [label for _, label in EQUATION.findall(source(slug, book))]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"book/src/{slug}.md has two equations of one label among {', '.join(labels)}")
+        new |= {label: f"eq-{slug[:2]}-{k}" for k, label in enumerate(labels, start=1)}
+    for path in sorted([*book.glob("*.md"), *book.glob("src/*.md"), *(root / "cratelab").rglob("*.py")]):
+        text = path.read_text(encoding="utf8")
+        renamed = LABEL.sub(lambda match: new.get(match[0], match[0]), text)
+        if renamed != text:
+            path.write_text(renamed, encoding="utf8")
+            changed.append(path)
+    return changed
+
+
+if __name__ == "__main__":
+    for path in renumber():
+        print(path.relative_to(ROOT))
