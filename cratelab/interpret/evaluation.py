@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.excerpts import Excerpts
 from cratelab.interpret.explainers import Explainer, Explanations, shuffle
@@ -123,13 +125,11 @@ def evaluate(
         raise ValueError(f"evaluate needs records and explainers; got {list(records)} and {list(explainers)}")
     parts = {protocol: split(held, protocol, as_published=as_published) for protocol, held in records.items()}
     found: list[Evaluation] = []
-    said: list[tuple[Excerpts, dict[str, Explanations]]] = []  # two of the protocols explain from the same excerpts
+    last: tuple[Excerpts, dict[str, Explanations]] | None = None  # top-and-random and random-only explain from the same
     for protocol, (explaining, validation) in parts.items():
-        known = [each for excerpts, each in said if excerpts.starts.equal(explaining.starts)]
-        if not known:
-            known = [{name: explainer.explain(explaining) for name, explainer in explainers.items()}]
-            said.append((explaining, known[0]))
-        for name, explanations in known[0].items():
+        if last is None or not all(map(torch.equal, vars(last[0]).values(), vars(explaining).values())):
+            last = explaining, {name: explainer.explain(explaining) for name, explainer in explainers.items()}
+        for name, explanations in last[1].items():
             simulated, coverage = explanations.simulate(validation)
             other, other_coverage = shuffle(explanations, validation)
             found.append(

@@ -47,7 +47,7 @@ class GroundTruth:
 
     @property
     def log_lift(self) -> Tensor:
-        """The logarithm of purity over base rate, (l, h), in nats; 0 by chance, −∞ where no activation is on the concept."""
+        """The logarithm of purity over base rate, (l, h), in nats; 0 by chance, −∞ where the purity is 0."""
         return (self.purity / self.base_rate).log()
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,25 @@ def test_every_protocol_meets_every_explainer(evaluations):
     assert [(each.protocol, each.explainer) for each in found] == [
         (protocol, name) for protocol in ("top-and-random", "random-only", "anthropic") for name in ("token", "suffix")
     ]
+
+
+def test_the_same_excerpts_are_explained_once_and_others_anew(evaluations, monkeypatch):
+    held, found = evaluations
+    explained, explain = [], TokenExplainer.explain
+    monkeypatch.setattr(
+        TokenExplainer, "explain", lambda self, excerpts: explained.append(1) or explain(self, excerpts)
+    )
+    for alone in ({protocol: records} for protocol, records in held.items()):
+        (each,) = evaluate(alone, {"token": TokenExplainer()})
+        (theirs,) = (one for one in found if (one.protocol, one.explainer) == (each.protocol, "token"))
+        torch.testing.assert_close(each.scores.correlation, theirs.scores.correlation, equal_nan=True)
+    assert len(explained) == 3
+    evaluate(held, {"token": TokenExplainer()})
+    assert len(explained) == 3 + 2, "random-only explains from the excerpts of top-and-random"
+    other = held["top-and-random"].top.activations.clone()
+    changed = replace(held["random-only"], top=replace(held["random-only"].top, activations=2 * other))
+    evaluate(held | {"random-only": changed}, {"token": TokenExplainer()})
+    assert len(explained) == 3 + 2 + 3, "the same places with other activations"
 
 
 def test_a_neurons_score_is_that_of_its_own_lists(evaluations):
