@@ -25,7 +25,7 @@ BOTH = "05"  # from this chapter on there are two networks, each with a colour o
 # A misspelt tag would silently do nothing, so only these may be used. nbval-skip is not among them: every cell is run.
 TAGS = {
     *("hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell"),
-    *("nbval-ignore-output", "raises-exception", "full-width", "margin", "scroll-output"),
+    *("nbval-ignore-output", "raises-exception", "full-width", "margin", "scroll-output", "page-only"),
 }
 EQUATION = re.compile(r"^\$\$((?:(?!^\s*$).)*?)\$\$[ \t]*\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
 LABEL = re.compile(r"eq-(\d\d)-[a-z0-9]+(?:-[a-z0-9]+)*")

@@ -6,6 +6,7 @@
 A chapter that allows this has a line `seed = 0` and, further down, a cell `findings = {…}` of plain numbers and lists.
 The cells up to that one are executed with each seed in turn, and with other values for lines `name = …` where --set
 says so; cratelab/reference/NN_slug.json gets the findings and where they come from. Cells below may show that file.
+A cell with the tag `page-only` (a figure, a demonstration) is not executed: no finding depends on it.
 Its `code` is a hash of the executed cells without their imports, so that a test can see when the chapter has changed
 and its numbers have not.
 """
@@ -25,6 +26,8 @@ from notebooks import BOOK, ROOT
 
 from cratelab.provenance import provenance
 from cratelab.storage import write_json
+
+PAGE_ONLY = "page-only"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def code_to_findings(slug: str, book: Path = BOOK) -> str:
     """The chapter's code up to and with the cell that starts `findings = `."""
-    sources = [cell.source for cell in generate(slug, book).cells if cell.cell_type == "code"][1:]  # not the set-up
+    cells = [cell for cell in generate(slug, book).cells if cell.cell_type == "code"][1:]  # not the set-up
+    sources = [cell.source for cell in cells if PAGE_ONLY not in cell.metadata.get("tags", [])]
     last = next((i for i, source in enumerate(sources) if source.startswith("findings = ")), None)
     code = "\n\n".join(sources[: None if last is None else last + 1])
     if last is None or "\nseed = 0\n" not in code:

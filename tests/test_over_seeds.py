@@ -26,7 +26,7 @@ raise SystemExit("what follows the findings was run")
 
 
 def book(folder: Path, first: str, last: str) -> Path:
-    (folder / "src").mkdir()
+    (folder / "src").mkdir(parents=True)
     (folder / "_config.yml").write_text("repository: {url: nowhere}")
     (folder / "src" / "99_test.md").write_text(CHAPTER.format(first=first, last=last))
     return folder
@@ -39,6 +39,18 @@ def test_each_seed_and_setting_is_what_the_cells_see(tmp_path):
     assert over_seeds.run(code, {"seed": 3, "steps": "100"})["sum"] == 103
     with pytest.raises(ValueError, match="one line `width = …`; it has 0"):
         over_seeds.run(code, {"width": 3})
+
+
+def test_a_cell_for_the_page_alone_is_neither_run_nor_counted(tmp_path):
+    last = "findings = {'x': x}"
+    page = "x = 1\nseed = 0\n```\n\n```{code-cell} python\n:tags: [hide-input, page-only]\n\nx = 2"
+    with_cell, without = (
+        over_seeds.code_to_findings("99_test", book(tmp_path / name, first, last))
+        for name, first in (("a", page), ("b", "x = 1\nseed = 0\n"))
+    )
+    assert over_seeds.run(with_cell, {"seed": 0}) == {"x": 1}
+    assert "x = 2" in (tmp_path / "a" / "src" / "99_test.md").read_text() and "x = 2" not in with_cell
+    assert over_seeds.digest(with_cell.replace("assert", "# ")) == over_seeds.digest(without.replace("assert", "# "))
 
 
 @pytest.mark.parametrize("first, last", [("x = 1", "findings = {}"), ("x = 1\nseed = 0\n", "found = {}")])
