@@ -63,9 +63,9 @@ def test_what_is_no_text_of_that_vocabulary_is_refused(training, held_out, order
 
 
 def test_numbers_that_are_no_tokens_are_refused_and_not_rounded():
-    with pytest.raises(ValueError, match=r"held_out must be at least 1 tokens from 0 to 8; got 2 from 0.7 to 1.2"):
+    with pytest.raises(ValueError, match=r"held_out must be .* from 0 to 8; got 2 from 0\.7 to 1\.2"):
         witten_bell(np.array([0, 1]), np.array([0.7, 1.2]), 9, 1)
-    with pytest.raises(ValueError, match="n_vocab must be at least 1, a whole number; got 9.5"):
+    with pytest.raises(ValueError, match=r"n_vocab must be at least 1, a whole number; got 9\.5"):
         witten_bell(np.array([0, 1]), np.array([0, 1]), 9.5, 1)
 
 
