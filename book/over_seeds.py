@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--seeds must be at least 1; got {options.seeds}")
     if wrong := [setting for setting in options.set if not re.fullmatch(r"\w+=[^=].*", setting)]:
         parser.error(f"--set takes NAME=VALUE; got {', '.join(wrong)}")
+    if any(setting.startswith("seed=") for setting in options.set):
+        parser.error("--set takes no seed, which --seeds counts")
     plt.switch_backend("agg")
     torch.set_num_threads(1)
     code, start, findings = code_to_findings(options.chapter), time.perf_counter(), []
@@ -68,7 +70,7 @@ def code_to_findings(slug: str, book: Path = BOOK) -> str:
 def run(code: str, settings: dict) -> dict:
     """What the code finds when each line `name = …` of the settings has the value given there."""
     for name, value in settings.items():
-        code, found = re.subn(rf"^{name} = .*$", f"{name} = {value}", code, flags=re.MULTILINE)
+        code, found = re.subn(rf"^{name} = .*$", lambda _, line=f"{name} = {value}": line, code, flags=re.MULTILINE)
         if found != 1:
             raise ValueError(f"the chapter should have one line `{name} = …`; it has {found}")
     names: dict = {}

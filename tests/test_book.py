@@ -317,6 +317,17 @@ def test_renumbering_gives_each_equation_its_printed_number_everywhere(tmp_path)
         renumber.renumber(tmp_path)
 
 
+def test_what_cites_an_equation_that_is_gone_is_not_given_another(tmp_path):
+    """Of three equations the second is taken out: the third becomes eq-01-2, which the text of the second cited."""
+    (book := tmp_path / "book" / "src").mkdir(parents=True)
+    (library := tmp_path / "cratelab").mkdir()
+    (book / "01_sample.md").write_text("# One\n\n$$\na\n$$ (eq-01-1)\n\n$$\nc\n$$ (eq-01-3)\n")
+    (library / "module.py").write_text('"""As in eq-01-2."""')
+    with pytest.raises(ValueError, match=r"cratelab/module.py cites eq-01-2, which is no equation"):
+        renumber.renumber(tmp_path)
+    assert "eq-01-3" in (book / "01_sample.md").read_text(), "nothing is renumbered then"
+
+
 def test_docstring_that_cites_no_equation_is_noticed(book, tmp_path):
     (tmp_path / "library").mkdir()
     (tmp_path / "library" / "module.py").write_text('"""As in eq-01-1 and eq-07-3."""')

@@ -53,6 +53,14 @@ def test_a_cell_for_the_page_alone_is_neither_run_nor_counted(tmp_path):
     assert over_seeds.digest(with_cell.replace("assert", "# ")) == over_seeds.digest(without.replace("assert", "# "))
 
 
+def test_a_setting_is_put_in_as_it_is_written(tmp_path):
+    r"""A backslash means nothing to the search for the line: \\1 would be a group, \\n the end of the line."""
+    code = over_seeds.code_to_findings(
+        "99_test", book(tmp_path, "import math\nseed = 0\nend = 0\n", "findings = {'end': end}")
+    )
+    assert over_seeds.run(code, {"seed": 1, "end": r"'a\n\1'"})["end"] == "a\n\1"
+
+
 @pytest.mark.parametrize("first, last", [("x = 1", "findings = {}"), ("x = 1\nseed = 0\n", "found = {}")])
 def test_a_chapter_without_seed_or_findings_is_refused(tmp_path, first, last):
     with pytest.raises(ValueError, match="needs a line `seed = 0` and a cell that starts `findings = `"):
@@ -66,6 +74,7 @@ def test_a_chapter_without_seed_or_findings_is_refused(tmp_path, first, last):
         (["--seeds", "-2"], "--seeds must be at least 1"),
         (["--set", "steps"], "--set takes NAME=VALUE; got steps"),
         (["--set", "steps=5", "=3"], "--set takes NAME=VALUE; got =3"),
+        (["--set", "seed=3"], "--set takes no seed, which --seeds counts"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_before_any_work(options, message, monkeypatch, capsys):
