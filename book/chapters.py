@@ -1,8 +1,11 @@
 """From the text of a chapter (book/src/NN_slug.md) to the cells of its notebook (book/NN_slug.ipynb), unexecuted.
 
+An appendix to chapter NN is NNa_slug.md: executed and checked as a chapter is, without numbered equations or exercises.
+
 A code cell that draws states in words what its figure shows, `:alt: "…"` under its first line: the picture's alt text.
 """
 
+import re
 from pathlib import Path
 
 import jupytext
@@ -12,10 +15,16 @@ from notebooks import BOOK, assemble, compare
 
 import exercises
 
+NAME = re.compile(r"\d\d([a-z]?)_\w+")
+
 
 def slugs(book: Path = BOOK) -> list[str]:
-    """The chapters, in order: the stems of book/src/*.md."""
-    return sorted(path.stem for path in (book / "src").glob("[0-9][0-9]_*.md"))
+    """The chapters, in order, each followed by its appendices: the stems of book/src/*.md."""
+    return sorted(path.stem for path in (book / "src").glob("[0-9][0-9]*.md") if NAME.fullmatch(path.stem))
+
+
+def is_appendix(slug: str) -> bool:
+    return NAME.fullmatch(slug)[1] != ""
 
 
 def generate(slug: str, book: Path = BOOK) -> NotebookNode:
