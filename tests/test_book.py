@@ -198,6 +198,12 @@ def test_failing_cell_is_named_and_leaves_the_notebook(book):
     assert (book / "01_sample.ipynb").read_bytes() == before
 
 
+def test_the_name_of_an_exercise_leads_to_its_notebook(book):
+    rewrite(book, "By {eq}", "Exercise 1.B asks. By {eq}")
+    text = next(cell.source for cell in chapters.generate("01_sample", book).cells if "asks" in cell.source)
+    assert f"[Exercise 1.B]({notebooks.colab_url('exercises/01_sample.ipynb', book)}) asks" in text
+
+
 def test_chapter_without_a_title_is_refused(book):
     with pytest.raises(ValueError, match="starts with a Markdown cell"):
         rewrite(book, "# A chapter", "No title")
