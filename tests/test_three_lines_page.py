@@ -28,7 +28,8 @@ def page(name, *arguments, **options):
 
 
 def same(found, expected, atol=1e-9, rtol=1e-9):
-    np.testing.assert_allclose(torch.as_tensor(found, dtype=torch.float64).numpy(), expected.numpy(), atol=atol, rtol=rtol)
+    found = torch.as_tensor(found, dtype=torch.float64)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize(("noise", "degrees"), [(0.12, 35), (0, 35), (0.4, 90), (0.3, 10)])

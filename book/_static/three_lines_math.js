@@ -229,6 +229,12 @@ const threeLines = (() => {
     return z.map((point, i) => plus(point, update[i], factor));
   }
 
+  // The same towards a target, and no further.
+  function movedTowards(z, target, share) {
+    const way = z.map((point, i) => plus(target[i], point, -1));
+    return squares(way) <= share ** 2 * squares(z) ? target : moved(z, way, share);
+  }
+
   // The part of a point's squared length that lies outside its own line, on average; points at the origin have none.
   function strayShare(z, U, line) {
     const shares = z.map((point, i) => 1 - dot(point, U[line[i]]) ** 2 / dot(point, point));
@@ -271,7 +277,7 @@ const threeLines = (() => {
 
   return {
     ...{ points, gram, eigen, codingRate, codingRateGradient, subspaceRate, subspaceRateGradient, nearestLine },
-    ...{ fitted, normalised, climb, norm1, nearZero, compressionStep, membership, denoise, mssa, moved, strayShare },
-    ...{ atoms, decode, ista, lassoObjective, active, layer, mean, squares, dot, plus, along },
+    ...{ fitted, normalised, climb, norm1, nearZero, compressionStep, membership, denoise, mssa, moved, movedTowards },
+    ...{ strayShare, atoms, decode, ista, lassoObjective, active, layer, mean, squares, dot, plus, along },
   };
 })();
