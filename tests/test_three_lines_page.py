@@ -1,15 +1,20 @@
 """The moving picture of the ninety points: its numbers are the library's, and it works in a browser."""
 
+import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from javascript import engine
+from matplotlib.figure import Figure
 from notebooks import BOOK
 
 import cratelab as cl
+from cratelab import plots
 from cratelab.three_lines import three_lines
 
 STATIC = BOOK / "_static"
@@ -130,6 +135,13 @@ def test_a_step_is_as_long_as_said():
     same(page("moved", Z, 0 * Z, 0.3), Z, atol=0)
 
 
+def test_a_step_towards_a_target_does_not_pass_it():
+    way = AWAY - Z
+    target = Z + 0.2 * way * Z.norm() / way.norm()
+    same(page("movedTowards", Z, target, 0.15), Z + 0.75 * (target - Z))
+    same(page("movedTowards", Z, target, 0.25), target, atol=0)
+
+
 @CLOUDS
 def test_stray_share(z):
     own = cl.project(z, BASES).square()[LINE, torch.arange(90), 0]
@@ -159,3 +171,142 @@ def test_a_layer(kappa, lam):
     same(found["half"], half)
     same(found["code"], code)
     same(found["full"], code @ D.mT)
+
+
+def test_the_colours_are_the_palettes():
+    (colours,) = re.findall(r"const COLOURS = (\[.*\]);", (STATIC / "three_lines.js").read_text(encoding="utf8"))
+    assert json.loads(colours) == plots.PALETTE[:3]
+
+
+STAGES = {  # states in which every control matters
+    "denoise": {"way": 0.6},
+    "rate": {},
+    "climb": {"steps": 20, "lam": 0.01},
+    "step": {"steps": 1, "kind": "tokens"},
+    "code": {"steps": 5},
+    "layer": {"layers": 2},
+}
+CELL = """<div class="cell"><div class="cell_output"><img alt="a still picture"
+src="data:image/gif;base64,R0lGODlhAQABAAAAACw="></div></div><div class="three-lines" {}></div>"""
+UP, RIGHT = "\ue013", "\ue014"  # the arrow keys, as WebDriver names them
+FRAME = "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
+SET = """const field = document.querySelector(arguments[0]); field.value = arguments[1];
+field.dispatchEvent(new Event('input'))"""
+
+
+@pytest.fixture(scope="module")
+def driver(check_pages, tmp_path_factory):
+    """A browser that shows all stages, and one more with values of its own."""
+    folder = tmp_path_factory.mktemp("page")
+    for file in ("three_lines.js", "three_lines_math.js", "three_lines.css", "custom.css"):
+        shutil.copy(STATIC / file, folder)
+    head = '<!doctype html><meta charset="utf8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += '<link rel="icon" href="data:,"><style>body { margin: 16px }</style>'
+    head += "".join(f'<link rel="stylesheet" href="{name}.css">' for name in ("custom", "three_lines"))
+    # as Sphinx may: the page's script before the mathematics
+    head += "".join(f'<script src="{name}.js"></script>' for name in ("three_lines", "three_lines_math"))
+    asked = 'id="asked" data-stage="denoise" data-noise="0.3" data-eps="0.1"'
+    places = [f'data-stage="{stage}"' for stage in STAGES] + [asked]
+    body = "".join(CELL.format(place) for place in places)
+    (folder / "index.html").write_text(f'{head}<article class="bd-content">{body}</article>', encoding="utf8")
+    with check_pages.served(folder) as address, check_pages.browser() as driver:
+        driver.get(f"{address}/index.html")
+        yield driver
+        problems = [entry["message"] for entry in driver.get_log("browser")]
+        problems += check_pages.network_problems(driver, address.removeprefix("http://"))
+        assert problems == []
+
+
+def shown(driver, stage):
+    """What stage's output says, and where its points are."""
+    driver.execute_async_script(FRAME)
+    return driver.execute_script(
+        """const place = document.querySelector(`[data-stage=${arguments[0]}]`);
+        return [place.querySelector('output').textContent, place.querySelector('.seen svg').ariaLabel,
+            [...place.querySelectorAll('.seen circle[fill]')].map(dot =>
+                [dot.getAttribute('fill'), Number(dot.getAttribute('cx')), -Number(dot.getAttribute('cy'))])]""",
+        stage,
+    )
+
+
+def reset(driver, stage):
+    driver.find_element("css selector", f"[data-stage={stage}] .buttons button:last-child").click()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_control_changes_the_picture_and_the_keyboard_moves_it(driver, stage):
+    reset(driver, stage)
+    fresh = shown(driver, stage)
+    assert "NaN" not in fresh[0] and fresh[1].startswith("Ninety points") and len(fresh[2]) == 90
+    place = f"[data-stage={stage}]:not(#asked)"
+    for name, value in STAGES[stage].items():
+        driver.execute_script(SET, f"{place} [name={name}]", value)
+    before = shown(driver, stage)
+    fields = driver.find_elements("css selector", f"{place} :is(input, select)")
+    sliders = [field for field in fields if field.tag_name == "input"]
+    assert 3 <= len(sliders) <= 4
+    for field in fields:
+        assert driver.execute_script("return arguments[0].labels[0].textContent.trim()", field)
+        field.send_keys(UP if field.get_attribute("value") == "tokens" else RIGHT)
+        after = shown(driver, stage)
+        if field.get_attribute("name") == "turn":
+            assert after[0] == before[0] and after[2] != before[2]
+        else:
+            assert after[0] != before[0], field.get_attribute("name")
+        if field.tag_name == "input":
+            assert driver.execute_script("return arguments[0].previousSibling.lastChild.textContent", field)
+        before = after
+    reset(driver, stage)
+    assert shown(driver, stage) == fresh
+
+
+def test_points_are_where_the_still_picture_has_them(driver):
+    reset(driver, "denoise")
+    axes = Figure().add_subplot()
+    plots.draw_three_lines(axes, Z, LINE)
+    groups = zip(plots.PALETTE, axes.collections, strict=False)
+    still = [(colour, *place) for colour, group in groups for place in group.get_offsets()]
+    live = shown(driver, "denoise")[2]
+    for (colour, *place), (expected, *there) in zip(sorted(live), sorted(still), strict=True):
+        assert colour == expected
+        np.testing.assert_allclose(place, there, atol=2e-4)
+
+
+def test_a_chapter_may_set_where_a_control_starts(driver):
+    read = "return document.querySelector('#asked').textContent"
+    assert "noise σ 0.30" in driver.execute_script(read) and "ε = 0.1)" in driver.execute_script(read)
+
+
+def test_play_moves_on_and_stops_where_the_reader_says(driver):
+    reset(driver, "step")
+    steps, play = (driver.find_element("css selector", f"[data-stage=step] {x}") for x in ("[name=steps]", ".play"))
+    play.click()
+    assert play.text == "Pause"
+    wait = "const [field, done] = arguments; const look = () => field.value > 0 ? done() : setTimeout(look, 20); look()"
+    driver.execute_async_script(wait, steps)
+    play.click()
+    assert play.text == "Play" and int(steps.get_attribute("value")) < 10
+    reset(driver, "step")
+    still = {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", still)
+    play.click()
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert play.text == "Play" and steps.get_attribute("value") == "10"
+
+
+def test_the_still_picture_is_for_print_only(driver):
+    look = """const shows = e => getComputedStyle(e).display !== 'none';
+        const count = kind => [...document.querySelectorAll(kind)].filter(shows).length;
+        return ['.cell_output img', '.three-lines'].map(count)"""
+    assert driver.execute_script(look) == [0, len(STAGES) + 1]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    printed = driver.execute_script(look)
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert printed == [len(STAGES) + 1, 0]
+
+
+@pytest.mark.parametrize("size", [(390, 900), (1200, 900)])
+def test_nothing_is_wider_than_the_screen(driver, check_pages, size):
+    with check_pages.screen(driver, size):
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= size[0]
+        assert driver.execute_script(check_pages.READ_WIDTH, size[0]) == []

@@ -8,7 +8,8 @@
   const SVG = "http://www.w3.org/2000/svg";
 
   const slider = (name, label, from, to, step, start, show) => ({ name, label, from, to, step, start, show });
-  const decimals = (digits) => (value) => value.toFixed(digits).replace("-", "−");
+  const decimals = (digits) => (value) =>
+    (Math.abs(value) < 1e4 ? value.toFixed(digits) : value.toExponential(1)).replace("-", "−");
   const degree = (value) => `${value}°`.replace("-", "−");
   const percent = (value) => `${Math.round(100 * value)} %`;
   const noise = slider("noise", "noise σ", 0, 0.4, 0.01, 0.12, decimals(2));
@@ -132,7 +133,7 @@ of points brought to length √3.",
     code: {
       controls: [
         slider("lam", "weight of sparsity λ", 0, 1, 0.02, 0.1, decimals(2)),
-        slider("eta", "step size η", 0.02, 0.46, 0.02, 0.1, decimals(2)),
+        slider("eta", "step size η", 0.02, 0.7, 0.02, 0.1, decimals(2)),
         slider("steps", "steps T", 1, 50, 1, 2, decimals(0)),
       ],
       play: ["steps", 120],

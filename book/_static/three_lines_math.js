@@ -237,7 +237,7 @@ const threeLines = (() => {
 
   // The part of a point's squared length that lies outside its own line, on average; points at the origin have none.
   function strayShare(z, U, line) {
-    const shares = z.map((point, i) => 1 - dot(point, U[line[i]]) ** 2 / dot(point, point));
+    const shares = z.map((point, i) => Math.max(1 - dot(point, U[line[i]]) ** 2 / dot(point, point), 0));
     return mean(shares.filter((share) => !Number.isNaN(share)));
   }
 
