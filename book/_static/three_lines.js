@@ -238,7 +238,7 @@ for every point, a row for every atom.",
     function draw(state, turn, first) {
       const [right, up, near] = seenFrom(turn);
       const length = Math.sqrt(m.squares(state.z) / m.squares(first));
-      const shrinks = stage.fit === "both" ? length > 0 : stage.fit === "down" && length > 1.02;
+      const shrinks = stage.fit === "both" ? length > 0 : stage.fit === "down" && length > 1.05;
       const scale = shrinks ? 1 / length : 1;
       const flat = (point, factor = 1) => [factor * m.dot(point, right), -factor * m.dot(point, up)];
       const path = (from, to) => `M${from.map(short)}L${to.map(short)}`;
@@ -267,7 +267,7 @@ for every point, a row for every atom.",
         number.setAttribute("x", short(x));
         number.setAttribute("y", short(y + 0.04));
       });
-      size.textContent = Math.abs(scale - 1) > 0.01 ? `drawn at ${scale.toPrecision(2)} of their size` : "";
+      size.textContent = Math.abs(scale - 1) > 0.05 ? `drawn at ${scale.toPrecision(2)} times their size` : "";
       svg.setAttribute("aria-label", `Ninety points in three colours ${state.says}.`.replace(/\s+/g, " "));
     }
     return { svg, draw };
