@@ -175,7 +175,7 @@ def test_a_layer(kappa, lam):
 
 def test_the_colours_are_the_palettes():
     (colours,) = re.findall(r"const COLOURS = (\[.*\]);", (STATIC / "three_lines.js").read_text(encoding="utf8"))
-    assert json.loads(colours) == plots.PALETTE[:3]
+    assert json.loads(colours) == plots.PALETTE[2:5]
 
 
 STAGES = {  # states in which every control matters
@@ -264,7 +264,7 @@ def test_points_are_where_the_still_picture_has_them(driver):
     reset(driver, "denoise")
     axes = Figure().add_subplot()
     plots.draw_three_lines(axes, Z, LINE)
-    groups = zip(plots.PALETTE, axes.collections, strict=False)
+    groups = zip(plots.PALETTE[2:], axes.collections, strict=False)
     still = [(colour, *place) for colour, group in groups for place in group.get_offsets()]
     live = shown(driver, "denoise")[2]
     for (colour, *place), (expected, *there) in zip(sorted(live), sorted(still), strict=True):

@@ -4,7 +4,7 @@
 (() => {
   "use strict";
 
-  const COLOURS = ["#0072B2", "#D55E00", "#009E73"]; // cratelab.plots.PALETTE
+  const COLOURS = ["#009E73", "#CC79A7", "#E69F00"]; // cratelab.plots.PALETTE[2:5]
   const SVG = "http://www.w3.org/2000/svg";
 
   const slider = (name, label, from, to, step, start, show) => ({ name, label, from, to, step, start, show });
