@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-from chapters import differences, read, slugs
+from chapters import differences, is_appendix, read, slugs
 from matplotlib.image import imread
 from nbformat.notebooknode import NotebookNode
 from notebooks import BOOK, ROOT, address_problem
@@ -141,6 +141,9 @@ def check_equations(book: Path = BOOK, library: Path = ROOT / "cratelab") -> Ite
     """A label is the number that the page prints, eq-NN-1, eq-NN-2, …; whatever refers to an equation finds it."""
     for slug in slugs(book):
         for k, (_, label) in enumerate(EQUATION.findall(source(slug, book)), start=1):
+            if is_appendix(slug):
+                yield f"book/src/{slug}.md labels an equation {label!r}; those of an appendix have no numbers"
+                break
             if label != f"eq-{slug[:2]}-{k}":
                 yield (
                     f"book/src/{slug}.md: the page prints ({int(slug[:2])}.{k}) beside an equation labelled {label!r}; "
@@ -196,7 +199,7 @@ CHAPTER_CHECKS = (check_pair, check_executed, check_cells, check_figures, check_
 def check_all(only: list[str] | None = None, book: Path = BOOK) -> list[str]:
     """Every message of every check, for all chapters or those named."""
     messages = [message for slug in only or slugs(book) for check in CHAPTER_CHECKS for message in check(slug, book)]
-    for path in sorted(book.glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted(book.glob("[0-9][0-9]*.ipynb")):
         if path.stem not in slugs(book):
             messages.append(f"book/{path.name} has no text book/src/{path.stem}.md. Write it, or delete the notebook.")
     for folder in ("exercises", "solutions"):

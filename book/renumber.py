@@ -8,7 +8,7 @@ pages and the library. Afterwards `make sync`.
 
 from pathlib import Path
 
-from chapters import slugs
+from chapters import is_appendix, slugs
 from check_chapters import EQUATION, LABEL, source
 from notebooks import ROOT
 
@@ -17,6 +17,8 @@ def renumber(root: Path = ROOT) -> list[Path]:
     """The files that it changed."""
     book, new, changed = root / "book", {}, []
     for slug in slugs(book):
+        if is_appendix(slug):
+            continue
         labels = [label for _, label in EQUATION.findall(source(slug, book))]
         if len(set(labels)) < len(labels):
             raise ValueError(f"book/src/{slug}.md has two equations of one label among {', '.join(labels)}")

@@ -45,23 +45,27 @@ def use_style() -> None:
     )
 
 
+def seen(z: Tensor) -> Tensor:
+    """Where points (n, 3) of space stand on paper, (n, 2), seen from the place from which `draw_three_lines` looks."""
+    height, way = math.radians(-14), math.radians(9.5)  # from where the three lines stand well apart
+    right = z.new_tensor([-math.sin(way), math.cos(way), 0])
+    up = z.new_tensor([-math.sin(height) * math.cos(way), -math.sin(height) * math.sin(way), math.cos(height)])
+    return z @ torch.stack([right, up], 1)
+
+
 def draw_three_lines(axes: Axes, z: Tensor, line: Tensor, U: Tensor | None = None) -> None:
     """Draw points of three-dimensional space in the colours of their lines, as they look from a fixed place.
 
     Args:
         axes: of a plane; they get equal scales and no ticks.
         z: points (n, 3), as `cratelab.three_lines.three_lines` gives them.
-        line: (n,), the line of each, which is its colour.
+        line: (n,), the line of each, which is its colour (not those of the two networks).
         U: bases (k, 3, 1), drawn as black lines through the origin.
     """
-    height, way = math.radians(-14), math.radians(9.5)  # from where the three lines stand well apart
-    right = z.new_tensor([-math.sin(way), math.cos(way), 0])
-    up = z.new_tensor([-math.sin(height) * math.cos(way), -math.sin(height) * math.sin(way), math.cos(height)])
-    view = torch.stack([right, up], 1)
-    for direction in [] if U is None else U[:, :, 0] @ view:
+    for direction in [] if U is None else seen(U[:, :, 0]):
         axes.plot(*(direction[:, None] * z.new_tensor([-1.6, 1.6])), color="black", lw=0.9)
     for k in line.unique():
-        axes.scatter(*(z[line == k] @ view).T, s=14, color=PALETTE[int(k)], zorder=3)
+        axes.scatter(*seen(z[line == k]).T, s=14, color=PALETTE[2 + int(k)], zorder=3)
     axes.set(aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
     axes.grid(False)
     for spine in axes.spines.values():

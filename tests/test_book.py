@@ -83,7 +83,9 @@ def test_links_outside_the_pages(tmp_path):
 def test_every_chapter_is_in_the_table_of_contents_and_on_the_status_page():
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
     listed = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
-    assert [name for name in listed if name[:2].isdigit()] == chapters.slugs()
+    chosen = [name for name in listed if name[:2].isdigit()]
+    assert sorted(chosen) == chapters.slugs()
+    assert sorted(chosen, key=chapters.is_appendix) == chosen, "the appendices stand after the chapters"
     assert list(json.loads((BOOK / "execution.json").read_text())) == chapters.slugs()
 
 
@@ -196,6 +198,12 @@ def test_failing_cell_is_named_and_leaves_the_notebook(book):
     assert (book / "01_sample.ipynb").read_bytes() == before
 
 
+def test_the_name_of_an_exercise_leads_to_its_notebook(book):
+    rewrite(book, "By {eq}", "Exercise 1.B asks. By {eq}")
+    text = next(cell.source for cell in chapters.generate("01_sample", book).cells if "asks" in cell.source)
+    assert f"[Exercise 1.B]({notebooks.colab_url('exercises/01_sample.ipynb', book)}) asks" in text
+
+
 def test_chapter_without_a_title_is_refused(book):
     with pytest.raises(ValueError, match="starts with a Markdown cell"):
         rewrite(book, "# A chapter", "No title")
@@ -300,6 +308,14 @@ def test_unsuitable_cell_is_noticed(book, old, new, complaint):
 def test_wrong_label_is_noticed(book, old, new, complaint):
     rewrite(book, old, new)
     assert complaint in "\n".join(check_chapters.check_equations(book, library=book))
+
+
+def test_an_appendix_follows_its_chapter_and_numbers_no_equation(book):
+    (book / "src" / "01a_more.md").write_text("# More\n\n$$\na\n$$ (eq-01-1)\n")
+    (book / "src" / "01_02.txt").write_text("")
+    assert chapters.slugs(book) == ["01_sample", "01a_more"] and chapters.is_appendix("01a_more")
+    (message,) = check_chapters.check_equations(book, library=book)
+    assert "those of an appendix have no numbers" in message
 
 
 def test_renumbering_gives_each_equation_its_printed_number_everywhere(tmp_path):
