@@ -8,7 +8,7 @@ import re
 import codes_page
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from javascript import engine
 from notebooks import BOOK
@@ -164,6 +164,8 @@ PIECES = st.one_of(
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(PIECES, max_size=12).map("".join))
+@example(" ".join(["constructor", "__proto__", "toString", "valueOf", "the"]))
+@example(" ".join(codes_page.encoding().vocabulary))
 def test_words_are_those_of_the_library(page, text):
     found = [(each["word"], each["token"]) for each in page("ask", "encode", text)]
     assert found == library_tokens(text)
@@ -257,7 +259,8 @@ return {words: all('tbody th').map(e => e.textContent), nats: all('tbody td:last
         chosen: all('.chosen').map(e => Number(e.dataset.token)), focus: document.activeElement.textContent,
         still: all('.type-a-sentence-still')[0].getClientRects().length, reset: all('.reset')[0].disabled,
         live: all('.type-a-sentence')[0].getClientRects().length, pictures: all('article img').length,
-        unnamed: all('input, select, textarea, canvas').filter(e => !e.labels?.length && !e.ariaLabel).length}
+        unnamed: all('.type-a-sentence, input, select, textarea, canvas')
+            .filter(e => !e.labels?.length && !e.ariaLabel).length}
 """
 WAIT = "const done = arguments[0]; requestAnimationFrame(() => setTimeout(done, 30))"
 INK = """
@@ -369,6 +372,22 @@ def test_a_strip_is_pointed_at(fresh):
     assert look()["chosen"] == [2]
 
 
+def test_one_layer_at_a_time(fresh, model):
+    from selenium.webdriver.support.ui import Select
+
+    driver, look, _ = fresh
+    codes, _ = by_torch(model, tokens_of("law"), *TRAINED)
+    Select(driver.find_element("css selector", "#tas-layers")).select_by_visible_text("layer 2")
+    assert [int(n) for n in look()["on"][0::2]] == (codes[1] > 0).sum(-1).tolist()
+    strips = "return [...document.querySelectorAll('canvas')].map(e => e.ariaLabel)"
+    at, labels = 7, driver.execute_script(strips)
+    assert labels[at] == f"most: neurons {', '.join(map(str, codes[1][at].topk(3).indices.tolist()))}"
+    Select(driver.find_element("css selector", "#tas-order")).select_by_visible_text("number")
+    look()
+    first = int(codes[1][0].nonzero()[0])
+    assert driver.execute_script(INK.replace(".filter(Boolean).length", ".indexOf(true)")) == first
+
+
 def test_typed_words(fresh):
     driver, look, _ = fresh
     type_into(driver, "#tas-text", "the jugde. heard <img src=x onerror=document.title='broken'> Rosa", clear=True)
@@ -395,6 +414,7 @@ def test_phone_print_and_dark(fresh):
     with check_pages.screen(driver, check_pages.PHONE):
         driver.refresh()
         assert look()["words"] and driver.execute_script(check_pages.READ_WIDTH, 390) == []
+        assert driver.execute_script("return document.documentElement.scrollWidth") == 390
         assert len(driver.find_elements("css selector", "tbody tr:first-child canvas")) == 1
     light = driver.execute_script("return document.querySelector('canvas').toDataURL()")
     driver.execute_script("document.documentElement.dataset.theme = 'dark'")

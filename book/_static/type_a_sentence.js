@@ -284,7 +284,7 @@ function typeASentencePage(root, packed) {
     const { key, name, what, min, max, step } = each;
     const input = make("input", { type: "range", id: `tas-${key}`, min, max, step, value: settings[key] });
     const value = make("output", { htmlFor: input.id });
-    const mark = make("span", { className: "mark", title: "as trained" });
+    const mark = make("span", { className: "trained", title: "as trained" });
     mark.style.setProperty("--share", (packed.trained[key] - min) / (max - min));
     const label = make("label", { htmlFor: input.id }, make("i", {}, name), ` ${what}`);
     const track = make("div", { className: "track" }, input, mark);
@@ -488,8 +488,8 @@ function typeASentencePage(root, packed) {
       if (token === truth) row.append(make("em", {}, "comes next"));
       return row;
     });
-    next.replaceChildren(make("h4", {}, "After ", chip(wordOf(now.tokens[at])), " it expects"), make("ol", {}, ...rows));
-    fire.replaceChildren(make("h4", {}, "Firing most at ", chip(wordOf(now.tokens[at]))));
+    next.replaceChildren(make("p", { className: "title" }, "After ", chip(wordOf(now.tokens[at])), " it expects"), make("ol", {}, ...rows));
+    fire.replaceChildren(make("p", { className: "title" }, "Firing most at ", chip(wordOf(now.tokens[at]))));
     for (const layer of LAYERS) {
       const values = codeOf(layer, at);
       const top = largest(values, SHOWN).filter((neuron) => values[neuron] > 0);
@@ -500,7 +500,7 @@ function typeASentencePage(root, packed) {
         button.onclick = () => pick({ layer, neuron });
         return make("li", {}, button);
       });
-      fire.append(make("div", {}, make("h5", {}, `layer ${layer + 1}`), make("ol", {}, ...(items.length ? items : [make("li", {}, "none")]))));
+      fire.append(make("div", {}, make("p", {}, `layer ${layer + 1}`), make("ol", {}, ...(items.length ? items : [make("li", {}, "none")]))));
     }
   }
 
