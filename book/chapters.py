@@ -36,12 +36,14 @@ def generate(slug: str, book: Path = BOOK) -> NotebookNode:
     cells = jupytext.read(path, fmt="md:myst").cells
     if not cells or cells[0].cell_type != "markdown" or not cells[0].source.startswith("# "):
         raise ValueError(f"{path}: a chapter starts with a Markdown cell whose first line is its title, '# …'")
-    notebooks = {
-        int(each[:2]): colab_url(f"exercises/{each}.ipynb", book) for each in slugs(book) if not is_appendix(each)
-    }
+
+    def link(words: re.Match) -> str:
+        notebook = next(each for each in slugs(book) if each.startswith(f"{int(words[1]):02}_"))
+        return f"[{words[0]}]({colab_url(f'exercises/{notebook}.ipynb', book)})"
+
     for cell in cells:
         if cell.cell_type == "markdown":
-            cell.source = EXERCISE.sub(lambda words: f"[{words[0]}]({notebooks[int(words[1])]})", cell.source)
+            cell.source = EXERCISE.sub(link, cell.source)
         if "alt" in cell.metadata:  # where MyST-NB looks for it
             cell.metadata["mystnb"] = {"image": {"alt": cell.metadata.pop("alt")}}
     if exercises.source(slug, book).exists():
