@@ -188,8 +188,9 @@ STAGES = {  # states in which every control matters
 }
 CELL = """<div class="cell"><div class="cell_output"><img alt="a still picture"
 src="data:image/gif;base64,R0lGODlhAQABAAAAACw="></div></div><div class="three-lines" {}></div>"""
-UP, RIGHT = "\ue013", "\ue014"  # the arrow keys, as WebDriver names them
+UP, RIGHT, DOWN = "\ue013", "\ue014", "\ue015"  # the arrow keys, as WebDriver names them
 FRAME = "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
+STATE = "return [...document.querySelectorAll('[data-stage=step] :is(input, select)')].map(field => field.value)"
 SET = """const field = document.querySelector(arguments[0]); field.value = arguments[1];
 field.dispatchEvent(new Event('input'))"""
 
@@ -208,6 +209,7 @@ def driver(check_pages, tmp_path_factory):
     asked = 'id="asked" data-stage="denoise" data-noise="0.3" data-eps="0.1"'
     places = [f'data-stage="{stage}"' for stage in STAGES] + [asked]
     body = "".join(CELL.format(place) for place in places)
+    body += "".join(f"<details{kind}><summary>Fold</summary><p>Text.</p></details>" for kind in ("", ' class="hide"'))
     (folder / "index.html").write_text(f'{head}<article class="bd-content">{body}</article>', encoding="utf8")
     with check_pages.served(folder) as address, check_pages.browser() as driver:
         driver.get(f"{address}/index.html")
@@ -292,6 +294,51 @@ def test_play_moves_on_and_stops_where_the_reader_says(driver):
     play.click()
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert play.text == "Play" and steps.get_attribute("value") == "10"
+
+
+@pytest.mark.parametrize("pixels", [1, -1, 2, -2, 40, -40])
+def test_the_view_turns_as_far_as_the_pointer_goes_however_slowly(driver, pixels):
+    from selenium.webdriver import ActionChains
+
+    reset(driver, "step")
+    svg = driver.find_element("css selector", "[data-stage=step] .seen svg")
+    drag = ActionChains(driver, duration=0).click_and_hold(svg)
+    for _ in range(80 // abs(pixels)):
+        drag.move_by_offset(pixels, 0)
+    drag.release().perform()
+    turn = driver.find_element("css selector", "[data-stage=step] [name=turn]")
+    assert int(turn.get_attribute("value")) == (-40 if pixels > 0 else 40)
+
+
+def test_who_comes_back_finds_sliders_and_pictures_at_one(driver):
+    reset(driver, "step")
+    for field in driver.find_elements("css selector", "[data-stage=step] :is(input, select)"):
+        field.send_keys(DOWN if field.tag_name == "select" else RIGHT)
+    driver.execute_script("addEventListener('unload', () => 0)")  # else the browser may keep the page as it is
+    driver.get("about:blank")
+    driver.back()
+    assert driver.execute_script("return performance.getEntriesByType('navigation')[0].type") == "back_forward"
+    came_back = shown(driver, "step"), driver.execute_script(STATE)
+    reset(driver, "step")
+    assert came_back == (shown(driver, "step"), driver.execute_script(STATE))
+
+
+def test_words_in_a_picture_can_be_read(driver):
+    fills = driver.execute_script(
+        """return [...document.querySelectorAll('.three-lines svg text')].filter(e => e.textContent)
+            .map(e => getComputedStyle(e).fill.match(/\\d+/g).map(Number))"""
+    )
+    linear = (np.array(fills) / 255 + 0.055) ** 2.4 / 1.055**2.4  # WCAG's, for all but the darkest
+    assert len(fills) >= 9 and (1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)).min() >= 4.5
+
+
+def test_answers_are_printed_and_code_stays_folded(driver):
+    look = "return [...document.querySelectorAll('details p')].map(e => e.checkVisibility())"
+    assert driver.execute_script(look) == [False, False]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    printed = driver.execute_script(look)
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert printed == [True, False]
 
 
 def test_the_still_picture_is_for_print_only(driver):

@@ -73,12 +73,11 @@
       ],
       play: ["steps", 100],
       note: "Black: the lines, refitted at every step. Grey: the coordinate axes.",
-      climbs: new Map(),
       state(m, { steps, lam, eps }) {
         const { z: start, line } = m.points();
         const key = `${lam} ${eps}`;
-        if (!this.climbs.has(key)) this.climbs.set(key, m.climb(m.normalised(start), line, { lam, eps }));
-        const { z, U } = this.climbs.get(key)[steps];
+        if (this.key !== key) [this.key, this.climb] = [key, m.climb(m.normalised(start), line, { lam, eps })];
+        const { z, U } = this.climb[steps];
         const [whole, parts] = [m.codingRate(z, eps), m.subspaceRate(z, U, eps)];
         return {
           ...{ z, line, U, axes: true },
@@ -290,7 +289,7 @@ for every point, a row for every atom.",
   function strip() {
     const svg = drawn("svg", { viewBox: "-5 -0.3 96 19.6", role: "img", class: "strip" });
     const cells = Array.from({ length: 6 }, (_, atom) => {
-      const label = drawn("text", { x: -0.8, y: 3.2 * atom + 2.4, fill: COLOURS[atom % 3] }, `${atom < 3 ? "" : "−"}${(atom % 3) + 1}`);
+      const label = drawn("text", { x: -0.8, y: 3.2 * atom + 2.4 }, `${atom < 3 ? "" : "−"}${(atom % 3) + 1}`);
       svg.append(label);
       return Array.from({ length: 90 }, (_, i) => {
         const cell = drawn("rect", { x: i, y: 3.2 * atom, width: 1, height: 3, fill: COLOURS[atom % 3] });
@@ -336,6 +335,7 @@ for every point, a row for every atom.",
     const field = options
       ? element("select", { name }, ...Object.entries(options).map(([key, text]) => element("option", { value: key }, text)))
       : element("input", { type: "range", name, min: from, max: to, step });
+    field.autocomplete = "off"; // else the browser brings values back that nothing was drawn with
     field.addEventListener("input", () => changed(name));
     const made = element("label", { class: options ? "choice" : "slide" }, element("span", {}, label, " ", value), field);
     return {
@@ -429,10 +429,14 @@ for every point, a row for every atom.",
     }
     reset.addEventListener("click", start);
 
-    svg.addEventListener("pointerdown", (event) => svg.setPointerCapture(event.pointerId));
+    let held = null; // the view and the pointer as they were: single pixels are less than a step of the slider
+    svg.addEventListener("pointerdown", (event) => {
+      svg.setPointerCapture(event.pointerId);
+      held = controls.turn.get() + event.clientX / 2;
+    });
     svg.addEventListener("pointermove", (event) => {
       if (!svg.hasPointerCapture(event.pointerId)) return;
-      const turned = controls.turn.get() - event.movementX / 2;
+      const turned = held - event.clientX / 2;
       controls.turn.set(((((turned + 180) % 360) + 360) % 360) - 180);
       changed("turn");
     });
