@@ -409,6 +409,31 @@ def test_typed_words(fresh):
     assert len(seen["words"]) == 64 and seen["unknown"] == ["Only the first 64 words are read; 36 are left out."]
 
 
+def test_a_long_text_is_counted_to_its_end(fresh):
+    driver, look, _ = fresh
+    driver.find_element("css selector", "#tas-text").clear()
+    driver.execute_cdp_cmd("Input.insertText", {"text": "the judge . " * 3334})  # as one pastes
+    seen = look()
+    assert len(seen["words"]) == 64 and seen["unknown"] == ["Only the first 64 words are read; 9939 are left out."]
+    assert driver.execute_script("return document.querySelector('#tas-text').offsetHeight < innerHeight / 2")
+
+
+def test_who_comes_back_finds_sliders_and_numbers_at_one(fresh):
+    from selenium.webdriver.common.keys import Keys
+
+    driver, look, _ = fresh
+    before = look()
+    for field, key in ("lam", Keys.ARROW_RIGHT), ("order", Keys.ARROW_DOWN), ("sample", Keys.ARROW_DOWN):
+        type_into(driver, f"#tas-{field}", key)
+    assert look() != before
+    driver.execute_script("addEventListener('unload', () => 0)")  # else the browser may keep the page as it is
+    driver.get("about:blank")
+    driver.back()
+    values = "return ['lam', 'order', 'sample'].map(name => document.querySelector(`#tas-${name}`).value)"
+    assert driver.execute_script("return performance.getEntriesByType('navigation')[0].type") == "back_forward"
+    assert look() == before and driver.execute_script(values) == ["0.1", "first", "law"]
+
+
 def test_phone_print_and_dark(fresh):
     driver, look, check_pages = fresh
     with check_pages.screen(driver, check_pages.PHONE):

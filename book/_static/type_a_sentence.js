@@ -252,6 +252,7 @@ function typeASentencePage(root, packed) {
 
   const make = (tag, facts = {}, ...inside) => {
     const made = document.createElement(tag);
+    if ("autocomplete" in made) made.autocomplete = "off"; // else the browser brings values back that nothing was drawn with
     for (const [name, value] of Object.entries(facts)) {
       if (name in made && !name.includes("-")) made[name] = value;
       else made.setAttribute(name, value);
@@ -266,8 +267,7 @@ function typeASentencePage(root, packed) {
   const chip = (text) => make("b", { className: "word" }, text);
 
   // ---- what is built once
-  const text = make("textarea", { id: "tas-text", rows: 3, maxLength: 2000, spellcheck: false, autocapitalize: "off" });
-  text.setAttribute("autocomplete", "off");
+  const text = make("textarea", { id: "tas-text", rows: 3, spellcheck: false, autocapitalize: "off" });
   text.setAttribute("aria-describedby", "tas-unknown");
   text.value = Object.values(packed.sentences)[0];
   const samples = make("select", { id: "tas-sample" }, make("option", { value: "", textContent: "your own" }));
@@ -283,7 +283,7 @@ function typeASentencePage(root, packed) {
   ].map((each) => {
     const { key, name, what, min, max, step } = each;
     const input = make("input", { type: "range", id: `tas-${key}`, min, max, step, value: settings[key] });
-    const value = make("output", { htmlFor: input.id });
+    const value = make("output", { htmlFor: input.id, "aria-live": "off" }); // the slider says it
     const mark = make("span", { className: "trained", title: "as trained" });
     mark.style.setProperty("--share", (packed.trained[key] - min) / (max - min));
     const label = make("label", { htmlFor: input.id }, make("i", {}, name), ` ${what}`);
