@@ -18,7 +18,7 @@ from notebooks import BOOK, assemble, colab_url, compare
 import exercises
 
 NAME = re.compile(r"\d\d([a-z]?)_\w+")
-EXERCISE = re.compile(r"\b[Ee]xercise (\d+)\.[A-Z]\b")
+EXERCISE = re.compile(r"\b[Ee]xercise ((\d+)\.[A-Z])\b")
 
 
 def slugs(book: Path = BOOK) -> list[str]:
@@ -38,8 +38,8 @@ def generate(slug: str, book: Path = BOOK) -> NotebookNode:
         raise ValueError(f"{path}: a chapter starts with a Markdown cell whose first line is its title, '# …'")
 
     def link(words: re.Match) -> str:
-        notebook = next(each for each in slugs(book) if each.startswith(f"{int(words[1]):02}_"))
-        return f"[{words[0]}]({colab_url(f'exercises/{notebook}.ipynb', book)})"
+        notebook = next((each for each in slugs(book) if each.startswith(f"{int(words[2]):02}_")), None)
+        return f"[{words[0]}]({colab_url(f'exercises/{notebook}.ipynb', book)})" if notebook else words[0]
 
     for cell in cells:
         if cell.cell_type == "markdown":

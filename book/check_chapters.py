@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-from chapters import differences, is_appendix, read, slugs
+from chapters import EXERCISE, differences, is_appendix, read, slugs
 from matplotlib.image import imread
 from nbformat.notebooknode import NotebookNode
 from notebooks import BOOK, ROOT, address_problem
@@ -177,6 +177,16 @@ def check_exercises(slug: str, book: Path = BOOK) -> Iterator[str]:
         yield f"exercises/{slug}.ipynb has outputs, which are the reader's to make. Run `make sync`."
 
 
+def check_names_of_exercises(book: Path = BOOK) -> Iterator[str]:
+    """Where a chapter sends its reader to an exercise, there is one."""
+    sources = {*exercises.slugs(book)} & {*slugs(book)}
+    known = {exercise.number for slug in sources for exercise in exercises.read(slug, book)[1]}
+    for slug in slugs(book):
+        for name, _ in EXERCISE.findall(source(slug, book)):
+            if name not in known:
+                yield f"book/src/{slug}.md: there is no exercise {name}"
+
+
 def check_links(root: Path = ROOT) -> Iterator[str]:
     """Links of the files that are read outside the book lead somewhere; those of its pages are for check_pages.py."""
     read_outside = "*.md", "book/reference/*.md", "exercises/*.ipynb", "solutions/*.ipynb"
@@ -209,4 +219,4 @@ def check_all(only: list[str] | None = None, book: Path = BOOK) -> list[str]:
     for slug in exercises.slugs(book):
         if slug not in slugs(book):
             messages.append(f"solutions/{slug}.py belongs to no chapter book/src/{slug}.md")
-    return [*messages, *check_equations(book), *check_links(book.parent)]
+    return [*messages, *check_equations(book), *check_names_of_exercises(book), *check_links(book.parent)]

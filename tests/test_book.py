@@ -204,6 +204,13 @@ def test_the_name_of_an_exercise_leads_to_its_notebook(book):
     assert f"[Exercise 1.B]({notebooks.colab_url('exercises/01_sample.ipynb', book)}) asks" in text
 
 
+@pytest.mark.parametrize("name", ["1.Z", "99.A"])
+def test_an_exercise_that_is_not_there_is_noticed(book, name):
+    rewrite(book, "By {eq}", f"Exercise {name} asks. By {{eq}}")
+    (message,) = check_chapters.check_names_of_exercises(book)
+    assert message == f"book/src/01_sample.md: there is no exercise {name}"
+
+
 def test_chapter_without_a_title_is_refused(book):
     with pytest.raises(ValueError, match="starts with a Markdown cell"):
         rewrite(book, "# A chapter", "No title")
