@@ -148,6 +148,8 @@ def test_stray_share(z):
     expected = (1 - own / z.square().sum(-1)).mean()
     same(page("strayShare", z, LINES, LINE), expected)
     same(page("strayShare", torch.cat([z, torch.zeros(1, 3)]), LINES, [*LINE.tolist(), 0]), expected)
+    strongest = cl.project(z, BASES).square().sum(-1).amax(0)
+    same(page("strayShare", z, LINES), (1 - strongest / z.square().sum(-1)).mean())
 
 
 @CLOUDS

@@ -119,7 +119,7 @@ of points brought to length √3.",
         return {
           ...{ z, line, U },
           reads: {
-            "stray share": decimals(3)(m.strayShare(z, U, line)),
+            "stray share": decimals(3)(m.strayShare(z, U)),
             [`Rᶜ ${rate(eps)}`]: nats(m.subspaceRate(z, U, eps)),
             "length of the points, at first 1": decimals(2)(Math.sqrt(m.squares(z) / m.squares(start))),
           },
@@ -133,9 +133,9 @@ of points brought to length √3.",
       controls: [
         slider("lam", "weight of sparsity λ", 0, 1, 0.02, 0.1, decimals(2)),
         slider("eta", "step size η", 0.02, 0.7, 0.02, 0.1, decimals(2)),
-        slider("steps", "steps T", 1, 50, 1, 2, decimals(0)),
+        slider("steps", "steps T", 1, 200, 1, 2, decimals(0)),
       ],
-      play: ["steps", 120],
+      play: ["steps", 50],
       constants: { noise: 0.12, degrees: 35 },
       note: "Hairlines lead from each point to what its code says of it, the dot. Rings: the six atoms. Strip: a column \
 for every point, a row for every atom.",

@@ -236,8 +236,10 @@ const threeLines = (() => {
   }
 
   // The part of a point's squared length that lies outside its own line, on average; points at the origin have none.
+  // Beside each point's own line; without labels, beside the line nearest to it, as chapter 3 has it.
   function strayShare(z, U, line) {
-    const shares = z.map((point, i) => Math.max(1 - dot(point, U[line[i]]) ** 2 / dot(point, point), 0));
+    const inside = (point, i) => Math.max(...(line ? [U[line[i]]] : U).map((u) => dot(point, u) ** 2));
+    const shares = z.map((point, i) => Math.max(1 - inside(point, i) / dot(point, point), 0));
     return mean(shares.filter((share) => !Number.isNaN(share)));
   }
 
