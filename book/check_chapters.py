@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-from chapters import differences, read, slugs
+from chapters import EXERCISE, differences, is_appendix, read, slugs
 from matplotlib.image import imread
 from nbformat.notebooknode import NotebookNode
 from notebooks import BOOK, ROOT, address_problem
@@ -25,7 +25,7 @@ BOTH = "05"  # from this chapter on there are two networks, each with a colour o
 # A misspelt tag would silently do nothing, so only these may be used. nbval-skip is not among them: every cell is run.
 TAGS = {
     *("hide-input", "hide-output", "hide-cell", "remove-input", "remove-output", "remove-cell"),
-    *("nbval-ignore-output", "raises-exception", "full-width", "margin", "scroll-output"),
+    *("nbval-ignore-output", "raises-exception", "full-width", "margin", "scroll-output", "page-only"),
 }
 EQUATION = re.compile(r"^\$\$((?:(?!^\s*$).)*?)\$\$[ \t]*\(([^)\s]+)\)", re.MULTILINE | re.DOTALL)
 LABEL = re.compile(r"eq-(\d\d)-[a-z0-9]+(?:-[a-z0-9]+)*")
@@ -141,6 +141,9 @@ def check_equations(book: Path = BOOK, library: Path = ROOT / "cratelab") -> Ite
     """A label is the number that the page prints, eq-NN-1, eq-NN-2, …; whatever refers to an equation finds it."""
     for slug in slugs(book):
         for k, (_, label) in enumerate(EQUATION.findall(source(slug, book)), start=1):
+            if is_appendix(slug):
+                yield f"book/src/{slug}.md labels an equation {label!r}; those of an appendix have no numbers"
+                break
             if label != f"eq-{slug[:2]}-{k}":
                 yield (
                     f"book/src/{slug}.md: the page prints ({int(slug[:2])}.{k}) beside an equation labelled {label!r}; "
@@ -174,6 +177,16 @@ def check_exercises(slug: str, book: Path = BOOK) -> Iterator[str]:
         yield f"exercises/{slug}.ipynb has outputs, which are the reader's to make. Run `make sync`."
 
 
+def check_names_of_exercises(book: Path = BOOK) -> Iterator[str]:
+    """Where a chapter sends its reader to an exercise, there is one."""
+    sources = {*exercises.slugs(book)} & {*slugs(book)}
+    known = {exercise.number for slug in sources for exercise in exercises.read(slug, book)[1]}
+    for slug in slugs(book):
+        for name, _ in EXERCISE.findall(source(slug, book)):
+            if name not in known:
+                yield f"book/src/{slug}.md: there is no exercise {name}"
+
+
 def check_links(root: Path = ROOT) -> Iterator[str]:
     """Links of the files that are read outside the book lead somewhere; those of its pages are for check_pages.py."""
     read_outside = "*.md", "book/reference/*.md", "exercises/*.ipynb", "solutions/*.ipynb"
@@ -196,7 +209,7 @@ CHAPTER_CHECKS = (check_pair, check_executed, check_cells, check_figures, check_
 def check_all(only: list[str] | None = None, book: Path = BOOK) -> list[str]:
     """Every message of every check, for all chapters or those named."""
     messages = [message for slug in only or slugs(book) for check in CHAPTER_CHECKS for message in check(slug, book)]
-    for path in sorted(book.glob("[0-9][0-9]_*.ipynb")):
+    for path in sorted(book.glob("[0-9][0-9]*.ipynb")):
         if path.stem not in slugs(book):
             messages.append(f"book/{path.name} has no text book/src/{path.stem}.md. Write it, or delete the notebook.")
     for folder in ("exercises", "solutions"):
@@ -206,4 +219,4 @@ def check_all(only: list[str] | None = None, book: Path = BOOK) -> list[str]:
     for slug in exercises.slugs(book):
         if slug not in slugs(book):
             messages.append(f"solutions/{slug}.py belongs to no chapter book/src/{slug}.md")
-    return [*messages, *check_equations(book), *check_links(book.parent)]
+    return [*messages, *check_equations(book), *check_names_of_exercises(book), *check_links(book.parent)]

@@ -6,6 +6,7 @@
 A chapter that allows this has a line `seed = 0` and, further down, a cell `findings = {…}` of plain numbers and lists.
 The cells up to that one are executed with each seed in turn, and with other values for lines `name = …` where --set
 says so; cratelab/reference/NN_slug.json gets the findings and where they come from. Cells below may show that file.
+A cell with the tag `page-only` (a figure, a demonstration) is not executed: no finding depends on it.
 Its `code` is a hash of the executed cells without their imports, so that a test can see when the chapter has changed
 and its numbers have not.
 """
@@ -26,6 +27,8 @@ from notebooks import BOOK, ROOT
 from cratelab.provenance import provenance
 from cratelab.storage import write_json
 
+PAGE_ONLY = "page-only"
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -38,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--seeds must be at least 1; got {options.seeds}")
     if wrong := [setting for setting in options.set if not re.fullmatch(r"\w+=[^=].*", setting)]:
         parser.error(f"--set takes NAME=VALUE; got {', '.join(wrong)}")
+    if any(setting.startswith("seed=") for setting in options.set):
+        parser.error("--set takes no seed, which --seeds counts")
     plt.switch_backend("agg")
     torch.set_num_threads(1)
     code, start, findings = code_to_findings(options.chapter), time.perf_counter(), []
@@ -53,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def code_to_findings(slug: str, book: Path = BOOK) -> str:
     """The chapter's code up to and with the cell that starts `findings = `."""
-    sources = [cell.source for cell in generate(slug, book).cells if cell.cell_type == "code"][1:]  # not the set-up
+    cells = [cell for cell in generate(slug, book).cells if cell.cell_type == "code"][1:]  # not the set-up
+    sources = [cell.source for cell in cells if PAGE_ONLY not in cell.metadata.get("tags", [])]
     last = next((i for i, source in enumerate(sources) if source.startswith("findings = ")), None)
     code = "\n\n".join(sources[: None if last is None else last + 1])
     if last is None or "\nseed = 0\n" not in code:
@@ -64,7 +70,7 @@ def code_to_findings(slug: str, book: Path = BOOK) -> str:
 def run(code: str, settings: dict) -> dict:
     """What the code finds when each line `name = …` of the settings has the value given there."""
     for name, value in settings.items():
-        code, found = re.subn(rf"^{name} = .*$", f"{name} = {value}", code, flags=re.MULTILINE)
+        code, found = re.subn(rf"^{name} = .*$", lambda _, line=f"{name} = {value}": line, code, flags=re.MULTILINE)
         if found != 1:
             raise ValueError(f"the chapter should have one line `{name} = …`; it has {found}")
     names: dict = {}

@@ -81,4 +81,4 @@ def equivalence(values: list[float], margin: float) -> float:
     if len(values) < 2 or not margin > 0:
         raise ValueError(f"equivalence needs two values or more and a margin above 0; got {len(values)} and {margin}")
     above, below = ttest_1samp(values, -margin, alternative="greater"), ttest_1samp(values, margin, alternative="less")
-    return float(max(above.pvalue, below.pvalue))
+    return float(np.maximum(above.pvalue, below.pvalue))  # NaN if either is

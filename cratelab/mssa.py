@@ -49,7 +49,7 @@ def compression_step(z: Tensor, U: Tensor, step_size: float, eps: float = 0.5) -
 
 
 def neumann_gradient(z: Tensor, U: Tensor, eps: float = 0.5, order: int = 1) -> Tensor:
-    """∇R^c with the inverse replaced by its Neumann series up to `order` (eq-03-4).
+    """∇R^c with the inverse replaced by its Neumann series up to `order` (eq-03-8).
 
     s Σ_k U_k W_k Σ_{j≤order} (−s W_kᵀW_k)^j with s = p/(nε²). The series converges to `subspace_rate_gradient` where
     s‖W_k‖² < 1 for every k, and diverges with the order elsewhere.
@@ -83,7 +83,7 @@ def neumann_gradient(z: Tensor, U: Tensor, eps: float = 0.5, order: int = 1) -> 
 
 
 def gram_attention(z: Tensor, U: Tensor) -> Tensor:
-    """Attention by plain inner products, Σ_k U_k W_k (W_kᵀW_k) (eq-03-5): what softmax then replaces.
+    """Attention by plain inner products, Σ_k U_k W_k (W_kᵀW_k) (eq-03-9): what softmax then replaces.
 
     Args:
         z: tokens, (..., n, d).
@@ -179,7 +179,7 @@ def attend(
 def attention_step(
     z: Tensor, U: Tensor, step_size: float, eps: float = 0.5, attention: Callable[[Tensor, Tensor], Tensor] = mssa
 ) -> Tensor:
-    """The compression step once Σ_k U_kU_kᵀ ≈ I has been used, (1 − κs)Z + κs²·attention(Z) with s = p/(nε²) (eq-03-8).
+    """The compression step once Σ_k U_kU_kᵀ ≈ I is used, (1 − κs)Z + κs²·attention(Z) with s = p/(nε²) (eq-03-10).
 
     Args:
         z: tokens, (..., n, d).

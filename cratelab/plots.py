@@ -3,10 +3,14 @@
 The palette is Okabe & Ito's. Figures keep a white ground, so that they read the same on a dark page.
 """
 
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from cratelab.colours import CRATE, GPT2
 from cratelab.storage import replacing
@@ -39,6 +43,33 @@ def use_style() -> None:
             "image.cmap": SEQUENTIAL,
         }
     )
+
+
+def seen(z: Tensor) -> Tensor:
+    """Where points (n, 3) of space stand on paper, (n, 2), seen from the place from which `draw_three_lines` looks."""
+    height, way = math.radians(-14), math.radians(9.5)  # from where the three lines stand well apart
+    right = z.new_tensor([-math.sin(way), math.cos(way), 0])
+    up = z.new_tensor([-math.sin(height) * math.cos(way), -math.sin(height) * math.sin(way), math.cos(height)])
+    return z @ torch.stack([right, up], 1)
+
+
+def draw_three_lines(axes: Axes, z: Tensor, line: Tensor, U: Tensor | None = None) -> None:
+    """Draw points of three-dimensional space in the colours of their lines, as they look from a fixed place.
+
+    Args:
+        axes: of a plane; they get equal scales and no ticks.
+        z: points (n, 3), as `cratelab.three_lines.three_lines` gives them.
+        line: (n,), the line of each, which is its colour (not those of the two networks).
+        U: bases (k, 3, 1), drawn as black lines through the origin.
+    """
+    for direction in [] if U is None else seen(U[:, :, 0]):
+        axes.plot(*(direction[:, None] * z.new_tensor([-1.6, 1.6])), color="black", lw=0.9)
+    for k in line.unique():
+        axes.scatter(*seen(z[line == k]).T, s=14, color=PALETTE[2 + int(k)], zorder=3)
+    axes.set(aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def save_loss_curve(metrics: list[dict], path: str | Path, floor: float | None = None) -> None:

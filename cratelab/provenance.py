@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -62,12 +63,30 @@ def library_code() -> dict[str, str]:
     }
 
 
+def code_of(parts: Iterable[dict]) -> dict[str, str] | None:
+    """The code that made all parts of a table, as `library_code` says it; "several" where it was not one and the same.
+
+    Args:
+        parts: what `provenance` said of each, or its `library` alone.
+
+    Returns:
+        None if it was not kept of some part.
+    """
+    code: dict[str, str] = {}
+    for part in parts:
+        if part.get("library") is None:
+            return None
+        for name, digest in part["library"].items():
+            code[name] = digest if code.get(name, digest) == digest else "several"
+    return code
+
+
 def changed_since(facts: dict) -> list[str] | None:
     """The modules whose code is no longer what it was when `facts` were made by `provenance`; None if it was not kept.
 
     A number that they computed may be another today.
     """
-    if "library" not in facts:
+    if facts.get("library") is None:
         return None
     return [name for name, digest in facts["library"].items() if _digest_of_module(f"cratelab.{name}") != digest]
 

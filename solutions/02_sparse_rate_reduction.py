@@ -72,7 +72,7 @@ check.change_of_reduction(change_of_reduction)
 # A "better" value that comes from the bookkeeping alone: never compare $\Delta R$ between different $K$.
 #
 # `twice` and `dropped` are the bad reasons. Coding everything twice is dear, and coding only half of each token is cheap. What goes wrong most often is to expect that `dropped`
-# lowers $\Delta R$, because something is lost. Nothing in $\Delta R$ asks the subspaces to describe the tokens, which is why the chapter's third climb ended in empty directions.
+# lowers $\Delta R$, because something is lost. Nothing in $\Delta R$ asks the subspaces to describe the tokens, which is why bases that climb, at the chapter's end, end in empty directions.
 
 # %% [markdown]
 # ## Exercise 2.B: A test with one subspace
@@ -139,7 +139,7 @@ for name, width in [("with p", 2), ("with d", 8)]:
 # - **Difficulty:** 3 of 5
 # - **Time:** 20 minutes
 #
-# The first climb of the chapter left the gradient of
+# The chapter's climb with labels left the gradient of
 #
 # $$
 # \Delta R_{\text{labels}} = R(Z) - \sum_j \frac{n_j}{n} R(Z_j)

@@ -67,7 +67,7 @@ check.exponents(exponents)
 
 # %% [markdown] tags=["solution"]
 # `exact_small` is 1 and `exact_large` is $-1$: the factor $s\sigma/(1+s\sigma^2)$ rises like $\sigma$ and falls like $1/\sigma$, and the turning point $s\sigma^2 = 1$ is where the series begins to diverge. `gram` is 3 at every size, which is why Gram
-# attention explodes. Softmax attention returns *means of tokens*, so its exponent is 1 at both ends: tiny tokens get the mean of all, huge ones a single token. Only if the mean is zero does the next term show, $Cw_i/\sqrt p$ of eq. 3.10,
+# attention explodes. Softmax attention returns *means of tokens*, so its exponent is 1 at both ends: tiny tokens get the mean of all, huge ones a single token. Only if the mean is zero does the next term show, $Cw_i/\sqrt p$ with the covariance $C$ (derived in the chapter's appendix),
 # and it has the exponent of Gram attention.
 #
 # For long tokens the exact step ends with the exponent $-1$, Gram attention with 3 and softmax attention with 1. Functions that grow with different powers can come close to each other at one length, not along the way: the quickest way to see that the softmax is a decision,

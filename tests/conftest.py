@@ -1,3 +1,5 @@
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,16 @@ if best_device().type == "cuda":  # the whole suite then runs there
 def _seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def check_pages():
+    """book/check_pages.py, where there is a browser."""
+    pytest.importorskip("selenium", reason="the extra `browse` is not installed")
+    module = importlib.import_module("check_pages")
+    if module.chromium() is None:
+        pytest.skip("no Chromium")
+    return module
 
 
 def tokens(*batch: int, n: int = 10, d: int = 8, dtype=torch.float64, scale: float = 1.0) -> torch.Tensor:

@@ -13,7 +13,8 @@ from cratelab.budget import estimate
 from cratelab.recipe import Recipe
 
 PAGE = (Path(__file__).parents[1] / "book" / "at_scale.md").read_text(encoding="utf8")
-TABLE = re.findall(r"^\| (?:1L|2L|3L|S|B) \|.*$", PAGE, re.MULTILINE)
+TABLE = re.findall(r"^\| (?:1L|2L|3L|S|B) \| [CG].*$", PAGE, re.MULTILINE)
+SIZES = re.findall(r"^\| (1L|2L|3L|S|B) \| (\d.*) \|$", PAGE, re.MULTILINE)
 
 
 def rows() -> Iterator[str]:
@@ -37,6 +38,19 @@ def counted() -> list[str]:
 
 def test_the_table_has_the_counts_of_estimate(counted):
     assert counted == TABLE
+
+
+def test_the_table_of_sizes_is_counted_by_hand_and_agrees_with_the_paper_but_for_s():
+    assert [size for size, _ in SIZES] == ["1L", "2L", "3L", "S", "B"]
+    for size, cells in SIZES:
+        numbers = (float(re.sub("[,M]", "", cell)) for cell in cells.split(" | "))
+        n_layers, width, crate, paper_crate, gpt2, paper_gpt2, ratio = numbers
+        assert crate == 50_304 * width + n_layers * (6 * width**2 + 5 * width) + 2 * width
+        assert gpt2 == 50_304 * width + n_layers * (12 * width**2 + 2 * width) + width
+        assert ratio == round(crate / gpt2, 2)
+        assert (abs(crate / 1e6 - paper_crate) < 0.06) == (size != "S") and abs(gpt2 / 1e6 - paper_gpt2) < 0.06
+        preset = cl.CrateConfig.preset(size)
+        assert (preset.n_layers, preset.width) == (n_layers, width)
 
 
 def test_the_plan_of_the_long_run_follows_from_the_table(counted):

@@ -83,7 +83,9 @@ def test_links_outside_the_pages(tmp_path):
 def test_every_chapter_is_in_the_table_of_contents_and_on_the_status_page():
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
     listed = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
-    assert [name for name in listed if name[:2].isdigit()] == chapters.slugs()
+    chosen = [name for name in listed if name[:2].isdigit()]
+    assert sorted(chosen) == chapters.slugs()
+    assert sorted(chosen, key=chapters.is_appendix) == chosen, "the appendices stand after the chapters"
     assert list(json.loads((BOOK / "execution.json").read_text())) == chapters.slugs()
 
 
@@ -196,6 +198,19 @@ def test_failing_cell_is_named_and_leaves_the_notebook(book):
     assert (book / "01_sample.ipynb").read_bytes() == before
 
 
+def test_the_name_of_an_exercise_leads_to_its_notebook(book):
+    rewrite(book, "By {eq}", "Exercise 1.B asks. By {eq}")
+    text = next(cell.source for cell in chapters.generate("01_sample", book).cells if "asks" in cell.source)
+    assert f"[Exercise 1.B]({notebooks.colab_url('exercises/01_sample.ipynb', book)}) asks" in text
+
+
+@pytest.mark.parametrize("name", ["1.Z", "99.A"])
+def test_an_exercise_that_is_not_there_is_noticed(book, name):
+    rewrite(book, "By {eq}", f"Exercise {name} asks. By {{eq}}")
+    (message,) = check_chapters.check_names_of_exercises(book)
+    assert message == f"book/src/01_sample.md: there is no exercise {name}"
+
+
 def test_chapter_without_a_title_is_refused(book):
     with pytest.raises(ValueError, match="starts with a Markdown cell"):
         rewrite(book, "# A chapter", "No title")
@@ -302,6 +317,14 @@ def test_wrong_label_is_noticed(book, old, new, complaint):
     assert complaint in "\n".join(check_chapters.check_equations(book, library=book))
 
 
+def test_an_appendix_follows_its_chapter_and_numbers_no_equation(book):
+    (book / "src" / "01a_more.md").write_text("# More\n\n$$\na\n$$ (eq-01-1)\n")
+    (book / "src" / "01_02.txt").write_text("")
+    assert chapters.slugs(book) == ["01_sample", "01a_more"] and chapters.is_appendix("01a_more")
+    (message,) = check_chapters.check_equations(book, library=book)
+    assert "those of an appendix have no numbers" in message
+
+
 def test_renumbering_gives_each_equation_its_printed_number_everywhere(tmp_path):
     (book := tmp_path / "book" / "src").mkdir(parents=True)
     (library := tmp_path / "cratelab").mkdir()
@@ -315,6 +338,17 @@ def test_renumbering_gives_each_equation_its_printed_number_everywhere(tmp_path)
     (book / "01_sample.md").write_text(SAMPLE.replace("Some text.", "$$\nc\n$$ (eq-01-1)"))
     with pytest.raises(ValueError, match="two equations of one label"):
         renumber.renumber(tmp_path)
+
+
+def test_what_cites_an_equation_that_is_gone_is_not_given_another(tmp_path):
+    """Of three equations the second is taken out: the third becomes eq-01-2, which the text of the second cited."""
+    (book := tmp_path / "book" / "src").mkdir(parents=True)
+    (library := tmp_path / "cratelab").mkdir()
+    (book / "01_sample.md").write_text("# One\n\n$$\na\n$$ (eq-01-1)\n\n$$\nc\n$$ (eq-01-3)\n")
+    (library / "module.py").write_text('"""As in eq-01-2."""')
+    with pytest.raises(ValueError, match=r"cratelab/module.py cites eq-01-2, which is no equation"):
+        renumber.renumber(tmp_path)
+    assert "eq-01-3" in (book / "01_sample.md").read_text(), "nothing is renumbered then"
 
 
 def test_docstring_that_cites_no_equation_is_noticed(book, tmp_path):

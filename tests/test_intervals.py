@@ -78,3 +78,10 @@ def test_equivalence_is_an_interval_of_ninety_per_cent_inside_the_margin():
     for values, margin in (([1.0], 1.0), ([1.0, 2.0], 0.0), ([1.0, 2.0], math.nan)):
         with pytest.raises(ValueError, match="two values or more and a margin above 0"):
             equivalence(values, margin)
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+@pytest.mark.parametrize("edge", [0.5, -0.5])
+def test_values_that_are_all_the_margin_itself_are_no_equivalence(edge):
+    """Without any spread t is 0/0 there, on either side of zero."""
+    assert math.isnan(equivalence([edge] * 3, 0.5))

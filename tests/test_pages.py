@@ -44,16 +44,6 @@ def test_every_equation_is_listed_with_the_functions_that_cite_it(html):
     assert "api/coding_rate.html#cratelab.coding_rate.coding_rate" in row
 
 
-@pytest.fixture
-def check_pages():
-    """book/check_pages.py, where there is a browser."""
-    pytest.importorskip("selenium", reason="the extra `browse` is not installed")
-    module = importlib.import_module("check_pages")
-    if module.chromium() is None:
-        pytest.skip("no Chromium")
-    return module
-
-
 def test_pages_in_a_browser(html, check_pages):
     assert {page: problems for page, problems in check_pages.check(html).items() if problems} == {}
 

@@ -1,9 +1,11 @@
 import math
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from cratelab import plots
+from cratelab.three_lines import three_lines
 
 
 def test_the_style_draws_crate_and_gpt2_first_on_a_white_ground():
@@ -52,3 +54,17 @@ def test_an_unknown_kind_of_image_is_named(tmp_path):
     with pytest.raises(ValueError, match="doc"):
         plots.save_loss_curve(METRICS, tmp_path / "loss.doc")
     assert not list(tmp_path.iterdir())
+
+
+def test_each_line_has_its_colour_and_the_points_lie_on_it():
+    z, line, U = three_lines(noise=0)
+    figure, axes = plt.subplots()
+    plots.draw_three_lines(axes, z, line, U)
+    points = [np.asarray(dots.get_offsets()) for dots in axes.collections]
+    drawn = [np.stack(curve.get_data(), -1) for curve in axes.lines]
+    plt.close(figure)
+    assert [len(each) for each in points] == [30, 30, 30] and len(drawn) == 3
+    for dots, ends in zip(points, drawn, strict=True):
+        along = (ends[1] - ends[0]) / np.linalg.norm(ends[1] - ends[0])
+        assert np.abs(dots @ [-along[1], along[0]]).max() < 1e-9  # beside the line there is nothing
+        assert np.abs(dots).max() < 1.6 and np.linalg.norm(dots, axis=1).max() > 0.5

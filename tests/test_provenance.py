@@ -41,6 +41,19 @@ def test_the_library_that_computed_is_named_and_a_change_of_its_code_shows(monke
     assert module.changed_since({"library": {"gone": "0"}}) == ["gone"]
 
 
+def test_a_table_of_parts_names_the_code_that_made_them():
+    """Made by two codes, a module is not what it was for one of them, whichever there is now."""
+    assert cl.mssa and cl.ista
+    now = module.library_code()
+    before = now | {"mssa": "0" * 12}
+    del before["ista"]
+    for parts, changed in (([now, now], []), ([now, before], ["mssa"]), ([before, now], ["mssa"])):
+        library = module.code_of([{"library": part} for part in parts])
+        assert library.keys() == now.keys() and module.changed_since({"library": library}) == changed
+    unknown = module.code_of([{"library": now}, {"commit": "0"}])
+    assert unknown is None and module.changed_since({"library": unknown}) is None
+
+
 def test_commit_is_none_outside_a_checkout_and_marked_where_files_changed(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

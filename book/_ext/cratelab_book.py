@@ -18,7 +18,7 @@ from sphinx.util.nodes import make_refnode
 import cratelab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # book/, where the chapters' own code is
-from chapters import slugs
+from chapters import is_appendix, slugs
 from check_chapters import EQUATION, LABEL, equation_labels, source
 from notebooks import ROOT
 
@@ -68,6 +68,8 @@ class EquationTable(SphinxDirective):
         citing = citations()
         lines = []
         for slug in slugs(book):
+            if is_appendix(slug):
+                continue
             lines += [f"**[](/{slug})**", "", "```{list-table}", ":widths: 14 58 28", ":class: equations", ""]
             for formula, label in EQUATION.findall(source(slug, book)):
                 names = ", ".join(f"{{py:obj}}`~{name}`" for name in citing.get(label, []))

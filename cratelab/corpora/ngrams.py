@@ -23,9 +23,11 @@ def witten_bell(training: np.ndarray, held_out: np.ndarray, n_vocab: int, order:
     Source: Witten & Bell (1991).
     """
     check_whole("order", order)
-    training, held_out = (np.asarray(stream).astype(np.int64) for stream in (training, held_out))
+    check_whole("n_vocab", n_vocab)
+    n_vocab = int(n_vocab)  # of numpy's integers a power may overflow
+    training, held_out = np.asarray(training), np.asarray(held_out)
     for name, stream in ("training", training), ("held_out", held_out):
-        if len(stream) < order or stream.min() < 0 or stream.max() >= n_vocab:
+        if len(stream) < order or stream.dtype.kind not in "iu" or stream.min() < 0 or stream.max() >= n_vocab:
             raise ValueError(
                 f"{name} must be at least {order} tokens from 0 to {n_vocab - 1}; got {len(stream)}"
                 + (f" from {stream.min()} to {stream.max()}" if len(stream) else "")
@@ -50,7 +52,7 @@ def _grams(stream: np.ndarray, k: int, n_vocab: int) -> np.ndarray:
     n = len(stream) - k + 1
     grams = np.zeros(n, np.int64)
     for i in range(k):
-        grams = grams * n_vocab + stream[i : i + n]
+        grams = grams * n_vocab + stream[i : i + n].astype(np.int64)
     return grams
 
 

@@ -25,8 +25,8 @@ from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, Tok
 from cratelab.interpret.ground_truth import match_concepts, separate_senses
 from cratelab.language_model import LanguageModel
 from cratelab.models import MODELS, untrained
-from cratelab.provenance import provenance
-from cratelab.storage import cached_json, digest_of_file, write_json
+from cratelab.provenance import code_of, library_code, provenance
+from cratelab.storage import cached_json, digest_of_file, read_json, write_json
 
 SPANS = 0, 1, 2, 4
 RUNNER_UP = 1e-2
@@ -73,7 +73,8 @@ def compare_on_tinyworld(
 
     Returns:
         One dict a run, with the setting, seed, parameters (without positions), gap (nats a token above the floor of the
-        validation text), and as `measure` gives them trained and, where nothing but the depth is changed, untrained.
+        validation text), library (the code that trained and measured), and as `measure` gives them trained and, where
+        nothing but the depth is changed, untrained.
 
     Raises:
         ValueError: no seeds, or `folder` holds runs of other arguments.
@@ -87,20 +88,22 @@ def compare_on_tinyworld(
             if on_run:
                 on_run(f"{setting.name}-{seed}")
             model, run_dir = setting.train(world, seed, folder, on_step)
-            find = partial(_findings, setting, seed, model, text)
+            find = partial(_findings, setting, seed, model, text, run_dir)
             weights = digest_of_file(run_dir / "model" / "model.safetensors")
             made_from = [asdict(setting), seed, text.corpus().facts(), weights]
             runs.append(cached_json(run_dir / "findings.json", made_from, find))
     return runs
 
 
-def _findings(setting: Setting, seed: int, model: LanguageModel, text: tinyworld.World) -> dict:
+def _findings(setting: Setting, seed: int, model: LanguageModel, text: tinyworld.World, run_dir: Path) -> dict:
+    training = read_json(run_dir / "run.json")["provenance"]
     return (
         asdict(setting)
         | {
             "seed": seed,
             "parameters": model.count_parameters(positions=False),
             "gap": gap(model, text),
+            "library": code_of([training, {"library": library_code()}]),
             "trained": measure(model, text, seed),
         }
         | ({"untrained": measure(untrained(model, seed), text, seed)} if setting in ladder(setting.steps) else {})
@@ -181,5 +184,8 @@ def reproduce_chapter_9(
         findings += compare_on_tinyworld(folder, settings, range(-(-seeds // 2)), on_run, on_step)
     findings += compare_on_tinyworld(folder, sparser(steps), range(max(1, seeds // 3)), on_run, on_step)
     table = Path(folder) / "crate_against_gpt2.json"
-    write_json(table, {"provenance": provenance(seeds=list(range(seeds)), steps=steps), "findings": findings})
+    about = provenance(seeds=list(range(seeds)), steps=steps, library=code_of(findings))
+    for each in findings:
+        each.pop("library", None)  # said once, of all
+    write_json(table, {"provenance": about, "findings": findings})
     return table

@@ -1,7 +1,6 @@
 """The learning rate of each model at each size, found before anything is compared (chapter 7)."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
@@ -9,9 +8,9 @@ from cratelab.corpora.prepare import prepare
 from cratelab.experiments.comparison import check_ladder, compare
 from cratelab.experiments.tinyworld_runs import Setting, gap, new_world
 from cratelab.models import MODELS
-from cratelab.provenance import provenance
+from cratelab.provenance import code_of, library_code, provenance
 from cratelab.recipe import Recipe
-from cratelab.storage import cached_json, digest_of_file, write_json
+from cratelab.storage import read_json, write_json
 
 PEAKS = 1e-3, 3e-3, 6e-3, 1e-2, 2e-2
 DEPTHS = 1, 2, 3
@@ -36,7 +35,8 @@ def sweep_toys(
     """The package's toys at every rate; what is done is read.
 
     Returns:
-        One dict a run, with ladder "toy", model, n_layers, steps, peak_rate, seed, and loss, that of validation.
+        One dict a run, with ladder "toy", model, n_layers, steps, peak_rate, seed, loss, that of validation, and
+        library, the code that trained.
 
     Raises:
         ValueError: no seeds or steps, or `folder` holds runs of other arguments.
@@ -46,7 +46,8 @@ def sweep_toys(
         recipe, under = toy_recipe(peak_rate, steps), Path(folder) / f"toys-{peak_rate:g}"
         for run in compare(world, recipe, under, ("toy",), range(seeds), TOY_CONTEXT, on_run, on_step):
             facts = {"ladder": "toy", "model": run["model"], "n_layers": 2, "steps": steps, "peak_rate": peak_rate}
-            found.append(facts | {"seed": run["seed"], "loss": run["validation_loss"]})
+            library = _trained_by(under / f"{run['model']}-toy-{run['seed']}")
+            found.append(facts | {"seed": run["seed"], "loss": run["validation_loss"], "library": library})
     return found
 
 
@@ -60,7 +61,7 @@ def sweep_ladder(
     """One to three layers of width 64 at every rate, as chapters 7 and 9 train them; what is done is read.
 
     Returns:
-        One dict a run, with ladder "width 64", model, n_layers, steps, peak_rate, seed, and loss, nats above the floor.
+        One dict a run, as for `sweep_toys`, with ladder "width 64" and as loss the nats above the floor.
 
     Raises:
         ValueError: no seeds or steps, or `folder` holds runs of other arguments.
@@ -75,11 +76,14 @@ def sweep_ladder(
                     if on_run:
                         on_run(f"{setting.name}-{seed}")
                     model, run_dir = setting.train(world, seed, folder, on_step)
-                    made_from = [asdict(setting), seed, digest_of_file(run_dir / "model" / "model.safetensors")]
-                    loss = cached_json(run_dir / "gap.json", made_from, lambda model=model: gap(model, held_out))
                     facts = {"ladder": "width 64"} | {key: getattr(setting, key) for key in ("model", "n_layers")}
-                    found.append(facts | {"steps": steps, "peak_rate": peak_rate, "seed": seed, "loss": loss})
+                    facts |= {"steps": steps, "peak_rate": peak_rate, "seed": seed, "loss": gap(model, held_out)}
+                    found.append(facts | {"library": _trained_by(run_dir)})
     return found
+
+
+def _trained_by(run_dir: Path) -> dict | None:
+    return read_json(run_dir / "run.json")["provenance"].get("library")
 
 
 def best_rates(runs: list[dict]) -> dict[tuple, float]:
@@ -117,5 +121,9 @@ def reproduce_rates(
     runs = sweep_toys(folder, seeds, steps[0], on_run, on_step)
     runs += sweep_ladder(folder, seeds, steps[1], on_run, on_step)
     table = Path(folder) / "rates.json"
-    write_json(table, {"provenance": provenance(seeds=list(range(seeds)), steps=list(steps)), "findings": runs})
+    library = code_of([{"library": library_code()}, *runs])
+    for run in runs:
+        del run["library"]  # said once, of all
+    about = provenance(seeds=list(range(seeds)), steps=list(steps), library=library)
+    write_json(table, {"provenance": about, "findings": runs})
     return table

@@ -18,7 +18,7 @@ from cratelab.experiments.comparison import check_ladder, compare, loss_table
 from cratelab.experiments.rates import TOY_CONTEXT, TOY_RATE, toy_recipe
 from cratelab.language_model import LanguageModel
 from cratelab.models import load
-from cratelab.provenance import provenance
+from cratelab.provenance import code_of, library_code, provenance
 from cratelab.recipe import Recipe
 from cratelab.storage import read_json, write_json
 
@@ -102,6 +102,7 @@ def make_reference_models(
     tokenizers.save(documentation.tokenizer, packed / "tokenizer.json")
     train, held_out = documentation.training, documentation.validation
     about = provenance(
+        library=code_of([{"library": library_code()}, *(run["provenance"] for run in runs)]),
         documentation={"name": "+".join(["pydocs", "packages", *text])} | train.facts(),
         # of orders 1 to 4, from all of the training text and from as much of it as the models read
         ngrams={n: witten_bell(train[:n], held_out[:], train.n_vocab, 4) for n in (len(train), runs[0]["tokens"])},
@@ -146,7 +147,11 @@ def make_toys(
             run["provenance"] = read_json(run_dir / "run.json")["provenance"]
             _pack(run_dir / "model", packed / run_dir.name)
         runs += mine
-    about = provenance(seeds=list(range(seeds)), tinyworld=world.training.facts() | {"floor": world.floor})
+    about = provenance(
+        seeds=list(range(seeds)),
+        library=code_of([{"library": library_code()}, *(run["provenance"] for run in runs)]),
+        tinyworld=world.training.facts() | {"floor": world.floor},
+    )
     table = loss_table(runs)
     write_json(packed / "toys.json", {"provenance": about, "findings": runs, "table": table})
     return table

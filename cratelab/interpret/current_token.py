@@ -27,16 +27,16 @@ def share_explained(model: LanguageModel, corpus: TokenizedCorpus, batch: int = 
         ValueError: as `cratelab.reading.watch_neurons`.
     """
     sums, squares = [], []
-    count = torch.zeros(corpus.n_vocab, dtype=torch.float64)
+    count = torch.zeros(corpus.n_vocab, dtype=torch.float64, device="cpu")
     for text, layers in watch_neurons(model, corpus, batch):
-        tokens = text.tokens[text.present].long()
-        count.scatter_add_(0, tokens.cpu(), torch.ones(len(tokens), dtype=torch.float64))
+        tokens = text.tokens[text.present].long().cpu()
+        count += tokens.bincount(minlength=corpus.n_vocab)
         if not sums:
-            sums = [torch.zeros(corpus.n_vocab, a.shape[-1], dtype=torch.float64) for a in layers]
-            squares = [torch.zeros(a.shape[-1], dtype=torch.float64) for a in layers]
+            sums = [count.new_zeros(corpus.n_vocab, a.shape[-1]) for a in layers]
+            squares = [count.new_zeros(a.shape[-1]) for a in layers]
         for layer, activations in enumerate(layers):
-            a = activations[text.present].double().cpu()
-            sums[layer].index_add_(0, tokens.cpu(), a)
+            a = activations[text.present].cpu().double()  # not every device has doubles
+            sums[layer].index_add_(0, tokens, a)
             squares[layer] += a.square().sum(0)
     n, by_token, whole = count.sum(), torch.stack(sums), torch.stack(squares)
     mean_square = by_token.sum(1).square() / n

@@ -60,3 +60,17 @@ def test_a_text_that_repeats_itself_is_known_by_its_bigrams():
 def test_what_is_no_text_of_that_vocabulary_is_refused(training, held_out, order, message):
     with pytest.raises(ValueError, match=message):
         witten_bell(np.array(training, int), np.array(held_out, int), 9, order)
+
+
+def test_numbers_that_are_no_tokens_are_refused_and_not_rounded():
+    with pytest.raises(ValueError, match=r"held_out must be .* from 0 to 8; got 2 from 0\.7 to 1\.2"):
+        witten_bell(np.array([0, 1]), np.array([0.7, 1.2]), 9, 1)
+    with pytest.raises(ValueError, match=r"n_vocab must be at least 1, a whole number; got 9\.5"):
+        witten_bell(np.array([0, 1]), np.array([0, 1]), 9.5, 1)
+
+
+def test_a_vocabulary_counted_by_numpy_is_as_large_as_another():
+    """2¹⁶ to the power of 4 is 0 in 64 bits."""
+    text = np.arange(9) * 8000
+    with pytest.raises(ValueError, match="65536 tokens to the power of 4 do not fit"):
+        witten_bell(text, text, np.int64(2**16), 4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import cratelab as cl
+from cratelab import provenance
 from cratelab.cli import main
 from cratelab.corpora import tinyworld
 from cratelab.experiments import chapter_9, rates, tinyworld_runs
@@ -45,6 +46,17 @@ def test_a_run_on_tinyworld_is_trained_and_measured_once(small, brief, tmp_path)
     (findings,) = tmp_path.glob("gpt2-1L-4-*-0/findings.json")
     findings.unlink()
     assert compare_on_tinyworld(tmp_path, settings, (0, 1)) == runs
+
+
+def test_findings_are_of_the_code_that_trained_and_of_that_which_measured(small, brief, tmp_path, monkeypatch):
+    """What is read again is still of the code that made it."""
+    setting = Setting("gpt2", 1, 4, 3e-3)
+    monkeypatch.setattr(provenance, "library_code", lambda: {"mssa": "trained", "intervals": "both"})
+    setting.train(tinyworld_runs.new_world(), 0, tmp_path)
+    for library in {"mssa": "measured", "intervals": "both"}, {"mssa": "later"}:
+        monkeypatch.setattr(chapter_9, "library_code", lambda library=library: library)
+        (found,) = compare_on_tinyworld(tmp_path, [setting], (0,))
+        assert found["library"] == {"mssa": "several", "intervals": "both"}
 
 
 def test_findings_on_other_text_are_made_anew(small, brief, tmp_path, monkeypatch):
@@ -98,11 +110,12 @@ def test_one_command_makes_the_table_of_the_chapter(tmp_path, monkeypatch, capsy
 
     def compared(folder, settings, seeds, on_run, on_step):
         asked.append((list(settings), list(seeds)))
-        return [f"{len(asked)} made"]
+        return [{"made": len(asked), "library": {"mssa": "0" * len(asked)}}]
 
     monkeypatch.setattr(chapter_9, "compare_on_tinyworld", compared)
     main(["reproduce", "chapter-9", "--out", str(tmp_path), "--seeds", "3", "--steps", "4"])
     held = json.loads((tmp_path / "crate_against_gpt2.json").read_text())
-    assert held["provenance"]["seeds"] == [0, 1, 2] and held["findings"] == ["1 made", "2 made", "3 made", "4 made"]
+    assert held["provenance"]["seeds"] == [0, 1, 2] and held["findings"] == [{"made": n} for n in (1, 2, 3, 4)]
+    assert held["provenance"]["library"] == {"mssa": "several"}
     assert asked == [(ladder(4), [0, 1, 2]), (runner_up(4), [0, 1]), (spans(4), [0, 1]), (sparser(4), [0])]
     assert "crate_against_gpt2.json is what cratelab/reference holds" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from cratelab.corpora.tokenizers import byte_encoding
 from cratelab.experiments import rates, tinyworld_runs
 from cratelab.experiments.rates import best_rates, reproduce_rates
 from cratelab.experiments.tinyworld_runs import Setting, fresh_text, new_world
-from cratelab.provenance import read_reference
+from cratelab.provenance import changed_since, read_reference
 
 
 @pytest.fixture
@@ -30,6 +30,14 @@ def test_every_model_is_trained_at_every_rate_and_what_is_done_is_read(small, tm
     assert {(run["ladder"], run["steps"]) for run in held["findings"]} == {("toy", 2), ("width 64", 3)}
     again = reproduce_rates(tmp_path, 2, (2, 3), on_step=lambda row: pytest.fail("trained again"))
     assert json.loads(again.read_text())["findings"] == held["findings"]
+    for other in "toys-0.01/crate-toy-1", "gpt2-1L-3-0.001-0":  # trained by other code
+        run = json.loads((tmp_path / other / "run.json").read_text())
+        run["provenance"]["library"]["mssa"] = "0" * 12
+        (tmp_path / other / "run.json").write_text(json.dumps(run))
+        facts = json.loads(reproduce_rates(tmp_path, 2, (2, 3)).read_text())["provenance"]
+        assert changed_since(facts) == ["mssa"]
+        run["provenance"]["library"] = facts["library"] | {"mssa": held["provenance"]["library"]["mssa"]}
+        (tmp_path / other / "run.json").write_text(json.dumps(run))
 
 
 def test_the_rate_of_the_table_is_the_rate_of_the_run(small, tmp_path):

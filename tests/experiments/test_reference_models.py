@@ -18,6 +18,7 @@ from cratelab.experiments.reference_models import (
     make_toys,
 )
 from cratelab.losses import document_log_probs
+from cratelab.provenance import changed_since
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,23 @@ def test_all_sizes_are_trained_and_the_first_seed_packed_in_half_precision(made)
         run = json.loads((folder / f"toys-{rate:g}" / f"{model}-toy-1" / "run.json").read_text())
         assert run["recipe"]["peak_rate"] == rate
     assert load_reference("gpt2", "toy", seed=1).config.context == 12
+
+
+def test_runs_that_other_code_has_trained_are_told_of(made):
+    """The folder's runs are read again; one of them was begun by another library."""
+    folder, *_ = made
+    makers = {"reference_models": lambda: make_reference_models(folder, 2, ("novels",), 2)}
+    makers |= {"toys": lambda: make_toys(folder, 2, 2)}
+    for run, table in ("runs/gpt2-2L-1", "reference_models"), (f"toys-{TOY_RATE['crate']:g}/crate-toy-1", "toys"):
+        file = folder / run / "run.json"
+        before = file.read_text()
+        facts = json.loads(before)
+        facts["provenance"]["library"]["mssa"] = "0" * 12
+        for text, changed in (json.dumps(facts), ["mssa"]), (before, []):
+            file.write_text(text)
+            makers[table]()
+            held = json.loads((folder / "packed" / f"{table}.json").read_text())
+            assert changed_since(held["provenance"]) == changed
 
 
 def test_weights_too_large_for_half_precision_are_not_packed(made, monkeypatch):

@@ -46,6 +46,14 @@ def test_a_context_free_network_without_places_is_explained_whole_and_noise_by_c
     assert float(noise.mean()) == pytest.approx(chance, rel=0.15)
 
 
+def test_the_share_is_taken_wherever_torch_puts_new_tensors():
+    text, model = corpus(n=900, n_documents=9), new_model("gpt2", "toy", 256, 0, 16, width=16)
+    expected, _ = share_explained(model, text)
+    with torch.device("meta"):  # as a GPU that is torch's default, but everywhere
+        share, _ = share_explained(model, text)
+    assert share.device.type == "cpu" and torch.equal(share, expected.cpu())
+
+
 def test_a_constant_neuron_has_no_share():
     model = new_model("gpt2", "toy", 256, 0, 16, width=16)
     model.blocks[0].neurons.register_forward_hook(lambda _, inputs, a: torch.full_like(a, 0.3))
