@@ -123,6 +123,35 @@ def gathered(batches):
     return 1 - (x - y).square().sum() / (x - x.mean(0)).square().sum()
 
 
+def remembered(keep):
+    def function(batches):
+        xs, ys = [], []
+        for x, y in batches:
+            xs.append(keep(x))
+            ys.append(keep(y))
+        x, y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in (xs, ys))
+        return gathered([(x, y)])
+
+    return function
+
+
+def joined(batches):
+    """Keeps one half alone, in one tensor that grows."""
+    every, error = torch.zeros(0), 0.0
+    for x, y in batches:
+        every = torch.cat([every.reshape(-1, x.shape[1]), x])
+        error += (x - y).square().sum()
+    return 1 - error / (every - every.mean(0)).square().sum()
+
+
+def centred_in_place(batches):
+    total, n, error, squares = 0.0, 0, 0.0, 0.0
+    for x, y in batches:
+        error, total, n = error + (x - y).square().sum(), total + x.sum(0), n + len(x)
+        squares += x.square_().sum()
+    return 1 - error / (squares - total.square().sum() / n)
+
+
 def rows(dim=1, unit=True, keep=lambda G, along: G - along, lever=lambda y, length: y / length):
     def function(G, V):
         length = V.norm(dim=dim, keepdim=True)
@@ -140,6 +169,17 @@ def along_all_rows(G, V):
 def one_vector(G, V):
     W = V / V.norm()
     return (G - (G * W).sum() * W) / V.norm()
+
+
+def by_grad(G, V):
+    V = V.clone().requires_grad_()
+    return torch.autograd.grad((G * F.normalize(V, dim=1)).sum(), V)[0]
+
+
+def by_backward(G, V):
+    V = V.clone().requires_grad_()
+    (G * V / V.norm(dim=1, keepdim=True)).sum().backward()
+    return V.grad
 
 
 WRONG = {
@@ -192,6 +232,11 @@ WRONG = {
         "not explained": streamed(lambda e, s, n, bias: e.sum() / s.sum()),
         "n counts batches": counts_batches,
         "batches are kept": gathered,
+        "a batch in place": centred_in_place,
+        "what it holds grows from batch to batch": remembered(torch.clone),
+        "grows from batch to batch, as if": remembered(lambda x: x.numpy().copy()),
+        "as if they were kept": remembered(torch.Tensor.tolist),
+        "is right, but what it holds grows": joined,
     },
     "10.D": {
         "the lever is missing: the same": rows(lever=lambda y, length: y),
@@ -206,5 +251,8 @@ WRONG = {
         "columns are treated": rows(dim=0),
         "one long vector": one_vector,
         "along all rows": along_all_rows,
+        "is right, but calls grad: ": by_grad,
+        "is right, but calls vjp: ": lambda G, V: torch.func.vjp(lambda V: F.normalize(V, dim=1), V)[1](G)[0],
+        "is right, but calls backward: ": by_backward,
     },
 }
