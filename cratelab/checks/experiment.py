@@ -31,8 +31,8 @@ def conduct(function: Callable[[int], Mapping[str, float]], seeds: tuple[int, ..
             raise CheckFailed(f"{name} returns the control alone; what is compared with it?")
         for key, value in run.items():
             try:
-                fine = isfinite(float(value))
-            except (TypeError, ValueError):
+                fine = not isinstance(value, (str, bytes)) and isfinite(float(value))
+            except (TypeError, ValueError, RuntimeError, OverflowError):
                 fine = False
             if not fine:
                 raise CheckFailed(f"{name}: {key!r} is {value!r}; a finite number is needed, one for each seed")
