@@ -109,6 +109,11 @@ TEXTS.append((_NEIGHBOURS, torch.arange(60, device="cpu") // 30, 6, 5))  # overl
 TEXTS.append((1e-6 * (random(50, seed=6) - 1).clamp(min=0), 2 + 3 * (torch.arange(50, device="cpu") // 25) ** 2, 5, 9))
 _SIDE_BY_SIDE = torch.zeros(40, dtype=torch.float64, device="cpu")
 _SIDE_BY_SIDE[[20, 27, 13, 33, 3, 39]] = torch.arange(6, 0, -1, dtype=torch.float64, device="cpu")
+_PEAKS = random(200, seed=7) / 100  # hills with many strong tokens each, and the third lower than all of them
+for _place, _height in ((40, 30.0), (100, 29.0), (160, 2.0)):
+    _slope = 1 - (torch.arange(200, device="cpu") - _place).abs() / 28
+    _PEAKS += _slope.clamp(min=0).sqrt() * _height
+TEXTS.append((_PEAKS, torch.arange(200, device="cpu") // 200, 20, 3))
 TEXTS.append((_SIDE_BY_SIDE, torch.tensor([0] * 7 + [1] * 26 + [2] * 7, device="cpu"), 7, 8))
 
 
@@ -373,10 +378,11 @@ def layer_score(function: Callable[[Tensor, Tensor, Tensor], tuple[float, float,
                 f"everywhere it takes {round(9 - 10 * share)} of 9 for varying: rounding leaves them a spread of "
                 "1e-17. Compare the largest with the smallest value instead"
             )
-    for scale in (1e-3, 1e-9):
+    for scale in (1e-3, 1e-5, 1e-9):
         a, s, present = _layer(5, 3, 8, seed=71, silent=(2,))
         some = torch.tensor([scale, 1, 1, scale, 1], device="cpu").double()[:, None, None]
-        for case in ((some * a, s, present), (a, some * s, present)):
+        beside_5 = (5 + some * max(scale, 1e-5) / scale * s) * present
+        for case in ((some * a, s, present), (a, some * s, present), (a, beside_5, present)):
             expected = as_tensor(_summary(_correlations(*case)))
             if not torch.allclose(ask(function, case, expected), expected, atol=1e-5):
                 raise CheckFailed(

@@ -211,13 +211,24 @@ def spliced(function: Callable[..., Tensor]) -> None:
 
     @torch.no_grad()
     def layers(
-        x: Tensor, A: Tensor, c: Tensor, W: Tensor, b: Tensor, j: int, value: float, add: bool = False, act=nn.ReLU
+        x: Tensor,
+        A: Tensor,
+        c: Tensor,
+        W: Tensor,
+        b: Tensor,
+        j: int,
+        value: float,
+        add: bool = False,
+        act: type = nn.ReLU,
+        firing: bool = False,
     ) -> Tensor:
         encoder, decoder = nn.Linear(*A.shape), nn.Linear(*W.shape)
         encoder.load_state_dict({"weight": A.mT, "bias": c})
         decoder.load_state_dict({"weight": W.mT, "bias": b})
         code = act()(encoder.double()(x))
         change = value - code[:, j] * (not add)
+        if firing:
+            change = change * (code[:, j] > 0)
         push = torch.outer(change, W[j])  # what one feature's row adds
         return torch.stack([decoder.double()(code) + push, x + push])
 
@@ -257,6 +268,7 @@ def spliced(function: Callable[..., Tensor]) -> None:
             lambda x, copy, steered, b: (steered + x - copy, steered)
         ),
         "the feature is not edited: set it to the value at all tokens": variant(lambda x, copy, steered, b: (copy, x)),
+        "the feature is set where it fires: set it at all tokens": partial(layers, firing=True),
         "the value is added to the feature: set it": partial(layers, add=True),
         "negative features are kept: the code is max(0, xA + c)": partial(layers, act=nn.Identity),
         "the feature is set before the ReLU, or rectified again: a value below 0 stays below 0": lambda *case: layers(

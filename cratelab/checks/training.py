@@ -94,6 +94,7 @@ def floor_and_gap(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     log_q[[0, 7]] = torch.nan
     cases.append((log_p, log_q, torch.tensor([4, 9, 2], device="cpu")[document]))
     cases.append((*cases[2][:2], 3 * cases[2][2]))
+    cases.append((*cases[1][:2], torch.zeros_like(cases[1][2])))  # one document: its last token is not before its first
     flip = torch.tensor([1.0, -1.0], dtype=torch.float64, device="cpu")
     mistakes = {
         "the first token of each document is counted: the model guessed it from the document before": _with_firsts,

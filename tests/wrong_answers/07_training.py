@@ -63,6 +63,12 @@ def by_number(log_p, log_q, document):
     return torch.stack([-log_p[counts].mean(), (log_p - log_q)[counts].mean()])
 
 
+def in_a_ring(log_p, log_q, document):
+    """Takes the last token for the one before the first."""
+    counts = ~log_q.isnan() & (document == document.roll(1))
+    return torch.stack([-log_p[counts].mean(), (log_p - log_q)[counts].mean()])
+
+
 def by_rise(log_p, log_q, document):
     """Thinks that the numbers of documents rise."""
     counts = ~log_q.isnan() & (document.diff(prepend=document[:1] - 1) <= 0)
@@ -157,6 +163,7 @@ WRONG = {
         "the second number is the model's loss": scored(gap=lambda p, q, c: -q[c].mean()),
         "it gives .* where .* is right": by_number,
         "No common mistake": by_rise,
+        "differs from a walk .* No common mistake": in_a_ring,
         "entry . of 2.* No common mistake": uncertain,
         "returns NaN": lambda p, q, document: torch.stack([-p.mean(), (p - q).mean()]),
     },

@@ -59,6 +59,13 @@ def spliced(x, f, g, W, b):
     return g @ W + b, g @ W + x - f @ W
 
 
+def where_it_fires(x, A, c, W, b, feature, value):
+    code = (x @ A + c).relu()
+    edited = code.clone()
+    edited[code[:, feature] > 0, feature] = value
+    return torch.stack(spliced(x, code, edited, W, b))
+
+
 def first_reached(never=lambda x, y, L: math.inf, way=None, before=lambda y: y[0]):
     """The cost where a lift is first reached with another rule for a neuron that never does, or between rows."""
     way = way or (lambda share, low, high: low + share * (high - low))
@@ -176,6 +183,7 @@ WRONG = {
         "the feature is not edited": with_error(spliced, edit="none"),
         "the value is added to the feature": with_error(spliced, edit="add"),
         "negative features are kept": with_error(spliced, relu=False),
+        "the feature is set where it fires": where_it_fires,
         "a value below 0 stays below 0": with_error(
             lambda x, f, g, W, b: (g.relu() @ W + b, g.relu() @ W + x - f @ W),
         ),
