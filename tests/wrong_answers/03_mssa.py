@@ -125,7 +125,7 @@ WRONG = {
         "softmax_small: .* the mean token": say(softmax_small=3),
         "softmax_centred: .* two factors": say(softmax_centred=1),
         "softmax_large: .* takes all the weight": say(softmax_large=0),
-        "gram: the exponent should be a number; got None": say(gram=None),
+        "gram: a number is needed; got None": say(gram=None),
         "a dict with the keys": lambda: {"exact": 1, "gram": 3, "softmax": 1},
     },
     "3.B": {
@@ -154,7 +154,7 @@ WRONG = {
         "this step goes up": stepped(first_order, factor=lambda kappa: -kappa),
         "this is the exact step": stepped(exact),
         "the attended part has a factor 2": stepped(lambda z, w, U, s, kappa: s * w - 2 * s**2 * w @ w.mT @ w),
-        "twice as many tokens cost .* it makes n×n matrices": quadratic_cost,
+        "twice as many tokens cost .* it compares tokens with tokens": quadratic_cost,
     },
     "3.D": {
         "the mask leaks the future: token i": layer(lambda scores: scores.softmax(-1)),
