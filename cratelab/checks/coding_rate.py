@@ -82,7 +82,7 @@ def mended_rate(function: Callable[[Tensor, float], Tensor]) -> None:
     mistakes = unmended(_rate, bugs)
     mistakes["the factor ½ is lost"] = lambda z, eps: 2 * _rate(z, eps)
     mistakes["this is what all n tokens cost together: the rate is per token"] = lambda z, eps: len(z) * _rate(z, eps)
-    rules = [also(EDGE, *EDGES, oracle=_rate), no_library(CASES[0])]
+    rules = [no_library(CASES[0]), also(EDGE, *EDGES, oracle=_rate)]
     grade(function, CASES, _rate, "a sum over singular values", mistakes, rules=rules)
 
 
@@ -113,7 +113,7 @@ def seen_dimensions(function: Callable[[Tensor, float], Tensor]) -> None:
         "this is tr(B⁻¹), the directions that are not seen": lambda z, eps: z.shape[1] - shares(z, eps).sum(),
         "this is the rank, which counts a direction however small it is": lambda z, eps: np.linalg.matrix_rank(z),
     }
-    rules = [also(EDGE, *EDGES, oracle=seen), no_automatic_differentiation(CASES[0]), exact(seen, *CASES)]
+    rules = [no_automatic_differentiation(CASES[0]), exact(seen, *CASES), also(EDGE, *EDGES, oracle=seen)]
     grade(function, CASES, slope, "the slope of R between two precisions", mistakes, rtol=1e-6, rules=rules)
 
 
@@ -146,8 +146,8 @@ def worth(function: Callable[[Tensor, float], Tensor]) -> None:
         "the factor d/ε² is lost: dB/dwᵢ = d/ε² zᵢzᵢᵀ": lambda z, eps: quadratic(z, eps, -1) / 2 * eps**2 / z.shape[1],
     }
     rules = [
-        also(EDGE, *EDGES, oracle=autograd),
         no_automatic_differentiation(CASES[0]),
+        also(EDGE, *EDGES, oracle=autograd),
         no_loop((tokens(10, 4, seed=9), 0.5), (tokens(20, 4, seed=9), 0.5), "tokens"),
         exact(autograd, *CASES),
     ]

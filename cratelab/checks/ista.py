@@ -77,16 +77,16 @@ def mended_ista(function: Callable[[Tensor, Tensor, float, float, int], Tensor])
         "there is no threshold, only a ReLU: a price must be paid": partial(_ista, threshold="0"),
         "only the last step has a threshold: each step has one": partial(_ista, threshold="last"),
     }
-    steps = [(*SQUARE[0][:4], 1), (*SQUARE[0][:4], 0), (*SQUARE[1][:4], 30)]
+    steps = [(*SQUARE[0][:4], 1), (*SQUARE[1][:4], 30)]
     edges = [
         (torch.zeros(3, 4, dtype=torch.float64, device="cpu"), random(4, 4, seed=7), 0.2, 0.1, 3),
         (random(1, 5, seed=8), random(5, 5, seed=9), 0.1, 0, 3),
         (1e-3 * random(4, 3, seed=10), random(3, 3, seed=11), 0.2, 1e-4, 2),
     ]
     rules = [
-        also("it is to take as many steps as it is asked for, none included", *steps, oracle=_projected),
-        also("tokens may be zero, one, or tiny, and λ may be 0", *edges, oracle=_projected),
         no_library(SQUARE[0]),
+        also("it is to take as many steps as it is asked for", *steps, oracle=_projected),
+        also("tokens may be zero, one, or tiny, and λ may be 0", *edges, oracle=_projected),
     ]
     grade(function, SQUARE, _projected, "projected gradient descent on the lasso", mistakes, rules=rules)
 
@@ -198,9 +198,11 @@ def sparse_layer(function: Callable[[Tensor, Tensor, float, float], Tensor]) -> 
         (1e-3 * random(4, 3, seed=12), random(3, 2, seed=13), 0.2, 1e-4),
     ]
     rules = [
-        also("tokens may be zero, one, or tiny, λ may be 0, and there may be few atoms", *edges, oracle=decoded),
         no_library(OVERCOMPLETE[0]),
-        differentiable(decoded, OVERCOMPLETE[0], (0, 1), "a layer is trained, so all of it is to be differentiable"),
+        also("tokens may be zero, one, or tiny, λ may be 0, and there may be few atoms", *edges, oracle=decoded),
+        differentiable(
+            decoded, OVERCOMPLETE[0], {0: "z", 1: "D"}, "a layer is trained, so all of it is to be differentiable"
+        ),
         _four_products,
     ]
     grade(function, OVERCOMPLETE, decoded, "projected gradient descent, decoded", mistakes, rules=rules)

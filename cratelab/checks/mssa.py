@@ -76,11 +76,11 @@ def mended_mssa(function: Callable[[Tensor, Tensor], Tensor]) -> None:
         (ZEROS, subspaces(2, 6, 3, seed=7)),
         (tokens(1, 5, seed=8), subspaces(3, 5, 2, seed=9)),
         (tokens(6, 7, seed=10), subspaces(5, 7, 1, seed=11)),
-        (8 * tokens(6, 5, seed=12) - 9, subspaces(2, 5, 4, seed=13)),
+        (3 * tokens(6, 5, seed=12) - 2, subspaces(2, 5, 4, seed=13)),
     ]
     rules = [
-        also("tokens may be zero, one, or long, and subspaces lines", *edges, oracle=_mssa),
         no_library(ATTENTION[0]),
+        also("tokens may be zero, one, or long, and subspaces lines", *edges, oracle=_mssa),
     ]
     grade(function, ATTENTION, _mssa, "a sum written token by token", mistakes, rules=rules)
 
@@ -122,10 +122,10 @@ def first_order_step(function: Callable[[Tensor, Tensor, float, float], Tensor])
         (1e-4 * tokens(9, 5, seed=14), random(4, 5, 1, seed=15), 0.7, 2e-4),
     ]
     rules = [
+        no_library(STEPS[0]),
         also(
             "tokens may be zero or tiny, one or fewer than p, and subspaces one, or lines", *edges, oracle=_series_step
         ),
-        no_library(STEPS[0]),
         linear_cost(
             (0.1 * random(200, 16, seed=8), U, 0.5, 0.5),
             (0.1 * random(400, 16, seed=8), U, 0.5, 0.5),
@@ -213,9 +213,9 @@ def causal_layer(function: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tenso
     few = (random(2, 3, 24, seed=29), random(24, 24, seed=30), random(24, 24, seed=31), random(24, seed=32), 2)
     fused = ["*.scaled_dot_product_attention", "*.multi_head_attention_forward", "torch.nn.modules.activation.*"]
     rules = [
-        also("a text may have one token, a layer one head, or as many as dimensions", *edges, oracle=_layer),
         no_library(few),
         never_calls(few, fused, "write the softmax yourself"),
+        also("a text may have one token, a layer one head, or as many as dimensions", *edges, oracle=_layer),
         no_loop(few, (random(6, 3, 24, seed=33), *few[1:]), "texts"),
         no_loop(few, (random(2, 9, 24, seed=34), *few[1:]), "tokens"),
         no_loop(few, (*few[:4], 8), "heads"),

@@ -103,7 +103,7 @@ def mended_subspace_rate(function: Callable[[Tensor, Tensor, float], Tensor]) ->
         ),
         "the factor ½ is lost": lambda z, U, eps: 2 * _subspace_rate(z, U, eps),
     }
-    rules = [also(EDGE, *EDGES, oracle=_subspace_rate), no_library(CASES[0])]
+    rules = [no_library(CASES[0]), also(EDGE, *EDGES, oracle=_subspace_rate)]
     grade(function, CASES, _subspace_rate, "sums over singular values", mistakes, rules=rules)
 
 
@@ -154,9 +154,9 @@ def label_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         (tokens(5, 3, seed=12), torch.zeros(5, dtype=torch.int64, device="cpu"), 0.7),
     ]
     rules = [
+        no_automatic_differentiation(LABELLED[0]),
         also("labels may have gaps or be negative: go through those that occur", *gaps, oracle=gradient),
         also("a group may have one token, or all of them", *few, oracle=gradient),
-        no_automatic_differentiation(LABELLED[0]),
     ]
     grade(function, LABELLED, gradient, "automatic differentiation", mistakes, rules=rules)
 
@@ -195,9 +195,9 @@ def subspace_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> No
     }
     z, U = tokens(40, 9, seed=18), subspaces(4, 9, 2, seed=19)
     rules = [
-        also(EDGE, *EDGES, oracle=gradient),
         no_automatic_differentiation(CASES[0]),
         no_library(CASES[0]),
+        also(EDGE, *EDGES, oracle=gradient),
         no_loop((z, U[:2], 0.5), (z, U, 0.5), "subspaces"),
         solves_at_most(2, (z, U, 0.5), "p×p is enough, since W(I + sWᵀW) = (I + sWWᵀ)W"),
         linear_cost(

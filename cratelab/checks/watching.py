@@ -8,12 +8,12 @@ import sys
 import tracemalloc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from inspect import signature, unwrap
+from inspect import unwrap
 from types import FrameType
 
 import torch
@@ -189,7 +189,7 @@ def solves_at_most(side: int, case: tuple, what: str) -> Callable[[Callable], No
     return rule
 
 
-def exact(oracle: Callable, *cases: tuple, rtol: float = 1e-10) -> Callable[[Callable], None]:
+def exact(oracle: Callable, *cases: tuple, rtol: float = 1e-12) -> Callable[[Callable], None]:
     """A rule: the answer has the digits of a closed form, which a quotient of differences has not."""
 
     def rule(function: Callable) -> None:
@@ -205,8 +205,8 @@ def exact(oracle: Callable, *cases: tuple, rtol: float = 1e-10) -> Callable[[Cal
     return rule
 
 
-def differentiable(oracle: Callable, case: tuple, by: Iterable[int], why: str) -> Callable[[Callable], None]:
-    """A rule: gradients reach these arguments, and are the slopes of the oracle's answers."""
+def differentiable(oracle: Callable, case: tuple, by: Mapping[int, str], why: str) -> Callable[[Callable], None]:
+    """A rule: gradients reach these arguments, by place and name, and are the slopes of the oracle's answers."""
 
     def rule(function: Callable) -> None:
         given = list(copied(case))
@@ -214,9 +214,7 @@ def differentiable(oracle: Callable, case: tuple, by: Iterable[int], why: str) -
             given[i] = given[i].detach().requires_grad_()
         with torch.enable_grad():
             answer = function(*given)
-        names = list(signature(function).parameters)
-        for i in by:
-            name = names[i] if i < len(names) else "an argument"
+        for i, name in by.items():
             lost = not isinstance(answer, Tensor) or not answer.requires_grad
             towards = (
                 None if lost else torch.autograd.grad(answer.sum(), given[i], retain_graph=True, allow_unused=True)[0]
