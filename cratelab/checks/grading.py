@@ -87,7 +87,9 @@ def grade(
             a.shape == w.shape and (_excess(a, w, rtol, atol) <= 1).all() for a, w in zip(answers, wrong, strict=True)
         ):
             raise CheckFailed(f"{name}: {message}")
-    if all((_excess(a, t, 1e-4, 1e-5) <= 1).all() for a, t in zip(answers, expected, strict=True)):
+    if any(target.numel() for target in expected) and all(
+        (_excess(a, t, 1e-4, 1e-5) <= 1).all() for a, t in zip(answers, expected, strict=True)
+    ):
         raw = call(function, *cases[0])
         if getattr(raw, "dtype", None) in (torch.float32, torch.float16, torch.bfloat16, np.dtype("float32")):
             raise CheckFailed(
@@ -102,6 +104,42 @@ def grade(
         f"{name} differs from {by}: for {describe(function, cases[worst])} it gives {said} "
         f"where {right} is right{where}. No common mistake explains it."
     )
+
+
+def also(
+    but: str, *cases: tuple, oracle: Callable, rtol: float = RTOL, atol: float = ATOL
+) -> Callable[[Callable], None]:
+    """A rule for `grade`: the answer is right for these cases too, which the others leave out.
+
+    Args:
+        but: what is special about them, for the message: "no token is left, and the mean of none is 0".
+        cases: arguments for each call.
+        oracle: gives the right answer.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+    """
+
+    def rule(function: Callable) -> None:
+        for case in cases:
+            right, what = as_tensor(oracle(*case)), describe(function, case)
+            try:
+                answer = ask(function, case, right)
+            except CheckFailed as verdict:
+                raise CheckFailed(f"{verdict}. Other cases are right, but: {but}") from None
+            except Exception as error:
+                raise CheckFailed(
+                    f"{function.__name__} is right elsewhere, but raises {type(error).__name__} for {what}: {but}"
+                ) from error
+            excess = _excess(answer, right, rtol, atol)
+            if excess.numel() and not (excess <= 1).all():
+                entry = int(excess.argmax())
+                said, target = _told_apart(float(answer.flatten()[entry]), float(right.flatten()[entry]))
+                raise CheckFailed(
+                    f"{function.__name__} is right elsewhere, but for {what} it gives {said} where {target} is right: "
+                    f"{but}"
+                )
+
+    return rule
 
 
 def unmended(variant: Callable, bugs: Mapping[str, Mapping]) -> dict[str, Callable]:
@@ -256,7 +294,7 @@ def state(argument: object) -> object:
             for part in argument.modules()
             for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         ]
-        replaced = ["forward" in vars(part) for part in argument.modules()]
+        replaced = [(name, id(part), "forward" in vars(part)) for name, part in argument.named_modules()]
         tensors = [*argument.named_parameters(), *argument.named_buffers()]
         mode = [part.training for part in argument.modules()]
         return copied((hooks, replaced, mode, [(name, tensor.detach()) for name, tensor in tensors]))

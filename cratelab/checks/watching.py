@@ -8,7 +8,7 @@ import sys
 import tracemalloc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cratelab.checks.grading import CheckFailed, copied
+from cratelab.checks.grading import CheckFailed, as_tensor, ask, copied, random
 
 HONOUR = "Right; this check does not see how."
 AUTOMATIC = "torch.autograd.grad", "torch.autograd.backward", "torch.autograd.functional.*"
@@ -40,6 +40,7 @@ class Seen:
         products: multiplications in torch's matrix products.
         elements: numbers that torch's other operations read or wrote.
         largest: numbers in the largest tensor that torch made.
+        solved: side of the largest square matrix that was inverted, factored or solved with, in torch, numpy or scipy.
         numpy: numbers (of 8 bytes) that numpy and Python held at once beyond what they held before.
     """
 
@@ -49,6 +50,7 @@ class Seen:
     elements: float = 0
     largest: int = 0
     numpy: float = 0
+    solved: int = 0
 
     @property
     def operations(self) -> float:
@@ -62,7 +64,10 @@ def watch(function: Callable, *case: object) -> Seen:
 
     def trace(frame: FrameType, event: str, _: object) -> Callable | None:
         if event == "call":
-            seen.called[f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}"] = None
+            name = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}"
+            seen.called[name] = None
+            if name.startswith(("numpy.linalg", "scipy.linalg")):
+                seen.solved = max(seen.solved, _side(frame.f_locals.get("a")))
             return line if frame.f_globals is own else None
 
     def line(frame: FrameType, event: str, _: object) -> Callable:
@@ -172,6 +177,61 @@ def linear_cost(short: tuple, long: tuple, advice: str) -> Callable[[Callable], 
     return rule
 
 
+def solves_at_most(side: int, case: tuple, what: str) -> Callable[[Callable], None]:
+    """A rule: no larger square matrix is inverted, factored or solved with."""
+
+    def rule(function: Callable) -> None:
+        if (found := watch(function, *case).solved) > side:
+            raise CheckFailed(
+                f"{function.__name__} is right, but solves with a {found}×{found} matrix: {what} ({side}×{side} here)"
+            )
+
+    return rule
+
+
+def exact(oracle: Callable, *cases: tuple, rtol: float = 1e-12) -> Callable[[Callable], None]:
+    """A rule: the answer has the digits of a closed form, which a quotient of differences has not."""
+
+    def rule(function: Callable) -> None:
+        for case in cases:
+            right = as_tensor(oracle(*case))
+            error = float((ask(function, case, right) - right).abs().max() / right.abs().max())
+            if not error <= rtol:
+                raise CheckFailed(
+                    f"{function.__name__} is right to {error:.0e} only, as a quotient of differences would be, or a "
+                    "formula that cancels digits: a closed form was asked for"
+                )
+
+    return rule
+
+
+def differentiable(oracle: Callable, case: tuple, by: Mapping[int, str], why: str) -> Callable[[Callable], None]:
+    """A rule: gradients reach these arguments, by place and name, and are the slopes of the oracle's answers."""
+
+    def rule(function: Callable) -> None:
+        given = list(copied(case))
+        for i in by:
+            given[i] = given[i].detach().requires_grad_()
+        with torch.enable_grad():
+            answer = function(*given)
+        for i, name in by.items():
+            lost = not isinstance(answer, Tensor) or not answer.requires_grad
+            towards = (
+                None if lost else torch.autograd.grad(answer.sum(), given[i], retain_graph=True, allow_unused=True)[0]
+            )
+            if towards is None:
+                raise CheckFailed(f"{function.__name__} is right, but no gradient comes back to {name}: {why}")
+            step = 1e-6 * random(*given[i].shape, seed=i)
+            up, down = (as_tensor(oracle(*case[:i], case[i] + sign * step, *case[i + 1 :])).sum() for sign in (1, -1))
+            if not abs(float((towards * step).sum() - (up - down) / 2)) <= 1e-4 * float(abs(up - down)) + 1e-10:
+                raise CheckFailed(
+                    f"{function.__name__} is right, but the gradient that comes back to {name} is not the slope, as if "
+                    f"a part were detached: {why}"
+                )
+
+    return rule
+
+
 class _Names(TorchFunctionMode):
     """Notes the public names of torch's functions, methods and operators."""
 
@@ -202,6 +262,8 @@ class _Work(TorchDispatchMode):
         packet = getattr(function, "overloadpacket", None)
         if function.is_view:
             return out
+        if any(word in str(function) for word in ("linalg", "inverse", "solve", "cholesky", "lu_factor")):
+            self.seen.solved = max([self.seen.solved, *(_side(x) for x in tree_leaves((args, kwargs)))])
         self.seen.largest = max([self.seen.largest, *(x.untyped_storage().nbytes() // x.itemsize for x in made)])
         if packet in (torch.ops.aten.mv, torch.ops.aten.dot, torch.ops.aten.addmv):
             self.seen.products += max(read)
@@ -225,6 +287,12 @@ def _numpy_memory(seen: Seen):
         seen.numpy = (tracemalloc.get_traced_memory()[1] - before) / 8
         if not running:
             tracemalloc.stop()
+
+
+def _side(x: object) -> int:
+    """The side of a square matrix, or 0."""
+    shape = getattr(x, "shape", ())
+    return shape[-1] if len(shape) >= 2 and shape[-1] == shape[-2] else 0
 
 
 def _globals(function: Callable) -> dict | None:
