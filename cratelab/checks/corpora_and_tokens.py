@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cratelab.checks import watching
-from cratelab.checks.grading import CheckFailed, as_tensor, ask, call, grade, random
+from cratelab.checks.grading import CheckFailed, also, as_tensor, call, grade, random
 
 TEXTS = [
     ["Grüße aus 東京 😀", "plain", "naïve café"],
@@ -210,9 +210,6 @@ def next_log_prob(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     few, tokens, authors = (
         (random(k, seed=21).log_softmax(0), -random(m, k, seed=22).abs()) for m, k in ((10, 3), (40, 3), (10, 12))
     )
-    rules = [watching.no_loop(few, tokens, "tokens"), watching.no_loop(few, authors, "authors")]
-    grade(function, cases, _exact, "sums of products with 60 digits", mistakes, rules=rules)
-
     ruled_out = cases[0][1].clone()
     ruled_out[1, 0] = ruled_out[3, 2] = -torch.inf
     n = 4000
@@ -226,15 +223,9 @@ def next_log_prob(function: Callable[[Tensor, Tensor], Tensor]) -> None:
         f"after {n // 2} tokens a choice can be ruled out beside which the others' weights, divided by their sum, had "
         "become 0: they are needed now, so keep the logarithms of the weights": (cases[0][0], _overtaken(n)),
     }
-    for message, case in hard.items():
-        expected = _exact(*case)
-        try:
-            answer = ask(function, case, expected)
-        except CheckFailed as failed:
-            answer, message = torch.full_like(expected, torch.nan), f"{message} ({failed})"
-        if not torch.allclose(answer, expected, rtol=1e-6, atol=1e-8):
-            raise CheckFailed(f"{function.__name__} is right for short texts, but: {message}")
-    print(f"Also right where tokens rule a choice out, for {n} tokens, and for both at once.")
+    rules = [also(but, case, oracle=_exact, rtol=1e-6, atol=1e-8) for but, case in hard.items()]
+    rules += [watching.no_loop(few, tokens, "tokens"), watching.no_loop(few, authors, "authors")]
+    grade(function, cases, _exact, "sums of products with 60 digits", mistakes, rules=rules)
 
 
 def _overtaken(n: int) -> Tensor:

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from cratelab.checks import watching
-from cratelab.checks.grading import CheckFailed, as_tensor, ask, grade, random
+from cratelab.checks.grading import also, grade, random
 
 
 def _network(n_layers: int, h: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -105,27 +105,12 @@ def mean_and_variance(function: Callable[[Tensor, Tensor, bool, bool], tuple[flo
         "the last layer is always out: with `last` it counts": partial(by_pairs, last=False),
         "without `last` the first layer is left out instead": partial(by_pairs, end="first"),
     }
-    grade(function, NETWORKS, by_pairs, "squared differences between all pairs of layers", mistakes)
-    for nothing in (0.5, torch.nan, torch.inf):
-        for scores, defined, last, drop in NETWORKS + ONE_LAYER:
-            case = scores.masked_fill(~defined, nothing), defined, last, drop
-            expected = as_tensor(by_pairs(*case))
-            try:
-                right = torch.allclose(ask(function, case, expected), expected, atol=1e-6)
-            except CheckFailed:
-                right = False
-            if not right and nothing == 0.5:
-                raise CheckFailed(
-                    f"{function.__name__} is right for networks of several layers, but one layer that counts has a "
-                    "mean, and the variance 0"
-                )
-            if not right:
-                raise CheckFailed(
-                    f"{function.__name__} is right where numbers stand at the places of neurons that have no score, "
-                    f"and wrong where {nothing} does: it means nothing, and 0 · {nothing} is NaN. Look at `defined`: "
-                    "torch.where takes the one or the other"
-                )
-    print("Also right where NaN or infinity stand at the places of neurons that have no score.")
+    rules = [also("one layer that counts has a mean, and the variance 0", *ONE_LAYER, oracle=by_pairs)]
+    for nothing in (torch.nan, torch.inf):
+        but = f"{nothing} can stand where a neuron has no score, and 0 · {nothing} is NaN: use torch.where"
+        cases = [(scores.masked_fill(~defined, nothing), defined, *how) for scores, defined, *how in NETWORKS]
+        rules.append(also(but, *cases, oracle=by_pairs))
+    grade(function, NETWORKS, by_pairs, "squared differences between all pairs of layers", mistakes, rules=rules)
 
 
 def paired_interval(function: Callable[[Tensor, Tensor], tuple[float, float]]) -> None:
@@ -208,24 +193,14 @@ def bootstrap_error(function: Callable[[Tensor, Tensor], float]) -> None:
         "the spread of single neurons: average the neurons of a resample first": drawn,
         "half the width of a 95 % interval: the standard error itself is asked for": lambda s, p: 1.96 * exact(s, p),
     }
-    grade(function, RESAMPLED, exact, "the closed form", mistakes)
 
     def one_by_one(scores: Tensor, picks: Tensor) -> float:
         layers = range(len(scores))
         return pstdev(fmean(fmean(scores[layer, b[layer]].tolist()) for layer in layers) for b in picks)
 
-    for scores, picks in RESAMPLED:
-        some = scores, picks[3 :: len(picks) // 7]
-        some = scores, torch.cat([some[1], some[1][:2]])
-        expected = as_tensor(one_by_one(*some))
-        answer = ask(function, some, expected)
-        if not torch.allclose(answer, expected, rtol=1e-7):
-            raise CheckFailed(
-                f"{function.__name__} is right where `picks` are all the resamples that there are, and for "
-                f"{len(some[1])} of them it gives {float(answer):.6g} where {float(expected):.6g} is right: are these "
-                "picks used, each as often as it stands there?"
-            )
-    print("Also right for a few resamples, one by one.")
+    few = [(scores, picks[3 :: len(picks) // 7].repeat_interleave(2, 0)[:-1]) for scores, picks in RESAMPLED]
+    but = "these are some of the resamples that there are. Are just these picks used, each as often as it stands there?"
+    grade(function, RESAMPLED, exact, "the closed form", mistakes, rules=[also(but, *few, oracle=one_by_one)])
 
 
 def training_variance(function: Callable[[Tensor], float]) -> None:

@@ -244,7 +244,7 @@ WRONG = {
         "each word has the value of its first place": table(over=lambda n: n[0]),
         "a word that is not in E gets the mean of the table": table(unseen=lambda t: sum(t.values()) / len(t)),
         "numbers that are not finite": table(guard=False, scale=lambda E, V: E.clamp(min=0).max()),
-        "where all of it is exactly 0, so is the simulation": table(
+        "where no activation of E is positive, the simulation is 0": table(
             scale=lambda E, V: torch.where(E.max() < 0, 1.0, E.max()), guard=False
         ),
         "No common mistake": table(scale=lambda E, V: torch.where(E.max() < 1e-4, 0.0, E.max())),
@@ -293,9 +293,9 @@ WRONG = {
         "is right, but calls corrcoef: ": layer(of=by_library(lambda a, s: torch.stack([a, s]).corrcoef()[0, 1])),
         "is right, but calls corrcoef: write": layer(of=by_library(lambda a, s: np.corrcoef(a, s)[0, 1])),
         "is right, but calls pearsonr: ": layer(of=by_library(lambda a, s: pearsonr(a, s)[0])),
-        "that vary by 0.001 only": layer(of=lambda a, s: correlate(a, s, tolerance=0.05)),
-        "that vary by 1e-05 only": layer(of=lambda a, s: correlate(a, s / s.abs().max(), tolerance=1e-4)),
-        "that vary by 1e-09 only": layer(of=lambda a, s: correlate(a, s, tolerance=1e-7)),
+        "what varies by 0.001 only": layer(of=lambda a, s: correlate(a, s, tolerance=0.05)),
+        "what varies by 1e-05 only": layer(of=lambda a, s: correlate(a, s / s.abs().max(), tolerance=1e-4)),
+        "what varies by 1e-09 only": layer(of=lambda a, s: correlate(a, s, tolerance=1e-7)),
         "activations that are 0.1, .* it takes [1-9] of 9": layer(of=constant_simulation),
         "No common mistake": layer(of=lambda a, s: correlate(a.clamp(min=0), s)),
     },

@@ -137,8 +137,8 @@ WRONG = {
         "the spread of the layers' means": bootstrap(average=lambda drawn: drawn.mean(2)),
         "the spread of single neurons": bootstrap(average=lambda drawn: drawn),
         "half the width": bootstrap(spread=lambda means: 1.96 * means.std(correction=0)),
-        "are these picks used": closed_form,
-        "for .* of them it gives .* each as often": lambda scores, picks: bootstrap()(scores, picks.unique(dim=0)),
+        "Are just these picks used": closed_form,
+        "some of the resamples .* each as often": lambda scores, picks: bootstrap()(scores, picks.unique(dim=0)),
     },
     "9.D": {
         "nothing is taken off": apart(off=lambda v, n, h: 0.0),

@@ -130,7 +130,7 @@ WRONG = {
         "the sign is reversed": lambda p, q, T: right_lift(q, p, T),
         "in bits": lambda *case: right_lift(*case) / math.log(2),
         "summed over positions": lambda *case: right_lift(*case) * len(case[0]),
-        "gives .* if they are first so rare": lifted(
+        "the targets are first so rare": lifted(
             lambda p, q, T: (
                 (q[:, T].logsumexp(1).clamp(min=-690) - p[:, T].logsumexp(1).clamp(min=-690)).mean()
                 if p[:, T].logsumexp(1).amax() > -850
@@ -156,7 +156,7 @@ WRONG = {
         "the logits of T are set to 0": lambda p, q, T: kl(
             p.masked_fill(T, 0).log_softmax(1), q.masked_fill(T, 0).log_softmax(1)
         ).mean(),
-        "likely that p.T. is 1 in floating point: leave": lifted(
+        "likely that p.T. is 1 in floating point. Leave": lifted(
             lambda p, q, T: kl(
                 p[:, ~T] - torch.log1p(-mass(p, T))[:, None], q[:, ~T] - torch.log1p(-mass(q, T))[:, None]
             ).mean()
