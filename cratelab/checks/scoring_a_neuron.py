@@ -68,12 +68,13 @@ def _layer(
     opposite: tuple = (),
     scale: float = 1,
     constant: tuple = (),
+    negative: tuple = (),
     shift: float = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Activations, simulations and presence (h, k, w).
 
-    Some neurons are silent, and all in their first excerpt, or constant; some simulations are always 1, or say the
-    opposite. Activations are shifted and then scaled.
+    Some neurons are silent, and all in their first excerpt, or constant, or never positive; some simulations are always
+    1, or say the opposite. Activations are shifted and then scaled.
     """
     a = random(h, k, w, seed=seed).clamp(min=0) * (1 + random(h, k, 1, seed=seed + 1).abs())
     s = (a / 2 + 0.6 * random(h, k, w, seed=seed + 2) + 0.3).clamp(min=0)
@@ -81,6 +82,7 @@ def _layer(
     a[:, : k > 1], a[list(silent)], s[list(flat)] = 0, 0, 1
     a = scale * (a + shift)
     a[list(constant)] = 0.75
+    a[list(negative)] -= 20
     lengths = w - (4 * random(h, k, 1, seed=seed + 3).abs()).long().clamp(max=w // 2)
     present = torch.arange(w, device="cpu") < lengths
     return a * present, s * present, present
@@ -91,7 +93,7 @@ LAYERS = [
     _layer(4, 3, 8, seed=11, opposite=(2,)),
     _layer(5, 6, 12, seed=21, silent=(0, 3), opposite=(1,)),
     _layer(5, 2, 16, seed=31, flat=(2,)),
-    _layer(4, 3, 9, seed=51, constant=(1,), shift=-0.5),  # negative activations, and a constant that is not 0
+    _layer(4, 3, 9, seed=51, constant=(1,), negative=(2,), shift=-0.5),  # below 0, and a constant that is not 0
     _layer(3, 1, 20, seed=61, flat=(0,), scale=1e4),
 ]
 TEXTS = [
@@ -106,7 +108,7 @@ _NEIGHBOURS = random(60, seed=5) - 3
 _NEIGHBOURS[[20, 24, 28, 1, 0, 40, 59, 58, 50]] = torch.arange(9, 0, -1, dtype=torch.float64, device="cpu")
 TEXTS.append((_NEIGHBOURS, torch.arange(60, device="cpu") // 30, 6, 5))  # overlaps in a row, and at both ends
 # odd widths, documents numbered with gaps, tiny activations, and exact zeros, which are not positive
-TEXTS.append((1e-6 * (random(50, seed=6) - 1).clamp(min=0), 2 + 3 * (torch.arange(50, device="cpu") // 25) ** 2, 5, 9))
+TEXTS.append((1e-12 * (random(50, seed=6) - 1).clamp(min=0), 2 + 3 * (torch.arange(50, device="cpu") // 25) ** 2, 5, 9))
 _SIDE_BY_SIDE = torch.zeros(40, dtype=torch.float64, device="cpu")
 _SIDE_BY_SIDE[[20, 27, 13, 33, 3, 39]] = torch.arange(6, 0, -1, dtype=torch.float64, device="cpu")
 _PEAKS = random(200, seed=7) / 100  # hills with many strong tokens each, and the third lower than all of them

@@ -293,6 +293,7 @@ WRONG = {
         "is right, but calls corrcoef: ": layer(of=by_library(lambda a, s: torch.stack([a, s]).corrcoef()[0, 1])),
         "is right, but calls corrcoef: write": layer(of=by_library(lambda a, s: np.corrcoef(a, s)[0, 1])),
         "is right, but calls pearsonr: ": layer(of=by_library(lambda a, s: pearsonr(a, s)[0])),
+        "No common mistake explains": layer(of=lambda a, s: correlate(a, s) if a.max() > 0 else float("nan")),
         "what varies by 0.001 only": layer(of=lambda a, s: correlate(a, s, tolerance=0.05)),
         "what varies by 1e-05 only": layer(of=lambda a, s: correlate(a, s / s.abs().max(), tolerance=1e-4)),
         "what varies by 1e-09 only": layer(of=lambda a, s: correlate(a, s, tolerance=1e-7)),

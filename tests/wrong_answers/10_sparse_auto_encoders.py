@@ -144,6 +144,16 @@ def joined(batches):
     return 1 - error / (every - every.mean(0)).square().sum()
 
 
+def into_a_buffer(batches):
+    """Makes room for all of them beforehand."""
+    every, n, error = torch.zeros(1_000_000), 0, 0.0
+    for x, y in batches:
+        every[n : n + x.numel()] = x.flatten()
+        n, error, h = n + x.numel(), error + (x - y).square().sum(), x.shape[1]
+    every = every[:n].view(-1, h)
+    return 1 - error / (every - every.mean(0)).square().sum()
+
+
 def centred_in_place(batches):
     total, n, error, squares = 0.0, 0, 0.0, 0.0
     for x, y in batches:
@@ -195,6 +205,12 @@ WRONG = {
         "applied to the reconstruction instead": switch(code=torch.add, write=lambda y, b: F.relu(y + b)),
         "rectified too": switch(write=lambda y, b: F.relu(y + b)),
         "which switches it on again": switched_off_early,
+        "No common mistake": lambda x, W_enc, b_enc, W_dec, b_dec, j: switch(off=None if j else lambda f, j: f)(
+            x, W_enc, b_enc, W_dec, b_dec, j
+        ),
+        "in place": lambda x, W_enc, b_enc, W_dec, b_dec, j: switch(off=lambda f, j: f)(
+            x, W_enc, b_enc, W_dec.index_fill_(0, torch.tensor([j]), 0), b_dec, j
+        ),
         "all features are active": switch(off=lambda f, j: f),
         "only feature j is active": switch(off=lambda f, j: F.one_hot(torch.tensor(j), f.shape[1]) * f),
         "a token is silenced": switch(off=silence_a_token),
@@ -217,6 +233,7 @@ WRONG = {
         "keep the large entries": exceeds(lambda k, n, m: k * n, then=lambda f, kept, tau: f * ~kept),
         "all are kept, more than the budget": exceeds(lambda k, n, m: k * n - 1, torch.ge),
         "up to the sorting": by_topk,
+        "it gives 0 where": lambda p, k: exceeds(lambda k, n, m: min(k * n, n * m - 1))(p, k),
     },
     "10.C": {
         "^explained_variance: the mean of the batches' explained": mean_of_values(),
@@ -233,10 +250,11 @@ WRONG = {
         "n counts batches": counts_batches,
         "batches are kept": gathered,
         "a batch in place": centred_in_place,
-        "what it holds grows from batch to batch": remembered(torch.clone),
-        "grows from batch to batch, as if": remembered(lambda x: x.numpy().copy()),
-        "as if they were kept": remembered(torch.Tensor.tolist),
-        "is right, but what it holds grows": joined,
+        "at the end it holds as much as": remembered(torch.clone),
+        "holds as much as if batches were kept": remembered(lambda x: x.numpy().copy()),
+        "as if batches were kept: there": remembered(torch.Tensor.tolist),
+        "is right, but at the end it holds as much": joined,
+        "is right, but at the end it holds": into_a_buffer,
     },
     "10.D": {
         "the lever is missing: the same": rows(lever=lambda y, length: y),
