@@ -64,7 +64,7 @@ def bisected(z):
                 lambda z: torch.autograd.functional.jacobian(squared, z),
             ],
             [squared, torch.no_grad()(squared), lambda z: torch.vmap(squared)(z), lambda z: np.linalg.norm(z)],
-            "asks for a derivation",
+            "uses automatic differentiation: derive",
         ),
         (
             watching.no_library(SHORT),

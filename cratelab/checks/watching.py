@@ -95,14 +95,15 @@ def watch(function: Callable, *case: object) -> Seen:
     return seen
 
 
-def never_calls(case: tuple, patterns: Iterable[str], why: str) -> Callable[[Callable], None]:
-    """A rule: none of these functions, by full name with wildcards, takes part in the answer to the case."""
+def never_calls(case: tuple, patterns: Iterable[str], why: str, what: str = "") -> Callable[[Callable], None]:
+    """A rule: none of these functions, by full name with wildcards, takes part; `what` says what one found means."""
 
     def rule(function: Callable) -> None:
         called = watch(function, *case).called
         found = [name for name in called for pattern in patterns if fnmatchcase(name, pattern)]
         if found:
-            raise CheckFailed(f"{function.__name__} is right, but calls {found[0].rpartition('.')[2]}: {why}")
+            done = what or f"calls {found[0].split('.')[-1]}"
+            raise CheckFailed(f"{function.__name__} is right, but {done}: {why}")
 
     return rule
 
@@ -123,7 +124,7 @@ def no_library(case: tuple, *names: str, why: str = "here it is yours to write")
 
 def no_automatic_differentiation(case: tuple) -> Callable[[Callable], None]:
     """A rule: neither torch.autograd nor torch.func takes part."""
-    return never_calls(case, AUTOMATIC, "this exercise asks for a derivation, without automatic differentiation")
+    return never_calls(case, AUTOMATIC, "derive it instead", "uses automatic differentiation")
 
 
 def no_loop(short: tuple, long: tuple, over: str) -> Callable[[Callable], None]:

@@ -142,7 +142,7 @@ WRONG = {
         "the sign": lambda z, eps: -seen(z, eps),
         "this is dR/dε": lambda z, eps: seen(z, eps) / eps,
         "the trace without the inverse": lambda z, eps: torch.trace(matrices(z, eps)[0]),
-        "without automatic differentiation": slope_by_autograd,
+        "is right, but uses automatic differentiation": slope_by_autograd,
         "only, as a quotient of differences would be": slope,
         "right elsewhere, but .* gives .* where .* is right: tokens may": lambda z, eps: seen(z, max(eps, 1e-2)),
         "the directions that are not seen": lambda z, eps: torch.trace(torch.linalg.inv(matrices(z, eps)[1])),
@@ -157,10 +157,8 @@ WRONG = {
         "only the squared length": lambda z, eps: z.shape[1] / eps**2 / 2 * z.square().sum(1),
         "this is divided by n": lambda z, eps: z.shape[1] / eps**2 / 2 * leverage(z, eps) / len(z),
         "the factor d/ε² is lost": lambda z, eps: leverage(z, eps) / 2,
-        "calls backward: this exercise asks for a derivation": worth_by(backwards),
-        "calls (jacrev|jacfwd|grad).*: this exercise asks": worth_by(
-            lambda objective, w: torch.func.grad(objective)(w)
-        ),
+        "uses automatic differentiation: derive": worth_by(backwards),
+        "is right, but uses automatic differentiation": worth_by(lambda objective, w: torch.func.grad(objective)(w)),
         "loops over tokens: .* a line runs [0-9]+ times instead of": token_by_token,
         "right elsewhere, but .* gives .* where .* is right: tokens may": worth_by(by_differences),
         "each token weighs 1 in your B": lambda z, eps: z.shape[1] / eps**2 / 2 * leverage(z, eps / len(z) ** 0.5),

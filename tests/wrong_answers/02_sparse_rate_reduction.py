@@ -171,7 +171,7 @@ WRONG = {
         "right elsewhere, but .*a group may have one token": lambda z, group, eps: without_gaps(
             lambda group: [j for j in group.unique() if (group == j).sum() > 1]
         )(z, group, eps),
-        "without automatic differentiation": lambda z, *rest: labels_by_autograd(z.clone(), *rest),
+        "is right, but uses automatic differentiation": lambda z, *rest: labels_by_autograd(z.clone(), *rest),
         "twice what is right": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=2.0),
     },
     "2.D": {
@@ -180,7 +180,7 @@ WRONG = {
         "solves with a 40×40 matrix": at_once("n"),
         "solves with a 9×9 matrix": at_once("d"),
         "twice as many tokens (cost|need)": token_sums,
-        "without automatic differentiation": subspaces_by_autograd,
+        "is right, but uses automatic differentiation": subspaces_by_autograd,
         "twice what is right": lifted(solved, factor=2),
         "half of what is right": lifted(solved, factor=0.5),
         "d stands where p belongs": lifted(solved, scale=by_d),

@@ -247,10 +247,10 @@ WRONG = {
     "5.E": {
         "the atom's product with the embeddings": lambda x, atom, w, E, e: (E @ atom).expand(len(x), -1),
         "the atom's mean is not taken off": logits_along(centre=False),
-        "without automatic differentiation": push_by(
+        "is right, but uses automatic differentiation": push_by(
             lambda f, x, atom: torch.autograd.functional.jvp(f, x, atom.expand_as(x))[1]
         ),
-        "calls .*: this exercise asks": push_by(
+        "uses automatic differentiation: derive": push_by(
             lambda f, x, atom: torch.stack(
                 [torch.func.jacrev(f)(row[None])[0, :, 0] @ atom for row in x]  # torch.func.jvp warns when it is loaded
             )
