@@ -338,7 +338,7 @@ def as_tensor(value: object) -> Tensor:
     if isinstance(value, (list, tuple)):
         return torch.stack([as_tensor(entry) for entry in value]) if len(value) else torch.zeros(0, dtype=torch.float64)
     array = np.asarray(np.ma.filled(value, np.nan) if isinstance(value, np.ma.MaskedArray) else value)
-    if array.dtype.kind not in "biuf" and not hasattr(value, "__float__"):
+    if array.dtype.kind not in "biufO" or (array.dtype.kind == "O" and not hasattr(value, "__float__")):
         raise TypeError("no real numbers")
     return torch.from_numpy(np.array(array, dtype=np.float64))  # a copy: of any strides and byte order
 
