@@ -298,7 +298,9 @@ def state(argument: object) -> object:
         replaced = [(name, id(part), "forward" in vars(part)) for name, part in argument.named_modules()]
         tensors = [*argument.named_parameters(), *argument.named_buffers()]
         mode = [part.training for part in argument.modules()]
-        return copied((hooks, replaced, mode, [(name, tensor.detach()) for name, tensor in tensors]))
+        return copied(
+            (hooks, replaced, mode, [(name, tensor.requires_grad, tensor.detach()) for name, tensor in tensors])
+        )
     if isinstance(argument, SimpleNamespace):
         return state(vars(argument))
     if isinstance(argument, (tuple, list)):

@@ -145,6 +145,7 @@ WRONG = {
         "is right, but uses automatic differentiation": slope_by_autograd,
         "only, as a quotient of differences would be": slope,
         "right elsewhere, but .* gives .* where .* is right: tokens may": lambda z, eps: seen(z, max(eps, 1e-2)),
+        "right elsewhere, but .* far too coarse": lambda z, eps: seen(z, eps) * (seen(z, eps) > 1e-3),
         "the directions that are not seen": lambda z, eps: torch.trace(torch.linalg.inv(matrices(z, eps)[1])),
         "this is the rank": lambda z, eps: torch.linalg.matrix_rank(z),
         "No common mistake": lambda z, eps: torch.logdet(matrices(z, eps)[1]),

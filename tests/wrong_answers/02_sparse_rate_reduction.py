@@ -167,6 +167,9 @@ WRONG = {
         "the sign: this is the way down": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=-1.0),
         "right elsewhere, but .*: labels may have gaps": without_gaps(lambda group: range(len(group.unique()))),
         "right elsewhere, but .* be negative": without_gaps(lambda group: range(int(group.max()) + 1)),
+        "right elsewhere, but .* gives .*: labels may have gaps or be negative": lambda z, group, eps: without_gaps(
+            torch.unique
+        )(z, group.clamp(min=0), eps),
         "right elsewhere, but raises ValueError .*: labels may have gaps": empty_too,
         "right elsewhere, but .*a group may have one token": lambda z, group, eps: without_gaps(
             lambda group: [j for j in group.unique() if (group == j).sum() > 1]
