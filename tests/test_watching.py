@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 import cratelab as cl
-from cratelab.checks import watching
+from cratelab.checks import coding_rate, watching
 from cratelab.checks.grading import CheckFailed, random
 
 SHORT, LONG = (random(200, 4, seed=1),), (random(400, 4, seed=2),)
@@ -64,7 +65,7 @@ def bisected(z):
                 lambda z: torch.autograd.functional.jacobian(squared, z),
             ],
             [squared, torch.no_grad()(squared), lambda z: torch.vmap(squared)(z), lambda z: np.linalg.norm(z)],
-            "asks for a derivation",
+            "uses automatic differentiation: derive",
         ),
         (
             watching.no_library(SHORT),
@@ -117,6 +118,47 @@ def _named(function):
     if not hasattr(function, "__name__"):
         function.__name__ = "answer"
     return function
+
+
+def test_answers_of_checks_are_no_answers():
+    with pytest.raises(CheckFailed, match="but calls cratelab's _rate"):
+        watching.no_library(SHORT)(lambda z: coding_rate._rate(z, 0.5))
+
+
+def test_prints_of_a_watched_function_are_not_repeated(capsys):
+    watching.watch(lambda z: print(len(z)), *SHORT)
+    assert capsys.readouterr().out == ""
+
+
+def test_square_matrices_that_one_solves_with_are_measured():
+    z, gram = random(9, 3, seed=1), random(3, 3, seed=2)
+    for small in (
+        lambda z: torch.linalg.solve(gram, z.T),
+        lambda z: np.linalg.solve(gram.numpy(), z.numpy().T),
+        lambda z: torch.relu(z @ z.T),
+    ):
+        watching.solves_at_most(3, (z,), "no")(small)
+    for large in (
+        lambda z: torch.linalg.inv(z @ z.T + torch.eye(9)),
+        lambda z: torch.cholesky_solve(z, torch.linalg.cholesky(z @ z.T + torch.eye(9))),
+        lambda z: np.linalg.inv(z.numpy() @ z.numpy().T + np.eye(9)),
+        lambda z: scipy.linalg.solve(z.numpy() @ z.numpy().T + np.eye(9), z.numpy()),
+    ):
+        with pytest.raises(CheckFailed, match=r"solves with a 9×9 matrix: no \(3×3 here\)"):
+            watching.solves_at_most(3, (z,), "no")(large)
+
+
+def test_a_gradient_is_the_slope():
+    rule = watching.differentiable(lambda z: z.square(), SHORT, {0: "z"}, "no")
+    rule(lambda z: z * z)
+    for broken, said in [
+        (torch.no_grad()(torch.square), "no gradient comes back to z: no"),
+        (lambda z: z.detach().square(), "no gradient"),
+        (lambda z: z.detach().numpy() ** 2, "no gradient"),
+        (lambda z: z * z.detach(), "is not the slope, as if a part were detached"),
+    ]:
+        with pytest.raises(CheckFailed, match=said):
+            rule(_named(broken))
 
 
 def test_honour_is_said_where_nothing_is_seen():

@@ -17,8 +17,9 @@ EDGES = [
     (random(9, 1, seed=5) @ random(1, 6, seed=6), 0.2),
     (1e-4 * tokens(7, 3, seed=7), 5e-5),
     (tokens(6, 4, seed=8) - 50, 2),
+    (tokens(8, 3, seed=9), 200.0),
 ]
-EDGE = "tokens may all be zero, or lie on a line, or be one, or tiny, and so may ε"
+EDGE = "tokens may all be zero, or lie on a line, or be one, or tiny; and ε may be tiny, or far too coarse"
 MEASURED = ["*.slogdet", "*.logdet", "*.svd*", "*.det", "*.eigvalsh", "*.eigh"]
 PAPER = "predict on paper; the check measures"
 

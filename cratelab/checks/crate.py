@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import cratelab as cl
 from cratelab.checks.grading import CheckFailed, also, grade, predict, random, same, state, unmended
-from cratelab.checks.watching import exact, no_automatic_differentiation, no_library, no_loop
+from cratelab.checks.watching import differentiable, exact, no_automatic_differentiation, no_library, no_loop
 
 SIZES = [(16, 64, 2, 50, 12), (12, 24, 3, 31, 7), (8, 40, 1, 19, 30)]
 
@@ -172,7 +172,7 @@ def mended_forward(function: Callable[[SimpleNamespace, Tensor], Tensor]) -> Non
     edges = [(cases[0][0], cases[0][1][:, :1]), (cases[1][0], 0 * cases[1][1]), (cases[2][0], 20 * cases[2][1])]
     rules = [
         also("a text may have one token, and tokens may be zero or long", *edges, oracle=_by_hand),
-        _trainable,
+        differentiable(_by_hand, cases[1], {1: "z"}, "a block is there to be trained"),
     ]
     grade(function, cases, _by_hand, "an evaluation token by token", mistakes, rules=rules)
 
@@ -237,14 +237,20 @@ def with_neuron(function: Callable[[nn.Module, Tensor, int, int, float], Tensor]
 def _cleans_up(function: Callable, model: nn.Module, tokens: Tensor) -> None:
     """Exercise 5.D: nothing stays behind after an error, and the hooks of others stay."""
     own, seen = copy.deepcopy(model), []
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    own.norm.register_forward_hook(interrupt)  # somebody stops the notebook's cell, when the hook has done its work
     before = state(own)
-    with suppress(Exception):
-        function(own, tokens + 1000, 1, 5, 1.5)  # no such tokens
-    if not same(before, state(own)):
-        raise CheckFailed(
-            f"{function.__name__} is right, but an error in the model leaves it changed, here tokens outside of the "
-            "vocabulary: remove the hook in `finally`"
-        )
+    for name, asked in {"an error in the model": tokens + 1000, "a cell that is interrupted": tokens}.items():
+        with suppress(Exception, KeyboardInterrupt):
+            function(own, asked, 1, 5, 1.5)
+        if not same(before, state(own)):
+            raise CheckFailed(
+                f"{function.__name__} is right, but {name} leaves the model changed: remove the hook in `finally`"
+            )
+    own = copy.deepcopy(model)
     own.blocks[1].neurons.register_forward_hook(lambda module, inputs, codes: seen.append(codes))
     before = state(own)
     function(own, tokens, 1, 5, 1.5)
@@ -321,18 +327,6 @@ def push(function: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) ->
         exact(forward_mode, *cases),
     ]
     grade(function, cases, forward_mode, "automatic differentiation", mistakes, rules=rules)
-
-
-def _trainable(function: Callable) -> None:
-    """A block hands gradients back to its tokens."""
-    parts = _random_model(3, n_layers=1, n_heads=2, width=8).blocks[0]
-    z = random(2, 4, 8, seed=1).requires_grad_()
-    with torch.enable_grad():
-        answer = function(parts, z)
-    if not answer.requires_grad:
-        raise CheckFailed(
-            f"{function.__name__} is right, but no gradient comes back to z: a block is there to be trained"
-        )
 
 
 class _Damped(nn.Module):

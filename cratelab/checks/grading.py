@@ -79,7 +79,9 @@ def grade(
     name = function.__name__
     if all((error <= 1).all() for error in excess):  # NaN is not right
         notes = [note for rule in rules if (note := rule(function))]
-        print(f"{name}: right. It agrees with {by} in {len(cases)} random cases, to a relative {rtol:g}.", *notes)
+        print(f"{name}: right. It agrees with {by} in {len(cases)} random cases, to a relative {rtol:g}.")
+        for note in notes:
+            print(note)
         return
     for message, mistake in mistakes.items():
         wrong = [as_tensor(mistake(*case)) for case in cases]
@@ -297,7 +299,9 @@ def state(argument: object) -> object:
         replaced = [(name, id(part), "forward" in vars(part)) for name, part in argument.named_modules()]
         tensors = [*argument.named_parameters(), *argument.named_buffers()]
         mode = [part.training for part in argument.modules()]
-        return copied((hooks, replaced, mode, [(name, tensor.detach()) for name, tensor in tensors]))
+        return copied(
+            (hooks, replaced, mode, [(name, tensor.requires_grad, tensor.detach()) for name, tensor in tensors])
+        )
     if isinstance(argument, SimpleNamespace):
         return state(vars(argument))
     if isinstance(argument, (tuple, list)):
@@ -337,7 +341,7 @@ def as_tensor(value: object) -> Tensor:
     if isinstance(value, (list, tuple)):
         return torch.stack([as_tensor(entry) for entry in value]) if len(value) else torch.zeros(0, dtype=torch.float64)
     array = np.asarray(np.ma.filled(value, np.nan) if isinstance(value, np.ma.MaskedArray) else value)
-    if array.dtype.kind not in "biuf" and not hasattr(value, "__float__"):
+    if array.dtype.kind not in "biufO" or (array.dtype.kind == "O" and not hasattr(value, "__float__")):
         raise TypeError("no real numbers")
     return torch.from_numpy(np.array(array, dtype=np.float64))  # a copy: of any strides and byte order
 

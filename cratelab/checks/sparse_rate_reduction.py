@@ -27,8 +27,9 @@ EDGES = [
     (tokens(3, 7, seed=12), subspaces(2, 7, 5, seed=13), 0.6),
     (tokens(8, 4, seed=14), subspaces(1, 4, 1, seed=15), 1),
     (1e-4 * tokens(9, 5, seed=16), subspaces(4, 5, 3, seed=17), 5e-5),
+    (tokens(7, 6, seed=22), subspaces(2, 6, 3, seed=23), 200.0),
 ]
-EDGE = "tokens may be zero or tiny, one or fewer than p, and subspaces lines"
+EDGE = "tokens may be zero or tiny, one or fewer than p, subspaces lines, and ε tiny or far too coarse"
 LABELLED = [
     (tokens(12, 5, seed=7), torch.tensor([0] * 3 + [1] * 9, device="cpu"), 0.5),
     (tokens(11, 3, seed=8), torch.tensor([2, 0, 1, 0, 2, 2, 2, 0, 2, 1, 0], device="cpu"), 1.3),
@@ -147,7 +148,7 @@ def label_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
     }
     gaps = [
         (tokens(9, 4, seed=9), torch.tensor([5, 2, 2, 9, 5, 5, 9, 9, 2], device="cpu"), 0.4),
-        (tokens(7, 3, seed=10), torch.tensor([-1, 4, -1, 4, 4, -1, -1], device="cpu"), 0.7),
+        (tokens(7, 3, seed=10), torch.tensor([-1, 4, 0, 4, 4, -1, 0], device="cpu"), 0.7),
     ]
     few = [
         (tokens(6, 4, seed=11), torch.tensor([0, 1, 1, 1, 2, 1], device="cpu"), 0.4),

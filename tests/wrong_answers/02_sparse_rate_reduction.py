@@ -167,11 +167,14 @@ WRONG = {
         "the sign: this is the way down": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=-1.0),
         "right elsewhere, but .*: labels may have gaps": without_gaps(lambda group: range(len(group.unique()))),
         "right elsewhere, but .* be negative": without_gaps(lambda group: range(int(group.max()) + 1)),
+        "right elsewhere, but .* gives .*: labels may have gaps or be negative": lambda z, group, eps: without_gaps(
+            torch.unique
+        )(z, group.clamp(min=0), eps),
         "right elsewhere, but raises ValueError .*: labels may have gaps": empty_too,
         "right elsewhere, but .*a group may have one token": lambda z, group, eps: without_gaps(
             lambda group: [j for j in group.unique() if (group == j).sum() > 1]
         )(z, group, eps),
-        "without automatic differentiation": lambda z, *rest: labels_by_autograd(z.clone(), *rest),
+        "is right, but uses automatic differentiation": lambda z, *rest: labels_by_autograd(z.clone(), *rest),
         "twice what is right": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=2.0),
     },
     "2.D": {
@@ -180,7 +183,7 @@ WRONG = {
         "solves with a 40×40 matrix": at_once("n"),
         "solves with a 9×9 matrix": at_once("d"),
         "twice as many tokens (cost|need)": token_sums,
-        "without automatic differentiation": subspaces_by_autograd,
+        "is right, but uses automatic differentiation": subspaces_by_autograd,
         "twice what is right": lifted(solved, factor=2),
         "half of what is right": lifted(solved, factor=0.5),
         "d stands where p belongs": lifted(solved, scale=by_d),

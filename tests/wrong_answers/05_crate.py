@@ -138,6 +138,25 @@ def alone(model, tokens, layer, neuron, value):
         site._forward_hooks.clear()
 
 
+def tidied(model, tokens, layer, neuron, value):
+    """The hook goes when there is an error, but not when there is an interruption."""
+    hook = model.blocks[layer].neurons.register_forward_hook(
+        lambda m, args, codes: everywhere(codes.clone(), neuron, value)
+    )
+    try:
+        logits = model(tokens)
+    except Exception:
+        hook.remove()
+        raise
+    hook.remove()
+    return logits
+
+
+def thawed(model, *rest):
+    model.requires_grad_(True)
+    return hooked(everywhere)(model, *rest)
+
+
 def replaced(model, tokens, layer, neuron, value):
     class Held(nn.Module):
         def forward(self, codes):
@@ -218,6 +237,7 @@ WRONG = {
             b.neurons(b.ista.encode(b.ista_norm(z + b.attention(b.attention_norm(z)).mean(0, keepdim=True))))
         ),
         "no gradient comes back to z: a block": torch.no_grad()(lambda b, z: forward()(b, z)),
+        "the gradient that comes back to z is not the slope": lambda b, z: forward(lambda b, z: z.detach())(b, z),
         "changes its arguments in place": lambda b, z: forward()(b, z.add_(0.0).mul_(1.5).div_(1.5).add_(1e-9)),
         "there is no residual around ISTA": forward(add=True),
         "nothing is carried around MSSA": forward(lambda b, z: 0),
@@ -240,17 +260,19 @@ WRONG = {
         "leaves the model changed": hooked(everywhere, keep=True),
         "leaves the model changed: take hooks": replaced,
         "leaves the model .*changed": overwritten,
-        "an error in the model leaves it changed": hooked(everywhere),
+        "an error in the model leaves": hooked(everywhere),
+        "a cell that is interrupted leaves": tidied,
+        "leaves the model changed: take .*settings": thawed,
         "takes away a hook that somebody else has put there": alone,
         "No common mistake": hooked(lambda codes, i, value: everywhere(codes, i + 1, value)),
     },
     "5.E": {
         "the atom's product with the embeddings": lambda x, atom, w, E, e: (E @ atom).expand(len(x), -1),
         "the atom's mean is not taken off": logits_along(centre=False),
-        "without automatic differentiation": push_by(
+        "is right, but uses automatic differentiation": push_by(
             lambda f, x, atom: torch.autograd.functional.jvp(f, x, atom.expand_as(x))[1]
         ),
-        "calls .*: this exercise asks": push_by(
+        "uses automatic differentiation: derive": push_by(
             lambda f, x, atom: torch.stack(
                 [torch.func.jacrev(f)(row[None])[0, :, 0] @ atom for row in x]  # torch.func.jvp warns when it is loaded
             )
