@@ -269,8 +269,10 @@ WRONG = {
         "columns are treated": rows(dim=0),
         "one long vector": one_vector,
         "along all rows": along_all_rows,
-        "is right, but calls grad: ": by_grad,
-        "is right, but calls vjp: ": lambda G, V: torch.func.vjp(lambda V: F.normalize(V, dim=1), V)[1](G)[0],
-        "is right, but calls backward: ": by_backward,
+        "is right, but uses automatic differentiation": by_grad,
+        "uses automatic differentiation: derive": lambda G, V: torch.func.vjp(lambda V: F.normalize(V, dim=1), V)[1](G)[
+            0
+        ],
+        "automatic differentiation: derive it": by_backward,
     },
 }
