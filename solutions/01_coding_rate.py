@@ -104,7 +104,7 @@ torch.testing.assert_close(plausible_rate(z, eps=1.0), cl.coding_rate(z, eps=1.0
 print("the author's test passes")
 
 # %% [markdown]
-# What is special about the author's tokens, and about the author's $\varepsilon$? Find an input that exposes each bug, then write the function as it should be.
+# What is special about the author's tokens, and about the author's $\varepsilon$? Find an input that exposes each bug, then write the function as it should be. Do not call the library.
 
 
 # %%

@@ -98,7 +98,7 @@ torch.testing.assert_close(plausible_subspace_rate(z, U, 0.5), cl.subspace_rate(
 print("the author's test passes")
 
 # %% [markdown]
-# Find inputs that expose each of the two, and write the function as it should be.
+# Find inputs that expose each of the two, and write the function as it should be. Do not call the library.
 
 
 # %%
@@ -145,7 +145,7 @@ for name, width in [("with p", 2), ("with d", 8)]:
 # \Delta R_{\text{labels}} = R(Z) - \sum_j \frac{n_j}{n} R(Z_j)
 # $$
 #
-# to automatic differentiation. Derive it from $\nabla R(Z) = \frac{d}{n\varepsilon^2}\big(I + \frac{d}{n\varepsilon^2}ZZ^\top\big)^{-1}Z$ and implement it. `group` is an integer tensor of shape `(n,)`.
+# to automatic differentiation. Derive it from $\nabla R(Z) = \frac{d}{n\varepsilon^2}\big(I + \frac{d}{n\varepsilon^2}ZZ^\top\big)^{-1}Z$ and implement it. `group` is an integer tensor of shape `(n,)`, in which any labels may occur, with gaps between them.
 # You may call `cl.coding_rate_gradient`; no automatic differentiation.
 
 
@@ -201,7 +201,7 @@ for name, direction in [("along the group's line", own), ("across it", crowd)]:
 # - **Difficulty:** 4 of 5
 # - **Time:** 30 minutes
 #
-# Derive $\nabla_Z R^c(Z; U_{[K]})$ and implement it, with named axes (`einsum`), for all subspaces at once. For long texts $n$ is much larger than $p$: solve with $p\times p$ matrices only.
+# Derive $\nabla_Z R^c(Z; U_{[K]})$ and implement it, with named axes (`einsum`), for all subspaces at once. For long texts $n$ is much larger than $p$: solve with $p\times p$ matrices only. No library, and no automatic differentiation.
 # Chapter 3 starts from this formula; try without looking.
 
 

@@ -139,7 +139,7 @@ print("weights of the three queries, over the queries:", scores.softmax(-2).sum(
 # - **Time:** 20 minutes
 #
 # Cut the inverse in $\nabla R^c$ after the first order, and take the step $Z - \kappa\,(\dots)$. The subspaces may overlap and need not fill the space, so $\sum_kU_kU_k^\top$ stays as it is.
-# Then implement the step so that twice as many tokens cost twice as much: no $n\times n$ matrix anywhere. The check will count the multiplications.
+# Then implement the step so that twice as many tokens cost twice as much: no $n\times n$ matrix anywhere. The check will count the multiplications. Do not call the library.
 
 
 # %%
@@ -190,7 +190,7 @@ for name, moved in [
 # - **Time:** 25 minutes
 #
 # Write what `cl.Mssa` computes, for a batch of texts `z` of shape `(b, n, d)`, from its parameters: `projection` $(d, d)$ holds $U_k^\top$ in its rows $kp$ to $(k+1)p$ ($k$ from 0), `output` $(d, d)$ is $W_{\text{out}}$, `bias` has the shape $(d,)$. Token $i$ sees the keys $j\le i$.
-# No loop over texts, heads or tokens, and no `scaled_dot_product_attention`.
+# No loop over texts, heads or tokens, and neither `scaled_dot_product_attention` nor the library.
 
 
 # %%

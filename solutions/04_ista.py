@@ -152,7 +152,7 @@ for name, price in [("ηλ", 0.1), ("λ", 0.1 / eta)]:  # a threshold λ is a pr
 # \operatorname*{arg\,min}_{0\le a\le \text{cap}}\ \tfrac12(a-x)^2 + \theta a + \tfrac\mu2 a^2, \qquad \theta, \mu \ge 0,
 # $$
 #
-# from the definition, and implement it for every entry of `x` at once.
+# from the definition, and implement it for every entry of `x` at once, without a loop or a search.
 
 
 # %%

@@ -164,7 +164,7 @@ print("the author's test passes")
 
 # %% [markdown]
 # Find the three, and write the block as it should be. You may use its parts, with fewer lines than the author: `block.attention_norm`, `block.attention` (MSSA with its output matrix), `block.ista_norm`, `block.ista` with `encode` and
-# `decode`, and `block.neurons`, through which the codes have to pass. `block` itself cannot be called here.
+# `decode`, and `block.neurons`, through which the codes have to pass. `block` itself cannot be called here. A block is there to be trained, so gradients have to pass through.
 
 
 # %%
@@ -209,7 +209,7 @@ with torch.no_grad():
 # - **Difficulty:** 3 of 5
 # - **Time:** 20 minutes
 #
-# Run a model on `tokens` with one neuron held at a value: in layer `layer`, counted from 0, the code of neuron `neuron` is `value` at every token, and all others are as they come. Return the logits and leave the model as it was.
+# Run a model on `tokens` with one neuron held at a value: in layer `layer`, counted from 0, the code of neuron `neuron` is `value` at every token, and all others are as they come. Return the logits and leave the model as it was, even if the tokens are none that it knows.
 
 
 # %%
@@ -286,7 +286,7 @@ print(f"the most useful one is worth {most:.2f} nats a word there; elsewhere the
 # $$
 #
 # It is customary to read a neuron's meaning from $E D_i$, the words whose embeddings lie along its atom. But LayerNorm stands between, and it is not linear. Derive $\partial\,\mathrm{logits}/\partial a_i$ and implement it, for all tokens at once.
-# No automatic differentiation.
+# No loop, and no automatic or numerical differentiation.
 
 
 # %%

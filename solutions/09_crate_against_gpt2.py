@@ -74,7 +74,7 @@ for last in (True, False):
 # - **Difficulty:** 2 of 5
 # - **Time:** 10 minutes
 #
-# CRATE and GPT-2 were trained under the same $n$ seeds, and under one seed both saw the same text. `crate[s]` and `gpt2[s]` are their mean scores under seed $s$. Return both ends of the 95 % interval of CRATE's lead, (9.3). `student.ppf(q, df)` is the quantile of Student's $t$. No `ttest_rel`.
+# CRATE and GPT-2 were trained under the same $n$ seeds, and under one seed both saw the same text. `crate[s]` and `gpt2[s]` are their mean scores under seed $s$. Return both ends of the 95 % interval of CRATE's lead, (9.3). `student.ppf(q, df)` is the quantile of Student's $t$. None of scipy's `ttest_…` functions.
 
 
 # %%

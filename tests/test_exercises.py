@@ -1,10 +1,14 @@
 """Exercises: the stub fails, the solution passes, wrong answers are told what is wrong; the generator refuses gaps."""
 
+import copy
 import math
 import re
 import runpy
 import shutil
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import chapters
 import check_chapters
@@ -18,7 +22,7 @@ from notebooks import BOOK, ROOT
 
 import exercises
 from cratelab.checks import experiment
-from cratelab.checks.grading import CheckFailed, NotWritten, grade, predict, random
+from cratelab.checks.grading import CheckFailed, NotWritten, call, grade, predict, random
 
 SOURCES = {slug: exercises.read(slug) for slug in exercises.slugs()}
 WRONG = {slug: runpy.run_path(str(ROOT / "tests/wrong_answers" / f"{slug}.py"))["WRONG"] for slug in SOURCES}
@@ -338,10 +342,21 @@ def changed_in_place(x):
     [
         (lambda x: None, "does it end in `return`"),
         (lambda x: "two", "returns a str"),
+        (lambda x: [["a"]], "returns a list"),
+        (lambda x: {"a": 1}, "returns a dict"),
+        (lambda x: 2 * x + 0j, "returns a Tensor of shape .* and torch.complex"),
+        (lambda x: [[1], [1, 2]], "returns a list"),
+        (lambda x: (2 * x).numpy().astype(str), "returns a ndarray of shape .* and <U"),
+        (lambda x: np.full(x.shape, None), "not finite"),
+        (lambda x: (2 * x).numpy().astype(object) * 1j, "returns a ndarray"),
+        (lambda x: (2 * x.float() + 99) - 99, "to single precision only"),
         (lambda x: 2 * x.T, "is it transposed"),
         (summed, r"the shape \(\) for x of shape \(3, 4\); \(3, 4\) was expected"),
         (lambda x: x / 0, "not finite"),
+        (lambda x: 2 * x + torch.nan, "not finite"),
+        (lambda x: torch.where(x == x.max(), torch.nan, 2 * x), "not finite"),
         (changed_in_place, "in place"),
+        (lambda x: x.resize_(x.numel()).view(x.shape), "in place"),
         (lambda x: x / 2, "halved$"),
         (lambda x: 3 * x, r"gives .* where .* is right \(entry \d+ of \d+\)\. No common mistake"),
         (lambda x: 2 * x + (len(x) == 5) * 1e-5, r"for x of shape \(5, 2\) it gives"),
@@ -367,18 +382,74 @@ def test_right_answers_pass_and_leave_the_seed_alone(capsys):
     state = torch.get_rng_state()
     graded(lambda x: x + x)
     graded(lambda x: (x + x).numpy())
+    graded(lambda x: (x + x).numpy()[::-1, ::-1][::-1, ::-1])
+    graded(lambda x: (x + x).tolist())
+    graded(lambda x: list((x + x).requires_grad_()))
     assert "agrees with doubling in 2 random cases" in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("answer", [None, {"a": "up"}, {"a": "up", "b": "down", "c": "up"}, {"a": "up", "b": "left"}])
 def test_a_prediction_has_the_keys_and_words_that_are_asked_for(answer):
-    said = r'<lambda> should return "up", "down" or "same" for each of a, b$'
+    said = r'<lambda> should return "up", "down" or "same" for each of a, b; '
     with pytest.raises(CheckFailed, match=said):
         predict(lambda: answer, keys=["a", "b"], words=("up", "down", "same"))
-    with pytest.raises(CheckFailed, match=r"<lambda> should return a dict with the keys a, d$"):
+    with pytest.raises(CheckFailed, match=r"<lambda> should return a dict with the keys a, d; "):
         predict(lambda n: answer, 3, keys=["a", "d"])
     assert predict(lambda n: {"a": n}, 3, keys=["a"]) == {"a": 3}
+
+
+@pytest.mark.parametrize("value", [1, 1.0, np.float32(1), np.int64(1), torch.tensor(1.0), Fraction(1)])
+def test_a_number_of_any_library_is_a_number(value):
+    assert predict(lambda: {"a": value}, keys=["a"], numbers=True) == {"a": 1}
+
+
+@pytest.mark.parametrize("value", [None, "1", True, [1], {}, 1j, torch.ones(1), torch.tensor(True), np.ones(2), set()])
+def test_no_number_is_said_to_be_none(value):
+    with pytest.raises(CheckFailed, match="<lambda>: a: a number is needed; got "):
+        predict(lambda: {"a": value}, keys=["a"], numbers=True)
+    with pytest.raises(CheckFailed, match="; a is "):
+        predict(lambda: {"a": value}, keys=["a"], words=("up", "down"))
+
+
+def test_infinity_is_right_only_where_it_is_right():
+    target = torch.tensor([1.0, torch.inf])
+    grade(lambda x: [1, math.inf], [(0,)], lambda x: target, "a table", {"wrong": lambda x: -target})
+    for wrong in (-1, 1e9, -math.inf, math.nan):
+        with pytest.raises(CheckFailed, match=r"where inf is right \(entry 1 of 2\)"):
+            grade(lambda x, wrong=wrong: [1, wrong], [(0,)], lambda x: target, "a table", {})
+
+
+def test_what_differs_is_shown():
+    right = torch.tensor([1e9, 1.0], dtype=torch.float64)
+    with pytest.raises(CheckFailed, match=r"gives 1\.000001 where 1 is right \(entry 1 of 2\)"):
+        grade(lambda x: right + torch.tensor([10, 1e-6]), [(0,)], lambda x: right, "a table", {})
+
+
+class Named(NamedTuple):
+    text: list
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ([torch.ones(2)], lambda x: x.pop()),
+        ({"a": np.ones(2)}, lambda x: x["a"].fill(0)),
+        ({"a": [1]}, lambda x: x.update(b=1)),
+        (Named([1]), lambda x: x.text.append(2)),
+        ({1, 2}, lambda x: x.add(3)),
+        (SimpleNamespace(a=[1]), lambda x: x.a.append(1)),
+        (torch.nn.Linear(2, 2), lambda x: x.weight.data.zero_()),
+        (torch.nn.Linear(2, 2), lambda x: x.eval()),
+        (torch.nn.Sequential(torch.nn.ReLU()), lambda x: x[0].register_forward_hook(print)),
+    ],
+)
+def test_a_change_in_place_is_seen_and_does_no_harm(argument, change):
+    before = repr(argument)
+    with pytest.raises(CheckFailed, match=r"in place|leaves the model changed"):
+        call(lambda x: change(x), argument)
+    assert repr(argument) == before
+    call(lambda x: change(copy.deepcopy(x)), argument)
 
 
 def test_errors_of_the_reader_pass_through():
@@ -409,6 +480,10 @@ def test_verdict_is_one_line_in_a_notebook():
         (lambda seed: {"control": seed}, "the control alone"),
         (lambda seed: {"control": seed, "found": float("nan")}, "'found' is nan"),
         (lambda seed: {"control": seed, "found": [1, 2]}, "a finite number is needed"),
+        (lambda seed: {"control": seed, "found": str(seed)}, "a finite number is needed"),
+        (lambda seed: {"control": seed, "found": seed == 1}, "'found' is False; a finite number is needed"),
+        (lambda seed: {"control": seed, "found": None}, "'found' is None; a finite number is needed"),
+        (lambda seed: {"control": seed, seed: 1}, "other names under another seed"),
         (lambda seed: {"control": seed, f"found{seed}": 1}, "other names under another seed"),
         (lambda seed: {"control": 0, "found": float(torch.rand(()))}, "two runs of .* differ"),
         (lambda seed: {"control": 0, "found": 1}, "the same numbers under seeds"),

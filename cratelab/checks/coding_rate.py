@@ -7,9 +7,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, grade, predict, random, tokens, unmended
+from cratelab.checks.grading import CheckFailed, also, grade, predict, random, tokens, unmended
+from cratelab.checks.watching import exact, never_calls, no_automatic_differentiation, no_library, no_loop
 
 CASES = [(tokens(30, 6, seed=1), 0.5), (tokens(5, 9, seed=2), 1.7), (tokens(12, 4, seed=3), 0.08)]
+EDGES = [
+    (torch.zeros(4, 3, dtype=torch.float64, device="cpu"), 0.5),
+    (tokens(1, 5, seed=4), 0.3),
+    (random(9, 1, seed=5) @ random(1, 6, seed=6), 0.2),
+    (1e-4 * tokens(7, 3, seed=7), 5e-5),
+    (tokens(6, 4, seed=8) - 50, 2),
+    (tokens(8, 3, seed=9), 200.0),
+]
+EDGE = "tokens may all be zero, or lie on a line, or be one, or tiny; and ε may be tiny, or far too coarse"
+MEASURED = ["*.slogdet", "*.logdet", "*.svd*", "*.det", "*.eigvalsh", "*.eigh"]
+PAPER = "predict on paper; the check measures"
 
 
 def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
@@ -44,15 +56,17 @@ def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
             "padded": _rate(torch.cat([z, torch.zeros_like(z)], dim=1), eps),
             "diluted": _rate(torch.cat([z, torch.zeros_like(z)], dim=0), eps),
         }
-        answer = predict(function, r, keys=after)
+        answer = predict(function, r, keys=after, numbers=True)
         for key, rate in after.items():
             measured = rate - _rate(z, eps)
-            if not abs(float(answer[key]) - measured) <= 1e-4:  # NaN is not right
-                named = (text for text, wrong in mistakes[key].items() if abs(float(answer[key]) - wrong(r)) < 1e-6)
+            if not abs(answer[key] - measured) <= 1e-4:  # NaN is not right
+                named = (text for text, wrong in mistakes[key].items() if abs(answer[key] - wrong(r)) < 1e-6)
                 reason = next(named, "compare ½ log(1 + cσ²) before and after, one singular value at a time")
                 raise CheckFailed(
-                    f"{key}, rank {r}: you say {float(answer[key]):.3f} nats, measured: {measured:.3f}; {reason}"
+                    f"{key}, rank {r}: you say {answer[key]:.3f} nats, measured: {measured:.3f}; {reason}"
                 )
+    no_library((3,), why=PAPER)(function)
+    never_calls((3,), MEASURED, PAPER)(function)
     print(
         f"{function.__name__}: right. The changes measured on clouds of rank 1, 3 and 6, ε ≪ σᵢ√(d/n), "
         "are what you predict, to 1e-4."
@@ -69,7 +83,8 @@ def mended_rate(function: Callable[[Tensor, float], Tensor]) -> None:
     mistakes = unmended(_rate, bugs)
     mistakes["the factor ½ is lost"] = lambda z, eps: 2 * _rate(z, eps)
     mistakes["this is what all n tokens cost together: the rate is per token"] = lambda z, eps: len(z) * _rate(z, eps)
-    grade(function, CASES, _rate, "a sum over singular values", mistakes)
+    rules = [no_library(CASES[0]), also(EDGE, *EDGES, oracle=_rate)]
+    grade(function, CASES, _rate, "a sum over singular values", mistakes, rules=rules)
 
 
 def seen_dimensions(function: Callable[[Tensor, float], Tensor]) -> None:
@@ -82,6 +97,9 @@ def seen_dimensions(function: Callable[[Tensor, float], Tensor]) -> None:
     def shares(z: Tensor, eps: float) -> np.ndarray:
         cs2 = _scaled_values(z, eps)
         return cs2 / (1 + cs2)
+
+    def seen(z: Tensor, eps: float) -> float:
+        return float(shares(z, eps).sum())
 
     mistakes = {
         "half of what is right: ε² = exp(2 log ε), so its derivative brings a 2 that uses up the ½": lambda z, eps: (
@@ -96,7 +114,8 @@ def seen_dimensions(function: Callable[[Tensor, float], Tensor]) -> None:
         "this is tr(B⁻¹), the directions that are not seen": lambda z, eps: z.shape[1] - shares(z, eps).sum(),
         "this is the rank, which counts a direction however small it is": lambda z, eps: np.linalg.matrix_rank(z),
     }
-    grade(function, CASES, slope, "the slope of R between two precisions", mistakes, rtol=1e-6)
+    rules = [no_automatic_differentiation(CASES[0]), exact(seen, *CASES), also(EDGE, *EDGES, oracle=seen)]
+    grade(function, CASES, slope, "the slope of R between two precisions", mistakes, rtol=1e-6, rules=rules)
 
 
 def worth(function: Callable[[Tensor, float], Tensor]) -> None:
@@ -127,7 +146,13 @@ def worth(function: Callable[[Tensor, float], Tensor]) -> None:
         ),
         "the factor d/ε² is lost: dB/dwᵢ = d/ε² zᵢzᵢᵀ": lambda z, eps: quadratic(z, eps, -1) / 2 * eps**2 / z.shape[1],
     }
-    grade(function, CASES, autograd, "automatic differentiation", mistakes)
+    rules = [
+        no_automatic_differentiation(CASES[0]),
+        also(EDGE, *EDGES, oracle=autograd),
+        no_loop((tokens(10, 4, seed=9), 0.5), (tokens(20, 4, seed=9), 0.5), "tokens"),
+        exact(autograd, *CASES),
+    ]
+    grade(function, CASES, autograd, "automatic differentiation", mistakes, rules=rules)
 
 
 def _scaled_values(z: Tensor, eps: float, centre: bool = False, swap: bool = False, power: int = 2) -> np.ndarray:

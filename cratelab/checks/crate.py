@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable
-from functools import partial, wraps
+from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cratelab as cl
-from cratelab.checks.grading import CheckFailed, call, grade, predict, random, unmended
+from cratelab.checks.grading import CheckFailed, also, grade, predict, random, same, state, unmended
+from cratelab.checks.watching import differentiable, exact, no_automatic_differentiation, no_library, no_loop
 
 SIZES = [(16, 64, 2, 50, 12), (12, 24, 3, 31, 7), (8, 40, 1, 19, 30)]
 
@@ -63,17 +65,19 @@ def parameters(function: Callable[[int, int, int, int, int], dict[str, int]]) ->
                 "OpenAI": cl.Gpt2(cl.Gpt2Config(**size, bias=True)),
             }
         counted.append({key: sum(tensor.numel() for tensor in model.parameters()) for key, model in models.items()})
-        answers.append(predict(function, d, h, L, v, n, keys=models))
+        answers.append(predict(function, d, h, L, v, n, keys=models, numbers=True))
     for key in counted[0]:
-        excess = [int(answer[key]) - right[key] for answer, right in zip(answers, counted, strict=True)]
+        excess = [answer[key] - right[key] for answer, right in zip(answers, counted, strict=True)]
         if any(excess):
-            d, h, L, v, n = SIZES[0]
+            first = next(i for i, by in enumerate(excess) if by)
+            d, h, L, v, n = SIZES[first]
             named = (text for text, by in mistakes[key].items() if excess == [by(*size) for size in SIZES])
             reason = next(named, "list the tensors by model.named_parameters(), and find the one you have forgotten")
             raise CheckFailed(
-                f"{key}: for d={d}, h={h}, L={L}, v={v}, n={n} you say {int(answers[0][key]):,}, the module has "
-                f"{counted[0][key]:,}; {reason}"
+                f"{key}: for d={d}, h={h}, L={L}, v={v}, n={n} you say {answers[first][key]:,}, the module has "
+                f"{counted[first][key]:,}; {reason}"
             )
+    no_library(SIZES[0], why="count on paper; the check looks at modules")(function)
     print(f"{function.__name__}: right. Three modules of three sizes each have the parameters that you say.")
 
 
@@ -137,17 +141,18 @@ def change_of_block(function: Callable[[], dict[str, str]]) -> None:
         right = "same" if size < 1e-3 else "changed"
         if answer[key] != right:
             raise CheckFailed(f"{key}: you say {answer[key]}; the output differs by {size:.0%} of its size: {reason}")
+    no_library((), why="predict on paper; the check measures")(function)
     print(f"{function.__name__}: right. All eight were measured on a block with random weights.")
 
 
 def mended_forward(function: Callable[[SimpleNamespace, Tensor], Tensor]) -> None:
     """Exercise 5.C: the output of a block's parts, against an evaluation token by token and head by head."""
     cases = []
-    for seed, (width, n_heads, n) in enumerate([(8, 2, 5), (6, 3, 7), (8, 4, 3)], start=4):
+    for seed, (b, width, n_heads, n) in enumerate([(1, 8, 2, 5), (3, 6, 3, 7), (2, 8, 4, 3)], start=4):
         parts = _random_model(seed, n_layers=1, n_heads=n_heads, width=width).blocks[0]
         names = "attention_norm", "attention", "ista_norm", "ista"
         block = SimpleNamespace(**{name: getattr(parts, name) for name in names}, neurons=_Damped())
-        cases.append((block, 2 * random(1, n, width, seed=seed + 10) + 0.5))
+        cases.append((block, 2 * random(b, n, width, seed=seed + 10) + 0.5))
     bugs = {
         "the normalised tokens are carried on, where the residual path takes the tokens themselves": {"carry": "norm"},
         "both halves use attention_norm: ISTA has a LayerNorm of its own": {"second_norm": "attention_norm"},
@@ -161,21 +166,19 @@ def mended_forward(function: Callable[[SimpleNamespace, Tensor], Tensor]) -> Non
         "what is decoded has not gone through the last threshold": {"threshold": False},
     }
     mistakes = unmended(_by_hand, bugs) | {text: partial(_by_hand, **options) for text, options in others.items()}
-    grade(function, cases, _by_hand, "an evaluation token by token", mistakes)
+    mistakes["texts are mixed: each of a batch is on its own"] = lambda block, z: (
+        _by_hand(block, z).mean(0, keepdim=True).expand(z.shape)
+    )
+    edges = [(cases[0][0], cases[0][1][:, :1]), (cases[1][0], 0 * cases[1][1]), (cases[2][0], 20 * cases[2][1])]
+    rules = [
+        also("a text may have one token, and tokens may be zero or long", *edges, oracle=_by_hand),
+        differentiable(_by_hand, cases[1], {1: "z"}, "a block is there to be trained"),
+    ]
+    grade(function, cases, _by_hand, "an evaluation token by token", mistakes, rules=rules)
 
 
 def with_neuron(function: Callable[[nn.Module, Tensor, int, int, float], Tensor]) -> None:
     """Exercise 5.D: logits with a neuron's code set, against a layer's output moved along the atom."""
-
-    @wraps(function)
-    def cleaned(model: nn.Module, tokens: Tensor, layer: int, neuron: int, value: float) -> Tensor:
-        own = copy.deepcopy(model)
-        answer = call(function, own, tokens, layer, neuron, value)
-        if not torch.equal(own(tokens), model(tokens)):
-            raise CheckFailed(
-                f"{function.__name__} leaves the model changed: remove the hook, even when an error comes between"
-            )
-        return answer
 
     def put(code, where, value):
         edited = code.clone()
@@ -223,7 +226,38 @@ def with_neuron(function: Callable[[nn.Module, Tensor, int, int, float], Tensor]
             lambda code, i, value: put(code, (..., i), torch.where(code[..., i] > 0, value, 0.0))
         ),
     }
-    grade(cleaned, cases, moved, "moving the layer's output along the atom", mistakes)
+    edges = [(model, tokens[:1, :1], 2, 0, -0.5), (model, tokens, 0, 31, 40)]
+    rules = [
+        also("a text may have one token, and a value may be negative or large", *edges, oracle=moved),
+        partial(_cleans_up, model=model, tokens=tokens),
+    ]
+    grade(function, cases, moved, "moving the layer's output along the atom", mistakes, rules=rules)
+
+
+def _cleans_up(function: Callable, model: nn.Module, tokens: Tensor) -> None:
+    """Exercise 5.D: nothing stays behind after an error, and the hooks of others stay."""
+    own, seen = copy.deepcopy(model), []
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    own.norm.register_forward_hook(interrupt)  # somebody stops the notebook's cell, when the hook has done its work
+    before = state(own)
+    for name, asked in {"an error in the model": tokens + 1000, "a cell that is interrupted": tokens}.items():
+        with suppress(Exception, KeyboardInterrupt):
+            function(own, asked, 1, 5, 1.5)
+        if not same(before, state(own)):
+            raise CheckFailed(
+                f"{function.__name__} is right, but {name} leaves the model changed: remove the hook in `finally`"
+            )
+    own = copy.deepcopy(model)
+    own.blocks[1].neurons.register_forward_hook(lambda module, inputs, codes: seen.append(codes))
+    before = state(own)
+    function(own, tokens, 1, 5, 1.5)
+    if not same(before, state(own)) or not seen:
+        raise CheckFailed(
+            f"{function.__name__} is right, but takes away a hook that somebody else has put there: remove yours only"
+        )
 
 
 def push(function: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) -> None:
@@ -273,7 +307,26 @@ def push(function: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) ->
             lambda *case: variant(*case, eps=False)
         ),
     }
-    grade(function, cases, forward_mode, "automatic differentiation", mistakes)
+    edges = [
+        (random(1, 6, seed=13), random(6, seed=14), random(6, seed=15), random(3, 6, seed=16), 1e-5),
+        (
+            torch.ones(2, 5, dtype=torch.float64, device="cpu"),
+            random(5, seed=17),
+            random(5, seed=18),
+            cases[2][3],
+            1e-2,
+        ),
+        (1e-3 * random(4, 5, seed=19), random(5, seed=20), random(5, seed=21), cases[2][3], 1e-5),
+        (random(3, 6, seed=22), 0 * random(6, seed=23), random(6, seed=24), random(3, 6, seed=25), 1e-5),
+    ]
+    few, many = ((random(n, 6, seed=26), *cases[0][1:]) for n in (4, 12))
+    rules = [
+        also("a token may be constant or tiny, an atom 0", *edges, oracle=forward_mode),
+        no_automatic_differentiation(few),
+        no_loop(few, many, "tokens"),
+        exact(forward_mode, *cases),
+    ]
+    grade(function, cases, forward_mode, "automatic differentiation", mistakes, rules=rules)
 
 
 class _Damped(nn.Module):
@@ -335,6 +388,9 @@ def _by_hand(
         middle = x - x.mean(-1, keepdim=True)
         return middle / (middle.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
 
+    if len(z) != 1:
+        options = dict(carry=carry, second_norm=second_norm, bias=bias, around_ista=around_ista, behind=behind)
+        return torch.cat([_by_hand(block, text[None], **options, threshold=threshold, neurons=neurons) for text in z])
     (tokens,) = z
     seen = tokens if behind else norm(tokens, "attention_norm")
     n, K = len(tokens), block.attention.n_heads

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from math import isfinite
 
-from cratelab.checks.grading import CheckFailed, call
+from cratelab.checks.grading import CheckFailed, call, number
 
 
 def conduct(function: Callable[[int], Mapping[str, float]], seeds: tuple[int, ...] = (0, 1, 2)) -> None:
@@ -31,13 +31,16 @@ def conduct(function: Callable[[int], Mapping[str, float]], seeds: tuple[int, ..
             raise CheckFailed(f"{name} returns the control alone; what is compared with it?")
         for key, value in run.items():
             try:
-                fine = isfinite(float(value))
-            except (TypeError, ValueError):
+                fine = isfinite(number(value, name))
+            except CheckFailed:
                 fine = False
             if not fine:
                 raise CheckFailed(f"{name}: {key!r} is {value!r}; a finite number is needed, one for each seed")
         if set(run) != set(runs[0]):
-            raise CheckFailed(f"{name} returns other names under another seed: {sorted(run)} and {sorted(runs[0])}")
+            raise CheckFailed(
+                f"{name} returns other names under another seed: {sorted(map(str, run))} and "
+                f"{sorted(map(str, runs[0]))}"
+            )
     numbers = [{key: float(value) for key, value in run.items()} for run in (*runs, again)]
     if numbers[-1] != numbers[0]:
         raise CheckFailed(f"two runs of {name}({seeds[0]}) differ: draw every random number from the seed")

@@ -1,12 +1,15 @@
 """What all checks share: asking a reader's function, comparing its answers, and saying what is wrong in one line."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from inspect import signature
 from itertools import combinations
+from types import SimpleNamespace
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RTOL, ATOL = 1e-7, 1e-9
 
@@ -50,6 +53,7 @@ def grade(
     mistakes: Mapping[str, Callable],
     rtol: float = RTOL,
     atol: float = ATOL,
+    rules: Iterable[Callable[[Callable], str | None]] = (),
 ) -> None:
     """Compare a reader's function with an oracle on each case, and name the mistake that explains all answers.
 
@@ -61,31 +65,83 @@ def grade(
         mistakes: what to say -> the answer of a function with that mistake, to the same arguments.
         rtol: relative tolerance.
         atol: absolute tolerance.
+        rules: asked of a right answer, such as those of `cratelab.checks.watching`: each refuses the function with
+            `CheckFailed`, or returns a sentence to print.
 
     Raises:
-        CheckFailed: the answers differ from the oracle's.
+        CheckFailed: the answers differ from the oracle's, or a rule is broken.
         NotWritten: the function is a stub.
     """
     cases = list(cases)
     expected = [as_tensor(oracle(*case)) for case in cases]
-    answers = [ask(function, case, target.shape) for case, target in zip(cases, expected, strict=True)]
-    errors = [_excess(answer, target, rtol, atol) for answer, target in zip(answers, expected, strict=True)]
+    answers = [ask(function, case, target) for case, target in zip(cases, expected, strict=True)]
+    excess = [_excess(answer, target, rtol, atol) for answer, target in zip(answers, expected, strict=True)]
     name = function.__name__
-    if all(error <= 1 for error in errors):  # NaN is not right
+    if all((error <= 1).all() for error in excess):  # NaN is not right
+        notes = [note for rule in rules if (note := rule(function))]
         print(f"{name}: right. It agrees with {by} in {len(cases)} random cases, to a relative {rtol:g}.")
+        for note in notes:
+            print(note)
         return
     for message, mistake in mistakes.items():
         wrong = [as_tensor(mistake(*case)) for case in cases]
-        if all(a.shape == w.shape and _excess(a, w, rtol, atol) <= 1 for a, w in zip(answers, wrong, strict=True)):
+        if all(
+            a.shape == w.shape and (_excess(a, w, rtol, atol) <= 1).all() for a, w in zip(answers, wrong, strict=True)
+        ):
             raise CheckFailed(f"{name}: {message}")
-    worst = max(range(len(cases)), key=errors.__getitem__)
+    if any(target.numel() for target in expected) and all(
+        (_excess(a, t, 1e-4, 1e-5) <= 1).all() for a, t in zip(answers, expected, strict=True)
+    ):
+        raw = call(function, *cases[0])
+        if getattr(raw, "dtype", None) in (torch.float32, torch.float16, torch.bfloat16, np.dtype("float32")):
+            raise CheckFailed(
+                f"{name} agrees with {by} to single precision only: stay in float64, as the arguments are"
+            )
+    worst = max(range(len(cases)), key=lambda i: float(excess[i].max()) if excess[i].numel() else 0)
     got, target = answers[worst].flatten(), expected[worst].flatten()
-    entry = int((got - target).abs().argmax())
+    entry = int(excess[worst].argmax())
     where = f" (entry {entry} of {len(got)})" if len(got) > 1 else ""
+    said, right = _told_apart(float(got[entry]), float(target[entry]))
     raise CheckFailed(
-        f"{name} differs from {by}: for {describe(function, cases[worst])} it gives {got[entry]:.6g} "
-        f"where {target[entry]:.6g} is right{where}. No common mistake explains it."
+        f"{name} differs from {by}: for {describe(function, cases[worst])} it gives {said} "
+        f"where {right} is right{where}. No common mistake explains it."
     )
+
+
+def also(
+    but: str, *cases: tuple, oracle: Callable, rtol: float = RTOL, atol: float = ATOL
+) -> Callable[[Callable], None]:
+    """A rule for `grade`: the answer is right for these cases too, which the others leave out.
+
+    Args:
+        but: what is special about them, for the message: "no token is left, and the mean of none is 0".
+        cases: arguments for each call.
+        oracle: gives the right answer.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+    """
+
+    def rule(function: Callable) -> None:
+        for case in cases:
+            right, what = as_tensor(oracle(*case)), describe(function, case)
+            try:
+                answer = ask(function, case, right)
+            except CheckFailed as verdict:
+                raise CheckFailed(f"{verdict}. Other cases are right, but: {but}") from None
+            except Exception as error:
+                raise CheckFailed(
+                    f"{function.__name__} is right elsewhere, but raises {type(error).__name__} for {what}: {but}"
+                ) from error
+            excess = _excess(answer, right, rtol, atol)
+            if excess.numel() and not (excess <= 1).all():
+                entry = int(excess.argmax())
+                said, target = _told_apart(float(answer.flatten()[entry]), float(right.flatten()[entry]))
+                raise CheckFailed(
+                    f"{function.__name__} is right elsewhere, but for {what} it gives {said} where {target} is right: "
+                    f"{but}"
+                )
+
+    return rule
 
 
 def unmended(variant: Callable, bugs: Mapping[str, Mapping]) -> dict[str, Callable]:
@@ -105,78 +161,189 @@ def unmended(variant: Callable, bugs: Mapping[str, Mapping]) -> dict[str, Callab
     }
 
 
-def predict(function: Callable, *case: object, keys: Iterable[str], words: tuple[str, ...] = ()) -> dict:
-    """A reader's predictions, one for each key: one of the words, or anything where there are none.
+def predict(
+    function: Callable, *case: object, keys: Iterable[str], words: tuple[str, ...] = (), numbers: bool = False
+) -> dict:
+    """A reader's predictions, one for each key: one of the words, a number, or anything where neither is asked for.
 
     Raises:
         CheckFailed: the answer is no such dict.
         NotWritten: the function is a stub.
     """
     answer, keys = call(function, *case), list(keys)
-    complete = isinstance(answer, dict) and set(answer) == set(keys)
-    if complete and (not words or all(value in words for value in answer.values())):
-        return answer
+    complete = isinstance(answer, Mapping) and set(answer) == set(keys)
+    if complete and numbers:
+        return {key: number(answer[key], f"{function.__name__}: {key}") for key in keys}
+    if complete and (not words or all(isinstance(value, str) and value in words for value in answer.values())):
+        return dict(answer)
     what = "a dict with the keys"
     if words:
         *others, last = (f'"{word}"' for word in words)
         what = f"{', '.join(others)} or {last} for each of"
-    raise CheckFailed(f"{function.__name__} should return {what} {', '.join(keys)}")
+    raise CheckFailed(f"{function.__name__} should return {what} {', '.join(keys)}{_instead(answer, keys, words)}")
 
 
-def ask(function: Callable, case: tuple, shape: torch.Size) -> Tensor:
-    """The answer to one case as a float64 tensor of the expected shape, from arguments of its own.
+def _instead(answer: object, keys: list[str], words: tuple[str, ...]) -> str:
+    """What was found in the place of a complete dict."""
+    if not isinstance(answer, Mapping):
+        return f"; it returns {_shown(answer)}" + (": does it end in `return`?" if answer is None else "")
+    if missing := [key for key in keys if key not in answer]:
+        return f"; {missing[0]} is missing"
+    if extra := [key for key in answer if key not in keys]:
+        return f"; {_shown(extra[0])} was not asked for"
+    wrong = next(key for key in keys if not (isinstance(answer[key], str) and answer[key] in words))
+    return f"; {wrong} is {_shown(answer[wrong])}"
+
+
+def number(value: object, where: str) -> float | int:
+    """A real number of any library, as Python's; NaN and infinity are numbers here, and no answer is right with them.
 
     Raises:
-        CheckFailed: the answer is nothing, of another kind or shape, or not finite; or the arguments were changed.
+        CheckFailed: it is None, a string, a list, True or False, or more than one number.
+    """
+    try:
+        if (
+            isinstance(value, (str, bytes, bool, np.bool_))
+            or np.ndim(value)
+            or getattr(value, "dtype", 0) == torch.bool
+        ):
+            raise TypeError
+        plain = value.item() if hasattr(value, "item") else value
+        return plain if isinstance(plain, int) else float(plain)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise CheckFailed(f"{where}: a number is needed; got {_shown(value)}") from None
+
+
+def ask(function: Callable, case: tuple, target: Tensor) -> Tensor:
+    """The answer to one case as a float64 tensor of the target's shape, from arguments of its own.
+
+    Raises:
+        CheckFailed: the answer is nothing, of another kind or shape, or not finite where the target is.
         NotWritten: the function is a stub.
     """
-    name, own = function.__name__, copied(case)
-    answer = call(function, *own)
+    name, shape = function.__name__, target.shape
+    answer = call(function, *case)
     if answer is None:
         raise CheckFailed(f"{name} returns None: does it end in `return`?")
     try:
         answer = as_tensor(answer)
-    except (TypeError, ValueError, RuntimeError):
-        raise CheckFailed(f"{name} returns a {type(answer).__name__}; a tensor {tuple(shape)} was expected") from None
+    except Exception:  # whatever a library says of what is no array of real numbers
+        what = f"a tensor {tuple(shape)} was expected" if len(shape) else "a number was expected"
+        raise CheckFailed(f"{name} returns {_shown(answer)}; {what}") from None
     if answer.shape != shape:
         transposed = answer.ndim == 2 and answer.mT.shape == shape
         raise CheckFailed(
             f"{name} returns the shape {tuple(answer.shape)} for {describe(function, case)}; "
             f"{tuple(shape)} was expected" + (": is it transposed? Tokens are rows." if transposed else "")
         )
-    if not answer.isfinite().all():
+    infinite = not target.isfinite().all()  # then infinity elsewhere is a mistake like another
+    if not (answer.isfinite() | ~target.isfinite() | answer.isinf() & infinite).all():
         raise CheckFailed(f"{name} returns numbers that are not finite for {describe(function, case)}")
-    if not same(case, own):
-        raise CheckFailed(f"{name} changes its arguments in place: compute with copies")
-    return answer
+    return answer.clone()  # the reader's function may use one buffer for all its answers
 
 
 def call(function: Callable, *arguments: object) -> object:
-    """The function's answer; a stub's error becomes one line."""
+    """The function's answer to copies of the arguments; a stub's error becomes one line.
+
+    Raises:
+        CheckFailed: the function changes an argument in place.
+        NotWritten: the function is a stub.
+    """
+    given = copied(arguments)
+    before = state(given)
     try:
-        return function(*arguments)
+        answer = function(*given)
     except NotImplementedError as error:
         raise NotWritten(str(error)) from None
+    for i, (was, now) in enumerate(zip(before[1:], state(given)[1:], strict=True)):
+        if not same(was, now):
+            if isinstance(given[i], nn.Module):
+                raise CheckFailed(
+                    f"{function.__name__} leaves the model changed: take hooks and settings back, even when an error "
+                    "comes between"
+                )
+            raise CheckFailed(f"{function.__name__} changes its arguments in place: compute with copies")
+    return answer
 
 
 def copied(argument: object) -> object:
-    """An argument, or a tuple or list of arguments, with copies of its tensors."""
+    """An argument, or a tuple, list, set or dict of arguments, with copies of its tensors, arrays and modules.
+
+    What is none of these, such as a stream or a generator of random numbers, is handed on as it is.
+    """
+    if isinstance(argument, tuple) and hasattr(argument, "_fields"):
+        return type(argument)(*map(copied, argument))
     if isinstance(argument, (tuple, list)):
         return type(argument)(map(copied, argument))
+    if isinstance(argument, dict):
+        other = copy.copy(argument)
+        other.update({key: copied(value) for key, value in argument.items()})
+        return other
+    if isinstance(argument, (set, bytearray, np.ndarray)):
+        return argument.copy()
+    if isinstance(argument, SimpleNamespace):
+        return SimpleNamespace(**{name: copied(value) for name, value in vars(argument).items()})
+    if isinstance(argument, nn.Module):
+        return copy.deepcopy(argument)
     return argument.clone() if isinstance(argument, Tensor) else argument
 
 
+def state(argument: object) -> object:
+    """What `same` compares of an argument before and after a call: its values, a module's tensors, hooks and mode."""
+    if isinstance(argument, nn.Module):
+        hooks = [
+            len(vars(part)[kind])
+            for part in argument.modules()
+            for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        ]
+        replaced = [(name, id(part), "forward" in vars(part)) for name, part in argument.named_modules()]
+        tensors = [*argument.named_parameters(), *argument.named_buffers()]
+        mode = [part.training for part in argument.modules()]
+        return copied(
+            (hooks, replaced, mode, [(name, tensor.requires_grad, tensor.detach()) for name, tensor in tensors])
+        )
+    if isinstance(argument, SimpleNamespace):
+        return state(vars(argument))
+    if isinstance(argument, (tuple, list)):
+        return [type(argument), *map(state, argument)]
+    if isinstance(argument, dict):
+        return {key: state(value) for key, value in argument.items()}
+    return copied(argument)
+
+
 def same(before: object, after: object) -> bool:
-    """Whether all tensors of an argument are as they were in `copied`, with NaN equal to NaN."""
+    """Whether all values of an argument are as they were in `copied` or `state`, with NaN equal to NaN."""
     if isinstance(before, (tuple, list)):
         return len(before) == len(after) and all(map(same, before, after))
-    return not isinstance(before, Tensor) or (
-        before.shape == after.shape and bool(((before == after) | before.isnan() & after.isnan()).all())
-    )
+    if isinstance(before, dict):
+        return list(before) == list(after) and all(same(before[key], after[key]) for key in before)
+    if isinstance(before, np.ndarray):
+        floats = before.dtype.kind in "fc"
+        return before.dtype == after.dtype and np.array_equal(before, after, equal_nan=floats)
+    if isinstance(before, Tensor):
+        return before.shape == after.shape and bool(((before == after) | before.isnan() & after.isnan()).all())
+    if isinstance(before, (str, bytes, bytearray, int, float, set)):
+        return type(before) is type(after) and (before == after or before != before)
+    return before is after
 
 
 def as_tensor(value: object) -> Tensor:
-    return torch.as_tensor(value).detach().to("cpu", torch.float64)
+    """Real numbers of any library, or lists and tuples of them, as a float64 tensor on the CPU.
+
+    Raises:
+        TypeError: they are complex, or no numbers.
+        ValueError: their rows differ in length.
+    """
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise TypeError("complex numbers")
+        return (value if value.layout == torch.strided else value.to_dense()).detach().to("cpu", torch.float64)
+    if isinstance(value, (list, tuple)):
+        return torch.stack([as_tensor(entry) for entry in value]) if len(value) else torch.zeros(0, dtype=torch.float64)
+    array = np.asarray(np.ma.filled(value, np.nan) if isinstance(value, np.ma.MaskedArray) else value)
+    if array.dtype.kind not in "biufO" or (array.dtype.kind == "O" and not hasattr(value, "__float__")):
+        raise TypeError("no real numbers")
+    return torch.from_numpy(np.array(array, dtype=np.float64))  # a copy: of any strides and byte order
 
 
 def describe(function: Callable, case: tuple) -> str:
@@ -191,6 +358,27 @@ def describe(function: Callable, case: tuple) -> str:
     return ", ".join(words) or "its arguments"
 
 
-def _excess(answer: Tensor, target: Tensor, rtol: float, atol: float) -> float:
-    """The largest error in units of what is tolerated."""
-    return float(((answer - target).abs() / (atol + rtol * target.abs())).max())
+def _excess(answer: Tensor, target: Tensor, rtol: float, atol: float) -> Tensor:
+    """Each entry's error in units of what is tolerated: 0 for equal ones, infinity among them; infinity for NaN."""
+    error = (answer - target).abs() / (atol + rtol * target.abs())
+    equal = (answer == target) | answer.isnan() & target.isnan()
+    return error.nan_to_num(torch.inf, torch.inf).masked_fill(equal, 0)
+
+
+def _told_apart(said: float, right: float) -> tuple[str, str]:
+    """Two numbers with as many digits as it takes to see that they differ."""
+    for digits in range(6, 18):
+        if f"{said:.{digits}g}" != f"{right:.{digits}g}":
+            break
+    return f"{said:.{digits}g}", f"{right:.{digits}g}"
+
+
+def _shown(value: object) -> str:
+    """A value in a few words."""
+    if value is None:
+        return "None"
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, (bool, int, float, str)):
+        return f"a {type(value).__name__}, {value!r:.40}"
+    return f"a {type(value).__name__}"

@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from cratelab.checks.grading import CheckFailed, grade, predict, random, unmended
+from cratelab.checks.grading import CheckFailed, also, grade, predict, random, unmended
+from cratelab.checks.watching import HONOUR, differentiable, no_library, no_loop, no_search, watch
 
 SQUARE = [
     (random(6, 5, seed=1), random(5, 5, seed=2), 0.1, 0.3, 3),
@@ -57,6 +57,7 @@ def change_of_firing(function: Callable[[], dict[str, str]]) -> None:
                 f"{key}: you say {answer[key]!r}, counted: {measured!r} ({shares[0]:.1%} before, {shares[1]:.1%} "
                 f"after); {reason}"
             )
+    no_library((), why="predict on paper; the check counts")(function)
     print(f"{function.__name__}: right, all {len(changed)}, as counted on {len(z)} tokens and {D.shape[1]} atoms.")
 
 
@@ -76,7 +77,18 @@ def mended_ista(function: Callable[[Tensor, Tensor, float, float, int], Tensor])
         "there is no threshold, only a ReLU: a price must be paid": partial(_ista, threshold="0"),
         "only the last step has a threshold: each step has one": partial(_ista, threshold="last"),
     }
-    grade(function, SQUARE, _projected, "projected gradient descent on the lasso", mistakes)
+    steps = [(*SQUARE[0][:4], 1), (*SQUARE[1][:4], 30)]
+    edges = [
+        (torch.zeros(3, 4, dtype=torch.float64, device="cpu"), random(4, 4, seed=7), 0.2, 0.1, 3),
+        (random(1, 5, seed=8), random(5, 5, seed=9), 0.1, 0, 3),
+        (1e-3 * random(4, 3, seed=10), random(3, 3, seed=11), 0.2, 1e-4, 2),
+    ]
+    rules = [
+        no_library(SQUARE[0]),
+        also("it is to take as many steps as it is asked for", *steps, oracle=_projected),
+        also("tokens may be zero, one, or tiny, and λ may be 0", *edges, oracle=_projected),
+    ]
+    grade(function, SQUARE, _projected, "projected gradient descent on the lasso", mistakes, rules=rules)
 
 
 def best_entry(function: Callable[[Tensor, float, float, float], Tensor]) -> None:
@@ -127,7 +139,20 @@ def best_entry(function: Callable[[Tensor, float, float, float], Tensor]) -> Non
         "the sign of θ: a price lowers a": lambda x, theta, mu, cap: np.clip((x + theta) / (1 + mu), 0, cap),
     }
     by_hand = {text: _in_numpy(mistake) for text, mistake in mistakes.items()}
-    grade(function, ENTRIES, searched, "a search that evaluates only the cost", by_hand, rtol=1e-6, atol=1e-6)
+    edges = [
+        (torch.tensor(1.7, dtype=torch.float64, device="cpu"), 0.5, 0.3, 2),
+        (random(2, 3, 4, seed=4), 0, 0, 0.8),
+        (3 * random(40, seed=5), 0, 0.6, 5),
+        (3 * random(40, seed=6), 0.4, 0, 5),
+        (random(30, seed=7), 0.2, 0.1, 0),
+    ]
+    rules = [
+        also("x may have any shape, and θ, μ and cap may be 0", *edges, oracle=searched, rtol=1e-6, atol=1e-6),
+        no_loop((random(20, seed=8), 0.5, 0.7, 1.2), (random(60, seed=8), 0.5, 0.7, 1.2), "entries"),
+        no_search(ENTRIES[0]),
+    ]
+    by = "a search that evaluates only the cost"
+    grade(function, ENTRIES, searched, by, by_hand, rtol=1e-6, atol=1e-6, rules=rules)
 
 
 def sparse_layer(function: Callable[[Tensor, Tensor, float, float], Tensor]) -> None:
@@ -167,17 +192,32 @@ def sparse_layer(function: Callable[[Tensor, Tensor, float, float], Tensor]) -> 
         ),
         "this is what is left unexplained: the layer returns DA₂": lambda z, *rest: z.numpy() - decoded(z, *rest),
     }
-    grade(function, OVERCOMPLETE, decoded, "projected gradient descent, decoded", mistakes)
+    edges = [
+        (torch.zeros(3, 4, dtype=torch.float64, device="cpu"), random(4, 9, seed=9), 0.2, 0.1),
+        (random(1, 5, seed=10), random(5, 5, seed=11), 0.1, 0),
+        (1e-3 * random(4, 3, seed=12), random(3, 2, seed=13), 0.2, 1e-4),
+    ]
+    rules = [
+        no_library(OVERCOMPLETE[0]),
+        also("tokens may be zero, one, or tiny, λ may be 0, and there may be few atoms", *edges, oracle=decoded),
+        differentiable(
+            decoded, OVERCOMPLETE[0], {0: "z", 1: "D"}, "a layer is trained, so all of it is to be differentiable"
+        ),
+        _four_products,
+    ]
+    grade(function, OVERCOMPLETE, decoded, "projected gradient descent, decoded", mistakes, rules=rules)
+
+
+def _four_products(function: Callable) -> str:
+    """The number of products of an (n, ·) by a (d, h) matrix that a layer costs; more than four are refused."""
     n, d, h = 40, 8, 32
-    with FlopCounterMode(display=False) as counted:
-        function(random(n, d, seed=7), random(d, h, seed=8), 0.05, 0.1)
-    products = counted.get_total_flops() / (2 * n * d * h)
+    products = watch(function, random(n, d, seed=7), random(d, h, seed=8), 0.05, 0.1).products / (n * d * h)
     if products > 4:
         raise CheckFailed(
             f"{function.__name__} is right, but costs as much as {products:.3g} products of (n, d) and (d, h), and 4 "
             "are enough: from zero the residual is z itself, and D times DᵀDA₁ needs no matrix DᵀD"
         )
-    print(f"It costs {products:.3g} products.")
+    return f"It costs {products:.3g} products." if products > 3.9 else HONOUR
 
 
 def _in_numpy(mistake: Callable) -> Callable:

@@ -8,7 +8,8 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, call, grade, predict, random, unmended
+from cratelab.checks import watching
+from cratelab.checks.grading import CheckFailed, also, ask, grade, predict, random, unmended
 
 
 def _words(*shape: int, n: int, seed: int) -> Tensor:
@@ -27,7 +28,15 @@ TABLES = [
     (_words(3, 20, n=9, seed=5), _grid(3, 20, seed=6, factor=3), _words(6, 20, n=14, seed=7), _grid(6, 20, seed=8)),
     (_words(2, 7, n=5, seed=9), -_grid(2, 7, seed=10).abs(), _words(2, 7, n=5, seed=11), _grid(2, 7, seed=12)),
     (_words(4, 9, n=6, seed=13), _grid(4, 9, seed=14, shift=-0.9), _words(3, 9, n=8, seed=15), _grid(3, 9, seed=16)),
+    # words from a large vocabulary, windows of another length in V, and activations of a millionth
+    (
+        1 + 37 * _words(3, 9, n=6, seed=17),
+        _grid(3, 9, seed=18) / 2**20,
+        1 + 37 * _words(2, 14, n=9, seed=19),
+        _grid(2, 14, seed=20) / 2**19,
+    ),
 ]
+SILENT = _words(2, 5, n=3, seed=21), _grid(2, 5, seed=22, factor=0), _words(1, 8, n=4, seed=23), _grid(1, 8, seed=24)
 
 
 def _centres(n: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -43,20 +52,37 @@ SPLITS = [
     (*_centres(120, 6, seed=1), 6, 120),
     (*_centres(100, 8, seed=2), 8, 100),
     (torch.arange(5, 205, 20), torch.tensor([3, 44, 91, 131, 203]), 10, 210),
+    (*_centres(131, 7, seed=3), 7, 131),
+    (torch.tensor([30, 33, 31, 60, 62, 64, 0, 2, 88, 90]), torch.tensor([5, 34, 61, 76, 76]), 9, 91),  # overlaps
+    (torch.tensor([6, 0, 3, 8, 1, 2, 5, 4, 9, 7]), torch.tensor([2, 2, 5, 0, 9]), 1, 10),
 ]
 
 
 def _layer(
-    h: int, k: int, w: int, seed: int, silent: tuple = (), flat: tuple = (), opposite: tuple = ()
+    h: int,
+    k: int,
+    w: int,
+    seed: int,
+    silent: tuple = (),
+    flat: tuple = (),
+    opposite: tuple = (),
+    scale: float = 1,
+    constant: tuple = (),
+    negative: tuple = (),
+    shift: float = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Activations, simulations and presence (h, k, w).
 
-    Some neurons are silent, and all in their first excerpt; some simulations are always 1, or say the opposite.
+    Some neurons are silent, and all in their first excerpt, or constant, or never positive; some simulations are always
+    1, or say the opposite. Activations are shifted and then scaled.
     """
     a = random(h, k, w, seed=seed).clamp(min=0) * (1 + random(h, k, 1, seed=seed + 1).abs())
     s = (a / 2 + 0.6 * random(h, k, w, seed=seed + 2) + 0.3).clamp(min=0)
     s[list(opposite)] = s.max() - s[list(opposite)]
-    a[:, 0], a[list(silent)], s[list(flat)] = 0, 0, 1
+    a[:, : k > 1], a[list(silent)], s[list(flat)] = 0, 0, 1
+    a = scale * (a + shift)
+    a[list(constant)] = 0.75
+    a[list(negative)] -= 20
     lengths = w - (4 * random(h, k, 1, seed=seed + 3).abs()).long().clamp(max=w // 2)
     present = torch.arange(w, device="cpu") < lengths
     return a * present, s * present, present
@@ -67,6 +93,8 @@ LAYERS = [
     _layer(4, 3, 8, seed=11, opposite=(2,)),
     _layer(5, 6, 12, seed=21, silent=(0, 3), opposite=(1,)),
     _layer(5, 2, 16, seed=31, flat=(2,)),
+    _layer(4, 3, 9, seed=51, constant=(1,), negative=(2,), shift=-0.5),  # below 0, and a constant that is not 0
+    _layer(3, 1, 20, seed=61, flat=(0,), scale=1e4),
 ]
 TEXTS = [
     (random(90, seed=1), torch.arange(90, device="cpu") // 30, 8, 5),
@@ -79,6 +107,16 @@ TEXTS = [
 _NEIGHBOURS = random(60, seed=5) - 3
 _NEIGHBOURS[[20, 24, 28, 1, 0, 40, 59, 58, 50]] = torch.arange(9, 0, -1, dtype=torch.float64, device="cpu")
 TEXTS.append((_NEIGHBOURS, torch.arange(60, device="cpu") // 30, 6, 5))  # overlaps in a row, and at both ends
+# odd widths, documents numbered with gaps, tiny activations, and exact zeros, which are not positive
+TEXTS.append((1e-12 * (random(50, seed=6) - 1).clamp(min=0), 2 + 3 * (torch.arange(50, device="cpu") // 25) ** 2, 5, 9))
+_SIDE_BY_SIDE = torch.zeros(40, dtype=torch.float64, device="cpu")
+_SIDE_BY_SIDE[[20, 27, 13, 33, 3, 39]] = torch.arange(6, 0, -1, dtype=torch.float64, device="cpu")
+_PEAKS = random(200, seed=7) / 100  # hills with many strong tokens each, and the third lower than all of them
+for _place, _height in ((40, 30.0), (100, 29.0), (160, 2.0)):
+    _slope = 1 - (torch.arange(200, device="cpu") - _place).abs() / 28
+    _PEAKS += _slope.clamp(min=0).sqrt() * _height
+TEXTS.append((_PEAKS, torch.arange(200, device="cpu") // 200, 20, 3))
+TEXTS.append((_SIDE_BY_SIDE, torch.tensor([0] * 7 + [1] * 26 + [2] * 7, device="cpu"), 7, 8))
 
 
 def changes_of_the_score(function: Callable[[], dict[str, str]]) -> None:
@@ -159,7 +197,8 @@ def simulate_by_table(function: Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
             _table, unseen=lambda table: np.mean(list(table.values()))
         ),
     }
-    grade(function, TABLES, _counted_table, "counting for each word alone", mistakes)
+    silent = also("where no activation of E is positive, the simulation is 0", SILENT, oracle=_counted_table)
+    grade(function, TABLES, _counted_table, "counting for each word alone", mistakes, rules=[silent])
 
 
 def _counted_table(words: Tensor, activations: Tensor, unread: Tensor, _: Tensor) -> np.ndarray:
@@ -238,10 +277,14 @@ def mended_split(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None
                         "never": False,
                     }[bugs.get("leak", "tokens")]
                     out[row, place] += not known
-        return np.minimum(out, 1) if bugs.get("once") else out
+        for row in bugs.get("once", ()):
+            out[row] = np.minimum(out[row], 1)
+        return out
 
-    def window(centre: int, width: int, n: int, ends: str = "moved", **_: object) -> set[int]:
-        wanted = centre - width // 2
+    def window(
+        centre: int, width: int, n: int, ends: str = "moved", half: Callable = lambda width: width // 2, **_: object
+    ) -> set[int]:
+        wanted = centre - half(width)
         if ends == "moved":  # of all windows inside, the nearest
             start = min(range(n - width + 1), key=lambda start: abs(start - wanted))
             return set(range(start, start + width))
@@ -257,6 +300,12 @@ def mended_split(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None
     mistakes = unmended(tried, bugs)
     mistakes |= {
         "windows are cut short at the ends of the text: they should be moved": partial(tried, ends="cut"),
+        "a window of odd width starts half a token too early or too late: ⌊width/2⌋ is rounded down": partial(
+            tried, half=lambda width: (width + 1) // 2
+        ),
+        "a token in two windows of E counts once: E is a list of windows, not a set of tokens": partial(
+            tried, once=(0,)
+        ),
         "a whole window leaves V for a few tokens: take out these tokens and keep the rest": partial(
             tried, leak="windows"
         ),
@@ -266,7 +315,10 @@ def mended_split(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None
         ),
         "the random windows are missing from V": partial(tried, no_random=True),
         "a token in two windows of V counts once: V is a list of windows, not a set of tokens": partial(
-            tried, once=True
+            tried, once=(1,)
+        ),
+        "a token in two windows counts once: E and V are lists of windows, not sets of tokens": partial(
+            tried, once=(0, 1)
         ),
     }
     grade(function, SPLITS, tried, "windows found by trying all places", mistakes)
@@ -274,6 +326,9 @@ def mended_split(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None
 
 def layer_score(function: Callable[[Tensor, Tensor, Tensor], tuple[float, float, float]]) -> None:
     """Exercise 8.D: two means of a layer's scores and the share without one, against scipy neuron by neuron."""
+
+    def oracle(*case: Tensor) -> tuple[float, float, float]:
+        return _summary(_correlations(*case))
 
     mistakes = {
         "each excerpt is correlated on its own: string all tokens of V together and correlate once": partial(
@@ -306,17 +361,31 @@ def layer_score(function: Callable[[Tensor, Tensor, Tensor], tuple[float, float,
             then=lambda v: _summary(np.abs(v))
         ),
     }
-    grade(function, LAYERS, lambda *case: _summary(_correlations(*case)), "scipy, neuron by neuron", mistakes)
+    rules = [watching.never_calls(LAYERS[0], ("*.pearsonr", "*.corrcoef"), "write the correlation yourself")]
+    for least in (1e-3, 1e-5, 1e-9):
+        a, s, present = _layer(5, 3, 8, seed=71, silent=(2,))
+        scale = torch.tensor([least, 1, 1, least, 1], dtype=torch.float64, device="cpu")[:, None, None]
+        cases = [
+            (scale * a, s, present),
+            (a, scale * s, present),
+            (a, (5 + scale.clamp(min=1e-5) * s) * present, present),
+        ]
+        but = f"what varies by {least:g} only is small, and not constant: a correlation does not know a scale"
+        rules.append(also(but, *cases, oracle=oracle, rtol=1e-5))
+    grade(function, LAYERS, oracle, "scipy, neuron by neuron", mistakes, rules=rules)
+    name = function.__name__
     constants = torch.arange(1, 10, dtype=torch.float64, device="cpu")[:, None, None] / 10
-    a, s, present = _layer(10, 7, 9, seed=41)
-    s[:9] = constants
-    share = float(call(function, a, s * present, present)[2])
-    if not abs(share - 0.9) <= 1e-9:  # NaN is not right
-        raise CheckFailed(
-            f"{function.__name__} is right where a constant is 0 or 1, but of simulations that are 0.1, 0.2, … 0.9 "
-            f"everywhere it takes {round(9 - 10 * share)} of 9 for varying: rounding leaves them a spread of 1e-17. "
-            "Compare the largest with the smallest value instead"
-        )
+    for what, constant in (("simulations", 1), ("activations", 0)):
+        case = list(_layer(10, 7, 9, seed=41))
+        case[constant][:9] = constants
+        case[constant] *= case[2]
+        share = float(ask(function, tuple(case), torch.zeros(3))[2])
+        if not abs(share - 0.9) <= 1e-9:  # NaN is not right
+            raise CheckFailed(
+                f"{name} is right where a constant is 0 or 1, but of {what} that are 0.1, 0.2, … 0.9 "
+                f"everywhere it takes {round(9 - 10 * share)} of 9 for varying: rounding leaves them a spread of "
+                "1e-17. Compare the largest with the smallest value instead"
+            )
     print("Constants such as 0.1, whose mean is rounded, are recognised too.")
 
 
@@ -382,6 +451,11 @@ def strongest_windows(function: Callable[[Tensor, Tensor, int, int], Tensor]) ->
             _chosen, ends="beginning"
         ),
         "by place: the strongest comes first": partial(_chosen, order="place"),
+        "tokens count where the neuron is exactly 0: walk as long as it is positive": partial(_chosen, zeros=True),
+        "a window of odd width starts half a token too early: ⌊width/2⌋ is rounded down": partial(
+            _chosen, half=lambda width: (width + 1) // 2
+        ),
+        "windows that stand side by side do not overlap: they share no token": partial(_chosen, apart="touching"),
     }
     grade(function, TEXTS, _removed, "removing places until none is left", mistakes)
 
@@ -413,13 +487,15 @@ def _chosen(
     first: int | None = None,
     least: float = 0,
     order: str = "strength",
+    zeros: bool = False,
+    half: Callable = lambda width: width // 2,
 ) -> np.ndarray:
     kept, seen, a, document = [], [], a.numpy(), document.numpy()
-    for i in np.argsort(-a)[:first]:
-        if a[i] <= least or len(kept) == k:
+    for i in np.argsort(-a, kind="stable")[:first]:
+        if a[i] < least or (a[i] == least and not zeros) or len(kept) == k:
             break
         own = np.flatnonzero(document == document[i]) if ends != "cross" else np.arange(len(a))
-        start = max(i - width // 2, own[0])
+        start = max(i - half(width), own[0])
         if ends != "beginning":
             start = min(start, own[-1] + 1 - width)
         against = {"kept": kept, "all": seen}[blocks]
@@ -427,6 +503,7 @@ def _chosen(
             "windows": any(abs(start - other) < width for other, _ in against),
             "centres": any(abs(i - other) < width for _, other in against),
             "half": any(abs(i - other) < width // 2 for _, other in against),
+            "touching": any(abs(start - other) <= width for other, _ in against),
             "documents": any(document[i] == document[other] for _, other in against),
             "same": any(start == other for other, _ in against),
             "nothing": False,

@@ -6,13 +6,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, grade, predict, random, subspaces, tokens
+from cratelab.checks.grading import CheckFailed, also, grade, predict, random, subspaces, tokens
+from cratelab.checks.watching import (
+    linear_cost,
+    never_calls,
+    no_automatic_differentiation,
+    no_library,
+    no_loop,
+    solves_at_most,
+)
 
 CASES = [
     (tokens(20, 8, seed=1), subspaces(4, 8, 2, seed=2), 0.5),
     (tokens(5, 6, seed=3), subspaces(2, 6, 3, seed=4), 1.4),
     (tokens(30, 9, seed=5), subspaces(2, 9, 2, seed=6), 0.2),
 ]
+EDGES = [
+    (torch.zeros(4, 6, dtype=torch.float64, device="cpu"), subspaces(2, 6, 2, seed=9), 0.5),
+    (tokens(1, 5, seed=10), subspaces(3, 5, 2, seed=11), 0.4),
+    (tokens(3, 7, seed=12), subspaces(2, 7, 5, seed=13), 0.6),
+    (tokens(8, 4, seed=14), subspaces(1, 4, 1, seed=15), 1),
+    (1e-4 * tokens(9, 5, seed=16), subspaces(4, 5, 3, seed=17), 5e-5),
+    (tokens(7, 6, seed=22), subspaces(2, 6, 3, seed=23), 200.0),
+]
+EDGE = "tokens may be zero or tiny, one or fewer than p, subspaces lines, and ε tiny or far too coarse"
 LABELLED = [
     (tokens(12, 5, seed=7), torch.tensor([0] * 3 + [1] * 9, device="cpu"), 0.5),
     (tokens(11, 3, seed=8), torch.tensor([2, 0, 1, 0, 2, 2, 2, 0, 2, 1, 0], device="cpu"), 1.3),
@@ -59,6 +76,8 @@ def change_of_reduction(function: Callable[[], dict[str, str]]) -> None:
             raise CheckFailed(
                 f"{key}: you say {answer[key]!r}, measured: {measured!r} ({difference:+.2f} nats); {reason}"
             )
+    no_library((), why="predict on paper; the check measures")(function)
+    never_calls((), ["*.slogdet", "*.logdet", "*.svd*", "*.det"], "predict on paper; the check measures")(function)
     print(f"{function.__name__}: right, all {len(changed)}, as measured on {n} tokens in {d} dimensions.")
 
 
@@ -85,7 +104,8 @@ def mended_subspace_rate(function: Callable[[Tensor, Tensor, float], Tensor]) ->
         ),
         "the factor ½ is lost": lambda z, U, eps: 2 * _subspace_rate(z, U, eps),
     }
-    grade(function, CASES, _subspace_rate, "sums over singular values", mistakes)
+    rules = [no_library(CASES[0]), also(EDGE, *EDGES, oracle=_subspace_rate)]
+    grade(function, CASES, _subspace_rate, "sums over singular values", mistakes, rules=rules)
 
 
 def label_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
@@ -126,7 +146,20 @@ def label_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
             2 * gradient(z, group, eps)
         ),
     }
-    grade(function, LABELLED, gradient, "automatic differentiation", mistakes)
+    gaps = [
+        (tokens(9, 4, seed=9), torch.tensor([5, 2, 2, 9, 5, 5, 9, 9, 2], device="cpu"), 0.4),
+        (tokens(7, 3, seed=10), torch.tensor([-1, 4, 0, 4, 4, -1, 0], device="cpu"), 0.7),
+    ]
+    few = [
+        (tokens(6, 4, seed=11), torch.tensor([0, 1, 1, 1, 2, 1], device="cpu"), 0.4),
+        (tokens(5, 3, seed=12), torch.zeros(5, dtype=torch.int64, device="cpu"), 0.7),
+    ]
+    rules = [
+        no_automatic_differentiation(LABELLED[0]),
+        also("labels may have gaps or be negative: go through those that occur", *gaps, oracle=gradient),
+        also("a group may have one token, or all of them", *few, oracle=gradient),
+    ]
+    grade(function, LABELLED, gradient, "automatic differentiation", mistakes, rules=rules)
 
 
 def subspace_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
@@ -161,7 +194,20 @@ def subspace_gradient(function: Callable[[Tensor, Tensor, float], Tensor]) -> No
         "the factor s = p/(nε²) in front is lost": lambda z, U, eps: gradient(z, U, eps) * len(z) * eps**2 / U.shape[2],
         "the sign: this is the step down": lambda z, U, eps: -gradient(z, U, eps),
     }
-    grade(function, CASES, gradient, "automatic differentiation", mistakes)
+    z, U = tokens(40, 9, seed=18), subspaces(4, 9, 2, seed=19)
+    rules = [
+        no_automatic_differentiation(CASES[0]),
+        no_library(CASES[0]),
+        also(EDGE, *EDGES, oracle=gradient),
+        no_loop((z, U[:2], 0.5), (z, U, 0.5), "subspaces"),
+        solves_at_most(2, (z, U, 0.5), "p×p is enough, since W(I + sWᵀW) = (I + sWWᵀ)W"),
+        linear_cost(
+            (tokens(200, 9, seed=20), U, 0.5),
+            (tokens(400, 9, seed=21), U, 0.5),
+            "solve with p×p matrices, since W(I + sWᵀW) = (I + sWWᵀ)W",
+        ),
+    ]
+    grade(function, CASES, gradient, "automatic differentiation", mistakes, rules=rules)
 
 
 def _gradient(objective: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

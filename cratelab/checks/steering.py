@@ -11,7 +11,7 @@ from scipy.special import log_softmax, logsumexp
 from scipy.stats import entropy
 from torch import Tensor, nn
 
-from cratelab.checks.grading import CheckFailed, as_tensor, call, grade, random
+from cratelab.checks.grading import CheckFailed, also, grade, random
 
 
 def _pushed(n: int, v: int, k: int, seed: int, shift: float = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,15 +56,28 @@ def lift(function: Callable[[Tensor, Tensor, Tensor], float]) -> None:
         "in bits: take the natural logarithm": lambda *case: _decimal_lift(*case) / np.log(2),
         "summed over positions: take their mean": lambda *case: _decimal_lift(*case) * len(case[0]),
     }
-    grade(function, PUSHES, _decimal_lift, "decimal arithmetic", mistakes)
-    rare = _pushed(4, 10, 2, seed=31, shift=-900)
-    answer, right = float(as_tensor(call(function, *rare))), _decimal_lift(*rare)
-    if not abs(answer - right) <= 1e-6:
-        raise CheckFailed(
-            f"{function.__name__} is right for likely targets, but gives {answer:.3g} where {right:.3g} is right if "
-            "they are so rare that p(T) is 0 in floating point: stay in logarithms, log_softmax and logsumexp"
-        )
-    print("Targets whose probability is too small for floating point are lifted correctly too.")
+    rules = _extremes(_decimal_lift, "Stay in logarithms, log_softmax and logsumexp")
+    grade(function, PUSHES, _decimal_lift, "decimal arithmetic", mistakes, rules=rules)
+
+
+def _extremes(oracle: Callable, advice: str) -> list[Callable]:
+    """Rules: targets that are hopeless, certain, or first the one and then the other, and words that are hopeless."""
+    words = {"are so rare that p(T) is 0": -900, "are so likely that p(T) is 1": 900, "leave only 1e-14 to others": 40}
+    cases = {text: [_pushed(4, 10, k, seed=31 + k, shift=shift) for k in (1, 2, 8)] for text, shift in words.items()}
+    logits, steered, targets = _pushed(3, 9, 2, seed=51, shift=-800)
+    cases["are first so rare that p(T) is 0 and then so likely that it is 1, or the reverse"] = [
+        (logits, steered + 1700 * targets, targets),
+        (steered + 1700 * targets, logits, targets),
+    ]
+    rare = torch.arange(12, device="cpu") % 3 == 0
+    cases["are likely, and single words so rare that their probability is 0"] = [
+        (logits - 1000 * rare, steered - 1000 * rare, targets)
+        for logits, steered, targets in (_pushed(5, 12, 4, seed=seed) for seed in (61, 62))
+    ]
+    return [
+        also(f"the targets {text} in floating point. {advice}", *each, oracle=oracle, rtol=1e-6, atol=1e-6)
+        for text, each in cases.items()
+    ]
 
 
 def _decimal_lift(logits: Tensor, steered: Tensor, targets: Tensor) -> float:
@@ -152,7 +165,21 @@ def off_target(function: Callable[[Tensor, Tensor, Tensor], float]) -> None:
         ),
         "the logits of T are set to 0, which leaves them in: take them out": zeroed,
     }
-    grade(function, PUSHES, by_scipy, "scipy, position by position", mistakes)
+    advice = "Leave the targets' logits out, stay in logarithms, and do not divide by 1 - p(T)"
+    rules = _extremes(_decimal_divergence, advice)
+    grade(function, PUSHES, by_scipy, "scipy, position by position", mistakes, rules=rules)
+
+
+def _decimal_divergence(logits: Tensor, steered: Tensor, targets: Tensor) -> float:
+    def normal(row: list[float]) -> list[Decimal]:
+        weights = [Decimal(x).exp() for x in row]
+        return [weight / sum(weights) for weight in weights]
+
+    rows = zip(logits[:, ~targets].tolist(), steered[:, ~targets].tolist(), strict=True)
+    pairs = [(normal(before), normal(after)) for before, after in rows]
+    return float(
+        sum(p * (p / q).ln() for before, after in pairs for p, q in zip(before, after, strict=True)) / len(pairs)
+    )
 
 
 def _encoder(n: int, h: int, m: int, seed: int, feature: int, value: float) -> tuple:
@@ -160,7 +187,13 @@ def _encoder(n: int, h: int, m: int, seed: int, feature: int, value: float) -> t
     return *(random(*shape, seed=seed + i) for i, shape in enumerate(shapes)), feature, value
 
 
-SPLICES = [_encoder(6, 5, 8, 1, 3, 2.5), _encoder(9, 4, 7, 11, 0, 0.0), _encoder(5, 8, 6, 21, 5, 4.0)]
+SPLICES = [
+    _encoder(6, 5, 8, 1, 3, 2.5),
+    _encoder(9, 4, 7, 11, 0, 0.0),
+    _encoder(5, 8, 6, 21, 5, 4.0),
+    _encoder(7, 3, 5, 31, 1, -1.5),  # below 0, where no ReLU gets
+    _encoder(1, 4, 4, 41, 2, 1.0),
+]
 
 
 def spliced(function: Callable[..., Tensor]) -> None:
@@ -168,13 +201,24 @@ def spliced(function: Callable[..., Tensor]) -> None:
 
     @torch.no_grad()
     def layers(
-        x: Tensor, A: Tensor, c: Tensor, W: Tensor, b: Tensor, j: int, value: float, add: bool = False, act=nn.ReLU
+        x: Tensor,
+        A: Tensor,
+        c: Tensor,
+        W: Tensor,
+        b: Tensor,
+        j: int,
+        value: float,
+        add: bool = False,
+        act: type = nn.ReLU,
+        firing: bool = False,
     ) -> Tensor:
         encoder, decoder = nn.Linear(*A.shape), nn.Linear(*W.shape)
         encoder.load_state_dict({"weight": A.mT, "bias": c})
         decoder.load_state_dict({"weight": W.mT, "bias": b})
         code = act()(encoder.double()(x))
         change = value - code[:, j] * (not add)
+        if firing:
+            change = change * (code[:, j] > 0)
         push = torch.outer(change, W[j])  # what one feature's row adds
         return torch.stack([decoder.double()(code) + push, x + push])
 
@@ -214,10 +258,24 @@ def spliced(function: Callable[..., Tensor]) -> None:
             lambda x, copy, steered, b: (steered + x - copy, steered)
         ),
         "the feature is not edited: set it to the value at all tokens": variant(lambda x, copy, steered, b: (copy, x)),
+        "the feature is set where it fires: set it at all tokens": partial(layers, firing=True),
         "the value is added to the feature: set it": partial(layers, add=True),
         "negative features are kept: the code is max(0, xA + c)": partial(layers, act=nn.Identity),
+        "the feature is set before the ReLU, or rectified again: a value below 0 stays below 0": lambda *case: layers(
+            *case[:-1], max(case[-1], 0)
+        ),
     }
-    grade(function, SPLICES, layers, "torch's layers and a push along one row of W", mistakes)
+
+    @wraps(function)
+    def stacked(*case: object) -> object:
+        answer, (n, h) = function(*case), case[0].shape
+        if getattr(answer, "shape", None) in ((2 * n, h), (n, 2 * h)) or isinstance(answer, (dict, set)):
+            raise CheckFailed(
+                f"{function.__name__}: the two are not stacked; torch.stack([without, with]) has the shape (2, n, h)"
+            )
+        return answer
+
+    grade(stacked, SPLICES, layers, "torch's layers and a push along one row of W", mistakes)
 
 
 def _curves(s: int, m: int, seed: int, level: float) -> tuple[Tensor, Tensor, float]:
@@ -230,6 +288,18 @@ def _curves(s: int, m: int, seed: int, level: float) -> tuple[Tensor, Tensor, fl
 
 
 CURVES = [_curves(6, 12, 1, 1.3), _curves(5, 9, 11, 1.1), _curves(8, 16, 21, 2.2)]
+# Lifts that dip before they reach the level 1, or fall at once; that reach it exactly in a row; two rows only
+_DIPS = [
+    [0.0, 0.9, 0.2, 1.5, 2.0],
+    [0.5, -0.7, 0.8, 0.1, 1.1],
+    [0.0, 0.4, 1.0, 0.6, 0.8],
+    [1.0, 0.3, 0.2, 0.9, 3.0],
+    [0.0, 0.9, 0.9, 0.9, 1.0],
+    [-1.0, -2.0, -3.0, 0.95, 0.99],
+    [0.0, 1.4, 0.2, 0.3, 1.2],
+]
+CURVES.append((torch.tensor(_DIPS, dtype=torch.float64, device="cpu").mT, random(5, 7, seed=31), 1.0))
+CURVES.append((random(2, 6, seed=41), random(2, 6, seed=42), 0.25))
 
 
 def cost_at(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
@@ -272,15 +342,11 @@ def cost_at(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         "neurons that have reached the lift in the first row are passed over: their cost is that of the first row": (
             _crossed
         ),
+        "a lift that is exactly the level has reached it": partial(_interpolated, exactly=False),
+        "a dip between is left out: interpolate from the row just before, not from the highest so far": _from_highest,
         "the cheapest row that reaches the lift: interpolate where it is first reached": _cheapest,
     }
-    grade(
-        _finite(function),
-        CURVES,
-        _finite(_searched),
-        "a search for the root, neuron by neuron (−1 stands for infinity)",
-        {message: _finite(mistake) for message, mistake in mistakes.items()},
-    )
+    grade(function, CURVES, _searched, "a search for the root, neuron by neuron", mistakes)
 
 
 def _searched(lift: Tensor, cost: Tensor, level: float) -> np.ndarray:
@@ -305,10 +371,12 @@ def _interpolated(
     start: Callable = lambda y: y[0],
     between: Callable = lambda share, low, high: low + share * (high - low),
     last: bool = False,
+    exactly: bool = True,
 ) -> np.ndarray:
     out = []
     for x, y in zip(lift.numpy().T, cost.numpy().T, strict=True):
-        rising = np.flatnonzero((x >= level) & ~(np.append(False, x[:-1] >= level)))
+        there = x >= level if exactly else x > level
+        rising = np.flatnonzero(there & ~np.append(False, there[:-1]))
         if len(rising) == 0:
             out.append(never(x, y, level))
             continue
@@ -320,6 +388,10 @@ def _interpolated(
         else:
             out.append(between((level - x[i - 1]) / (x[i] - x[i - 1]), y[i - 1], y[i]))
     return np.array(out)
+
+
+def _from_highest(lift: Tensor, cost: Tensor, level: float) -> np.ndarray:
+    return _interpolated(lift.cummax(0).values, cost, level)
 
 
 def _extrapolated(x: np.ndarray, y: np.ndarray, level: float) -> float:
@@ -340,16 +412,3 @@ def _crossed(lift: Tensor, cost: Tensor, level: float) -> list[float]:
         i = next((i for i in range(1, len(x)) if x[i - 1] < level <= x[i]), None)
         out.append(np.inf if i is None else np.interp(level, x[i - 1 : i + 1], y[i - 1 : i + 1]))
     return out
-
-
-def _finite(function: Callable) -> Callable:
-    """The function with −1, which no cost is, in the place of infinity, so that it can be compared."""
-
-    def replaced(*case: object) -> object:
-        answer = function(*case)
-        if not isinstance(answer, (Tensor, np.ndarray, list)):
-            return answer
-        answer = as_tensor(answer)
-        return answer.masked_fill(answer == torch.inf, -1)
-
-    return wraps(function)(replaced) if hasattr(function, "__name__") else replaced

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cratelab as cl
+from cratelab.checks import watching
 from cratelab.checks.grading import CheckFailed, call, grade, predict, random, unmended
 
 
@@ -36,7 +37,7 @@ def reach(function: Callable[[int, int, float, float], float]) -> None:
     def total(steps: int, warmup: int, peak: float, final: float) -> float:
         return float(sum(rates.sum() for rates in scheduled(steps, warmup, peak, final)))
 
-    cases = [(100, 10, 3e-3, 3e-4), (57, 20, 1.0, 0.25), (1000, 2, 6e-4, 0.0)]
+    cases = [(100, 10, 3e-3, 3e-4), (57, 20, 1.0, 0.25), (1000, 2, 6e-4, 0.0), (9, 8, 2.0, 0.5), (31, 3, 1e-3, 4e-3)]
     mistakes = {
         "the warm-up's first step has the rate η_max/t_w, not 0, and its last one the full rate": (
             lambda s, w, top, low: total(s, w, top, low) - top
@@ -63,7 +64,17 @@ def reach(function: Callable[[int, int, float, float], float]) -> None:
         "this is the peak rate times the number of steps": lambda s, w, top, low: s * top,
     }
     # where the final rate is 0 some mistakes are right by chance; the other cases tell them
-    grade(function, cases, total, "PyTorch's schedulers, added up step by step,", mistakes, rtol=1e-9)
+    rules = [watching.no_loop((60, 6, 1.0, 0.5), (240, 24, 1.0, 0.5), "steps"), _no_list_of_rates]
+    grade(function, cases, total, "PyTorch's schedulers, added up step by step,", mistakes, rtol=1e-9, rules=rules)
+
+
+def _no_list_of_rates(function: Callable) -> None:
+    """A rule: nothing is made that is as long as the schedule."""
+    seen = watching.watch(function, 200_000, 2_000, 1.0, 0.5)
+    if max(seen.largest, seen.numpy) > 20_000:
+        raise CheckFailed(
+            f"{function.__name__} is right, but makes a list of the rates: a closed form takes no longer for more steps"
+        )
 
 
 def floor_and_gap(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
@@ -73,8 +84,17 @@ def floor_and_gap(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     for seed, lengths in enumerate([(7, 3, 12), (4, 9), (15, 2, 2, 6)], start=1):
         document = torch.cat([torch.full((n,), j, device="cpu") for j, n in enumerate(lengths)])
         log_p, log_q = (-random(len(document), seed=seed + i).abs() * 1.5 for i in (0, 50))
-        log_q[torch.cat([torch.arange(n, device="cpu") for n in lengths]) > 7] = 1.0  # NaN for the reader
+        place = torch.cat([torch.arange(n, device="cpu") for n in lengths])
+        log_q[place > 7] = torch.nan
+        log_p[place == 1] = 0  # certain, and yet it counts
         cases.append((log_p, log_q, document))
+    # other numbers for the documents, with gaps and not rising; and a first token for which the model was not asked
+    log_p, log_q, document = cases[0]
+    log_q = log_q.clone()
+    log_q[0] = torch.nan
+    cases.append((log_p, log_q, torch.tensor([4, 9, 2], device="cpu")[document]))
+    cases.append((*cases[2][:2], 3 * cases[2][2]))
+    cases.append((*cases[1][:2], torch.zeros_like(cases[1][2])))  # one document: its last token is not before its first
     flip = torch.tensor([1.0, -1.0], dtype=torch.float64, device="cpu")
     mistakes = {
         "the first token of each document is counted: the model guessed it from the document before": _with_firsts,
@@ -99,8 +119,7 @@ def floor_and_gap(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
             lambda *case: _walk(*case).cumsum(0)
         ),
     }
-    given = {text: _with_nan(mistake) for text, mistake in mistakes.items()}
-    grade(_with_nan(function), cases, _with_nan(_walk), "a walk from token to token", given)
+    grade(_without_nan(function), cases, _walk, "a walk from token to token", mistakes)
 
 
 def _walk(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
@@ -196,6 +215,7 @@ def mended_adamw(function: Callable[[Tensor, Tensor, Tensor, tuple[float, float]
         [(4, 6, (0.9, 0.95), 0.1, 1e-3), (3, 9, (0.8, 0.99), 0.5, 1e-2), (5, 4, (0.9, 0.999), 0.05, 1e-1)], start=1
     ):
         gradients = random(steps, n, seed=seed) * torch.logspace(-1, 1, n, dtype=torch.float64, device="cpu")
+        gradients[:, 0] = gradients[2, 1:] = 0
         rates = 0.05 + 0.1 * torch.arange(steps, dtype=torch.float64, device="cpu").cos() ** 2
         cases.append((2 + random(n, seed=seed + 10), gradients, rates, betas, decay, eps))
     bugs = {
@@ -248,11 +268,11 @@ def products(function: Callable[[int, int, int, int, int, int], dict[str, int]])
             "an MLP has two matrices": lambda d, h, L, v, n, T: -L * h * d,
         },
     }
-    sizes = [(16, 64, 2, 50, 12, 2), (12, 24, 3, 31, 7, 3), (8, 40, 1, 19, 30, 4)]
+    sizes = [(16, 64, 2, 50, 12, 2), (12, 24, 3, 31, 7, 3), (8, 40, 1, 19, 30, 4), (6, 6, 2, 17, 1, 1)]
     counted = [_counted(*size) for size in sizes]
     answers = [predict(function, *size, keys=mistakes) for size in sizes]
     for key in mistakes:
-        said, right = ([int(entry[key]) for entry in entries] for entries in (answers, counted))
+        said, right = [_whole(function, key, answer[key]) for answer in answers], [count[key] for count in counted]
         excess = [a - b for a, b in zip(said, right, strict=True)]
         if any(excess):
             named = [text for text, by in mistakes[key].items() if excess == [by(*size) for size in sizes]]
@@ -261,12 +281,27 @@ def products(function: Callable[[int, int, int, int, int, int], dict[str, int]])
             if said == [n * size[4] for n, size in zip(right, sizes, strict=True)]:
                 named.append("this is for the whole text; it was asked for one token")
             reason = named[0] if named else "no common mistake explains it; go through the layer product by product"
-            d, h, L, v, n, T = sizes[0]
+            i = next(i for i, off in enumerate(excess) if off)
+            d, h, L, v, n, T = sizes[i]
             raise CheckFailed(
-                f"{key}: for d={d}, h={h}, L={L}, v={v}, n={n}, T={T} you say {said[0]:,}, PyTorch counts "
-                f"{right[0]:,}; {reason}"
+                f"{key}: for d={d}, h={h}, L={L}, v={v}, n={n}, T={T} you say {said[i]:,}, PyTorch counts "
+                f"{right[i]:,}; {reason}"
             )
-    print(f"{function.__name__}: right. PyTorch counts the same products for both models in three sizes.")
+    print(f"{function.__name__}: right. PyTorch counts the same products for both models in {len(sizes)} sizes.")
+
+
+def _whole(function: Callable, key: str, value: object) -> int:
+    """A count as an integer.
+
+    Raises:
+        CheckFailed: it is none.
+    """
+    try:
+        if not isinstance(value, str) and int(value) == value:
+            return int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise CheckFailed(f"{function.__name__}: {key} is {value!r}; a whole number is needed")
 
 
 def _counted(d: int, h: int, L: int, v: int, n: int, T: int) -> dict[str, int]:
@@ -294,12 +329,12 @@ def _columns(log_p: Tensor, log_q: Tensor, document: Tensor) -> tuple[Tensor, Te
     return tuple(torch.tensor(x, dtype=torch.float64, device="cpu") for x in (floor, gap))
 
 
-def _with_nan(function: Callable) -> Callable:
-    """The function, given NaN where log_q is no logarithm of a probability; if it returns NaN, that is said."""
+def _without_nan(function: Callable) -> Callable:
+    """The function; if it returns NaN, that is said."""
 
     @wraps(function)
     def asked(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        answer = call(function, log_p, torch.where(log_q > 0, torch.nan, log_q), document)
+        answer = call(function, log_p, log_q, document)
         if isinstance(answer, Tensor) and answer.isnan().any():
             raise CheckFailed(f"{function.__name__} returns NaN: log_q is NaN where the model was not asked")
         return answer

@@ -4,6 +4,8 @@ from math import log
 
 import torch
 
+import cratelab as cl
+
 
 def change(**changed):
     """The right predictions but for one."""
@@ -46,6 +48,61 @@ def leverage(z, eps):
     return torch.einsum("ni,ij,nj->n", z, torch.linalg.inv(matrices(z, eps)[1]), z)
 
 
+def measured(z_of, eps=1e-4):
+    """Four changes of a rate that `rate_of` computes, in the place of predictions."""
+
+    def function(r):
+        z = torch.zeros(40, 12)
+        z[:r, :r] = 10 * torch.eye(r)
+        before = z_of(z, eps)
+        changed = {"finer": z_of(z, eps / 10), "rotated": before, "padded": z_of(torch.cat([z, 0 * z], 1), eps)}
+        changed["diluted"] = z_of(torch.cat([z, 0 * z]), eps)
+        return {key: value - before for key, value in changed.items()}
+
+    return function
+
+
+def without_tiny(z, eps):
+    """The rate of the singular values that somebody thought were not noise."""
+    values = torch.linalg.svdvals(z)
+    n, d = z.shape
+    return torch.log1p(d / (n * eps**2) * values[values > 1e-2] ** 2).sum() / 2
+
+
+def slope(z, eps, step=1e-5):
+    """A quotient of differences, by log ε."""
+    rates = [rate(right)(z, eps * (1 + sign * step)) for sign in (1, -1)]
+    return (rates[1] - rates[0]) / (2 * step)
+
+
+def slope_by_autograd(z, eps):
+    at = torch.tensor(eps, dtype=torch.float64).log().requires_grad_()
+    return -torch.autograd.grad(rate(right)(z, at.exp()), at)[0]
+
+
+def worth_by(gradient):
+    def function(z, eps):
+        n, d = z.shape
+        return gradient(lambda w: torch.logdet(torch.eye(d) + d / eps**2 * (z.T * w) @ z) / 2, torch.full((n,), 1 / n))
+
+    return function
+
+
+def backwards(objective, w):
+    w.requires_grad_()
+    objective(w).backward()
+    return w.grad
+
+
+def by_differences(objective, w, step=1e-6):
+    return torch.stack([(objective(w + x) - objective(w - x)) / (2 * step) for x in step * torch.eye(len(w))])
+
+
+def token_by_token(z, eps):
+    inverse = torch.linalg.inv(matrices(z, eps)[1])
+    return torch.stack([z.shape[1] / eps**2 / 2 * (row @ inverse @ row) for row in z])
+
+
 WRONG = {
     "1.A": {
         "finer, rank 3: .* there are r of them": change(finer=lambda r: log(10)),
@@ -57,7 +114,14 @@ WRONG = {
         "n has doubled while ZZᵀ is the same": change(diluted=lambda r: 0),
         "diluted, rank 1: .* a factor ½ before": change(diluted=lambda r: -r * log(2)),
         "tokens at the origin are cheap": change(diluted=lambda r: r * log(2) / 2),
-        "with the keys finer, rotated, padded, diluted": lambda r: {"finer": r * log(10)},
+        "with the keys finer, rotated, padded, diluted; rotated is missing": lambda r: {"finer": r * log(10)},
+        "with the keys .*; it returns None: does it end in `return`": lambda r: None,
+        "finer: a number is needed; got None": change(finer=lambda r: None),
+        "padded: a number is needed; got a str, '0.35'": change(padded=lambda r: "0.35"),
+        "rotated: a number is needed; got a list": change(rotated=lambda r: [0.0]),
+        "you say nan nats": change(diluted=lambda r: float("nan")),
+        "calls cratelab's coding_rate: predict on paper": measured(cl.coding_rate),
+        "calls logdet: predict on paper": measured(lambda z, eps: rate(right)(z, eps)),
     },
     "1.B": {
         "the mean of the tokens is still subtracted: try tokens far from the origin$": rate(right, centre=True),
@@ -66,6 +130,9 @@ WRONG = {
         "twice; and there is still ε where ε² is meant": rate(lambda n, d, e: n / (d * e)),
         "subtracted: .*; and n and d .*; and there is still ε": rate(lambda n, d, e: n / (d * e), centre=True),
         "the factor ½ is lost": rate(right, half=1),
+        "is right, but calls cratelab's coding_rate": lambda z, eps: cl.coding_rate(z, eps),
+        "right elsewhere, but .* tokens may all be zero, or lie on a line, or be one, or tiny": without_tiny,
+        "changes its arguments in place": lambda z, eps: rate(right)(z.div_(eps), 1.0),
         "what all n tokens cost together": lambda z, eps: len(z) * rate(right)(z, eps),
         "No common mistake explains it": rate(lambda n, d, e: 1 / (n * e**2)),
     },
@@ -75,6 +142,10 @@ WRONG = {
         "the sign": lambda z, eps: -seen(z, eps),
         "this is dR/dε": lambda z, eps: seen(z, eps) / eps,
         "the trace without the inverse": lambda z, eps: torch.trace(matrices(z, eps)[0]),
+        "is right, but uses automatic differentiation": slope_by_autograd,
+        "only, as a quotient of differences would be": slope,
+        "right elsewhere, but .* gives .* where .* is right: tokens may": lambda z, eps: seen(z, max(eps, 1e-2)),
+        "right elsewhere, but .* far too coarse": lambda z, eps: seen(z, eps) * (seen(z, eps) > 1e-3),
         "the directions that are not seen": lambda z, eps: torch.trace(torch.linalg.inv(matrices(z, eps)[1])),
         "this is the rank": lambda z, eps: torch.linalg.matrix_rank(z),
         "No common mistake": lambda z, eps: torch.logdet(matrices(z, eps)[1]),
@@ -87,6 +158,10 @@ WRONG = {
         "only the squared length": lambda z, eps: z.shape[1] / eps**2 / 2 * z.square().sum(1),
         "this is divided by n": lambda z, eps: z.shape[1] / eps**2 / 2 * leverage(z, eps) / len(z),
         "the factor d/ε² is lost": lambda z, eps: leverage(z, eps) / 2,
+        "uses automatic differentiation: derive": worth_by(backwards),
+        "is right, but uses automatic differentiation": worth_by(lambda objective, w: torch.func.grad(objective)(w)),
+        "loops over tokens: .* a line runs [0-9]+ times instead of": token_by_token,
+        "right elsewhere, but .* gives .* where .* is right: tokens may": worth_by(by_differences),
         "each token weighs 1 in your B": lambda z, eps: z.shape[1] / eps**2 / 2 * leverage(z, eps / len(z) ** 0.5),
         r"returns the shape \(\)": lambda z, eps: z.shape[1] / eps**2 / 2 * leverage(z, eps).sum(),
     },

@@ -4,6 +4,8 @@ import torch
 from einops import einsum
 from wrong_answers.experiments import WRONG_EXPERIMENTS
 
+import cratelab as cl
+
 
 def say(**changed):
     """The right predictions but for one."""
@@ -67,6 +69,68 @@ def solved(w, s):
     return w @ inverse(w, s)
 
 
+def without_gaps(labels):
+    """The gradient, going through `labels(group)` for the labels."""
+
+    def function(z, group, eps):
+        out = cl.coding_rate_gradient(z, eps)
+        for j in labels(group):
+            part = group == j
+            if part.any():
+                out[part] -= part.sum() / len(z) * cl.coding_rate_gradient(z[part], eps)
+        return out
+
+    return function
+
+
+def empty_too(z, group, eps):
+    out = cl.coding_rate_gradient(z, eps)
+    for j in range(int(group.max()) + 1):
+        out[group == j] -= (group == j).sum() / len(z) * cl.coding_rate_gradient(z[group == j], eps)
+    return out
+
+
+def labels_by_autograd(z, group, eps):
+    z = z.requires_grad_() if z.is_leaf else z
+    rate = cl.coding_rate(z, eps)
+    for j in group.unique():
+        rate = rate - (group == j).sum() / len(z) * cl.coding_rate(z[group == j], eps)
+    return torch.autograd.grad(rate, z)[0]
+
+
+def at_once(inverse):
+    """The gradient of R^c for all subspaces at once, by an inverse of an (n, n) or (d, d) matrix."""
+
+    def function(z, U, eps):
+        s, w = by_p(z, U, eps), z @ U
+        if inverse == "n":
+            shrunk = torch.linalg.inv(torch.eye(len(z)) + s * w @ w.mT) @ w
+        elif inverse == "d":
+            shrunk = z @ torch.linalg.inv(torch.eye(z.shape[1]) + s * U @ w.mT @ z) @ U
+        return s * einsum(shrunk, U, "k n p, k d p -> n d")
+
+    return function
+
+
+def token_sums(z, U, eps):
+    """p × p matrices to solve with, but the moments summed over pairs of tokens that meet."""
+    s, w = by_p(z, U, eps), z @ U
+    moments = w.mT @ (torch.eye(len(z)) @ w)
+    return s * (w @ torch.linalg.inv(torch.eye(U.shape[2]) + s * moments) @ U.mT).sum(0)
+
+
+def subspaces_by_autograd(z, U, eps):
+    z = z.clone().requires_grad_()
+    rates(z, U, by_p(z, U, eps)).sum().backward()
+    return z.grad
+
+
+def looked_up():
+    U = torch.linalg.qr(torch.randn(8, 8)).Q.unflatten(1, (2, 4)).transpose(0, 1)
+    cl.rate_reduction(torch.randn(20, 8), U, 1e-2)
+    return say()()
+
+
 WRONG = {
     "2.A": {
         "longer: .* grow by log 3 a direction": say(longer="up"),
@@ -75,7 +139,10 @@ WRONG = {
         "split: .* the ceiling .* grows with K": say(split="same"),
         "twice: .* so R\\^c doubles": say(twice="same"),
         "dropped: .* no objective for subspaces": say(dropped="down"),
-        'should return "up", "down" or "same"': say(dropped="sideways"),
+        'should return "up", "down" or "same" .*; dropped is a str': say(dropped="sideways"),
+        'should return "up", "down" or "same" .*; twice is a list': say(twice=["down"]),
+        'should return "up", "down" or "same" .*; it returns a set': lambda: {"up"},
+        "is right, but calls cratelab's .*: predict on paper": looked_up,
     },
     "2.B": {
         ": d stands where p belongs": lambda z, U, eps: rates(z, U, by_d(z, U, eps)).sum(),
@@ -84,6 +151,10 @@ WRONG = {
         ": d/K stands where p belongs": lambda z, U, eps: rates(z, U, by_d(z, U, eps) / len(U)).sum(),
         "one book for all coordinates together: take": lambda z, U, eps: joined(z, U, by_p(z, U, eps)),
         "one book for all coordinates together, and d": lambda z, U, eps: joined(z, U, by_d(z, U, eps)),
+        "is right, but calls cratelab's subspace_rate": lambda z, U, eps: cl.subspace_rate(z, U, eps),
+        "right elsewhere, but .* tokens may be zero or tiny": lambda z, U, eps: rates(
+            z, U, U.shape[2] / (len(z) * max(eps, 1e-3) ** 2)
+        ).sum(),
         "the factor ½ is lost": lambda z, U, eps: 2 * rates(z, U, by_p(z, U, eps)).sum(),
         r"returns the shape \(4,\)": lambda z, U, eps: rates(z, U, by_p(z, U, eps)),
     },
@@ -94,9 +165,25 @@ WRONG = {
         "the parts are missing": labelled(lambda m, n: 0, lambda m, n: m),
         "∇R of all tokens is missing": labelled(lambda m, n: 1 / n, lambda m, n: m, whole=0.0),
         "the sign: this is the way down": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=-1.0),
+        "right elsewhere, but .*: labels may have gaps": without_gaps(lambda group: range(len(group.unique()))),
+        "right elsewhere, but .* be negative": without_gaps(lambda group: range(int(group.max()) + 1)),
+        "right elsewhere, but .* gives .*: labels may have gaps or be negative": lambda z, group, eps: without_gaps(
+            torch.unique
+        )(z, group.clamp(min=0), eps),
+        "right elsewhere, but raises ValueError .*: labels may have gaps": empty_too,
+        "right elsewhere, but .*a group may have one token": lambda z, group, eps: without_gaps(
+            lambda group: [j for j in group.unique() if (group == j).sum() > 1]
+        )(z, group, eps),
+        "is right, but uses automatic differentiation": lambda z, *rest: labels_by_autograd(z.clone(), *rest),
         "twice what is right": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=2.0),
     },
     "2.D": {
+        "is right, but calls cratelab's subspace_rate_gradient": lambda z, U, eps: cl.subspace_rate_gradient(z, U, eps),
+        "loops over subspaces": lifted(solved),
+        "solves with a 40×40 matrix": at_once("n"),
+        "solves with a 9×9 matrix": at_once("d"),
+        "twice as many tokens (cost|need)": token_sums,
+        "is right, but uses automatic differentiation": subspaces_by_autograd,
         "twice what is right": lifted(solved, factor=2),
         "half of what is right": lifted(solved, factor=0.5),
         "d stands where p belongs": lifted(solved, scale=by_d),

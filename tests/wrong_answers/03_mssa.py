@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from einops import einsum, rearrange
 
+import cratelab as cl
+
 
 def say(**changed):
     """The right exponents but for one."""
@@ -117,6 +119,88 @@ def whole_tokens(z, U, eps, order, tolerance):
     return (tolerance ** (1 / (order + 1)) / s) ** 0.5 / torch.linalg.matrix_norm(z, 2)
 
 
+def measured():
+    cl.mssa(torch.randn(4, 3), torch.linalg.qr(torch.randn(1, 3, 3)).Q)
+    return say()()
+
+
+def in_heads(z, U, step_size, eps, attended):
+    s, w = U.shape[2] / (len(z) * eps**2), z @ U
+    return z - step_size * (s * (w - s * attended(w)) @ U.mT).sum(0)
+
+
+def row_by_row(z, U, step_size, eps):
+    """No n×n matrix is ever held, and each token is still compared with each."""
+    return in_heads(z, U, step_size, eps, lambda w: torch.stack([torch.stack([(x @ v) @ x for v in x]) for x in w]))
+
+
+def in_numpy(z, U, step_size, eps):
+    return in_heads(
+        z, U, step_size, eps, lambda w: torch.from_numpy((w.numpy() @ w.numpy().transpose(0, 2, 1)) @ w.numpy())
+    )
+
+
+def by_einsum(z, U, step_size, eps):
+    return in_heads(
+        z,
+        U,
+        step_size,
+        eps,
+        lambda w: torch.einsum("knm,kmq->knq", (w[:, :, None] * w[:, None]).sum(-1), w),
+    )
+
+
+def by_loops(over):
+    """The layer, with a loop over one axis in the place of its name."""
+
+    def function(z, projection, output, bias, n_heads):
+        if over == "texts":
+            return torch.cat([layer()(text[None], projection, output, bias, n_heads) for text in z])
+        w = rearrange(z @ projection.T, "b n (k p) -> b k n p", k=n_heads)
+        if over == "heads":
+            heads = []
+            for k in range(n_heads):
+                x = w[:, k]
+                heads.append(hide(x @ x.mT / x.shape[-1] ** 0.5).softmax(-1) @ x)
+            attended = torch.stack(heads, 1)
+        else:
+            rows = []
+            for i in range(z.shape[1]):
+                scores = w[:, :, : i + 1] @ w[:, :, i, :, None] / w.shape[-1] ** 0.5
+                rows.append((scores.softmax(-2) * w[:, :, : i + 1]).sum(-2))
+            attended = torch.stack(rows, 2)
+        return rearrange(attended, "b k n p -> b n (k p)") @ output.T + bias
+
+    return function
+
+
+def fused(z, projection, output, bias, n_heads):
+    w = rearrange(z @ projection.T, "b n (k p) -> b k n p", k=n_heads)
+    attended = torch.nn.functional.scaled_dot_product_attention(w, w, w, is_causal=True)
+    return rearrange(attended, "b k n p -> b n (k p)") @ output.T + bias
+
+
+def by_library(z, projection, output, bias, n_heads):
+    module = cl.Mssa(z.shape[-1], n_heads).double()
+    with torch.no_grad():
+        module.projection.weight.copy_(projection)
+        module.output.weight.copy_(output)
+        module.output.bias.copy_(bias)
+        return module(z)
+
+
+def searched(z, U, eps, order, tolerance):
+    strongest = float(stretch(power=lambda m: 0)(z, U, eps, order, tolerance)) ** -2
+    low, high = 0.0, 1e9
+    for _ in range(200):
+        middle = (low + high) / 2
+        if (middle**2 * strongest) ** (order + 1) < tolerance:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
 WRONG = {
     "3.A": {
         "exact_small: .* near zero the inverse is I": say(exact_small=3),
@@ -125,8 +209,13 @@ WRONG = {
         "softmax_small: .* the mean token": say(softmax_small=3),
         "softmax_centred: .* two factors": say(softmax_centred=1),
         "softmax_large: .* takes all the weight": say(softmax_large=0),
-        "gram: the exponent should be a number; got None": say(gram=None),
-        "a dict with the keys": lambda: {"exact": 1, "gram": 3, "softmax": 1},
+        "gram: a number is needed; got None": say(gram=None),
+        "gram: a number is needed; got a str, '3'": say(gram="3"),
+        "gram: you say nan, measured: 3.00": say(gram=math.nan),
+        "softmax_large: you say inf": say(softmax_large=math.inf),
+        "a dict with the keys .*; exact_small is missing": lambda: {"exact": 1, "gram": 3, "softmax": 1},
+        "a dict with the keys .*; it returns a list": lambda: [1, -1, 3, 1, 3, 1],
+        "is right, but calls cratelab's mssa: predict": measured,
     },
     "3.B": {
         r"mended_mssa: softmax over queries instead of keys: what sums to 1 for each query\?$": attend(axis=-2),
@@ -138,6 +227,8 @@ WRONG = {
         "softmax over queries .*; and the scale .*; and the values": attend(axis=-2, width=1, whole=True),
         "there is no 1/√p before the softmax": attend(scale=1.0),
         "the scale is 1/p: the root is missing": lambda z, U: attend(scale=1 / U.shape[2])(z, U),
+        "is right, but calls cratelab's mssa": lambda z, U: cl.mssa(z, U),
+        "right elsewhere, but .*: tokens may be zero, one, or long": lambda z, U: attend()(z.clamp(-9, 9), U),
         "the mean over the heads": attend(over_heads=torch.mean),
         r"returns the shape \(3, 7, 2\)": lambda z, U: z @ U,
     },
@@ -154,7 +245,13 @@ WRONG = {
         "this step goes up": stepped(first_order, factor=lambda kappa: -kappa),
         "this is the exact step": stepped(exact),
         "the attended part has a factor 2": stepped(lambda z, w, U, s, kappa: s * w - 2 * s**2 * w @ w.mT @ w),
-        "twice as many tokens cost .* it makes n×n matrices": quadratic_cost,
+        "is right, but calls cratelab's neumann_gradient": lambda z, U, step_size, eps: (
+            z - step_size * cl.neumann_gradient(z, U, eps, order=1)
+        ),
+        "twice as many tokens (cost|need|run) .*: it compares tokens with tokens": row_by_row,
+        "twice as many tokens need .* the memory: it compares": in_numpy,
+        "twice as many tokens (cost|need) [34]": by_einsum,
+        "twice as many tokens cost .* it compares tokens with tokens": quadratic_cost,
     },
     "3.D": {
         "the mask leaks the future: token i": layer(lambda scores: scores.softmax(-1)),
@@ -181,6 +278,14 @@ WRONG = {
         "the projection is transposed": lambda z, projection, *rest: layer()(z, projection.T, *rest),
         "the output matrix is transposed": lambda z, projection, output, *rest: layer()(z, projection, output.T, *rest),
         "both matrices are transposed": lambda z, projection, output, *rest: layer()(z, projection.T, output.T, *rest),
+        "loops over texts": by_loops("texts"),
+        "loops over heads": by_loops("heads"),
+        "loops over tokens": by_loops("tokens"),
+        "calls scaled_dot_product_attention: write the softmax": fused,
+        "is right, but calls cratelab's": by_library,
+        "right elsewhere, but .*a text may have one token": lambda z, *rest: (
+            layer()(z, *rest) if z.shape[1] > 1 else 0 * z
+        ),
         "the bias is missing": lambda z, projection, output, bias, k: layer()(z, projection, output, 0, k),
         "the Uₖ lift the heads": lambda z, projection, output, bias, k: layer()(z, projection, projection.T, bias, k),
         "the tokens are added": lambda z, *rest: z + layer()(z, *rest),
@@ -194,6 +299,12 @@ WRONG = {
         "where the series begins to diverge": stretch(power=lambda m: 0),
         "the Frobenius norm": stretch(norm="fro"),
         "the weakest direction": stretch(norm=-2, over_heads=torch.min),
+        "searches: a line runs 201 times": searched,
+        "right elsewhere, but .*order 0": lambda z, U, eps, order, tolerance: stretch()(
+            z, U, eps, order or 1, tolerance
+        ),
+        "returns numbers that are not finite": lambda *case: math.nan,
+        "returns a str; a number was expected|returns a str, 'c'": lambda *case: "c",
         "the weakest head": stretch(over_heads=torch.min),
         "the mean over the heads": stretch(over_heads=torch.mean),
         "the sum over the heads": stretch(over_heads=torch.sum),

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from wrong_answers.experiments import WRONG_EXPERIMENTS
 
+import cratelab as cl
+
 
 def say(**changed):
     """The right predictions but for one."""
@@ -65,6 +67,38 @@ def by_atoms(z, D, step_size, lam):
     return torch.relu(first + step_size * z @ D - step_size * first @ (D.mT @ D) - step_size * lam) @ D.mT
 
 
+def counted():
+    cl.ista(torch.randn(4, 3), torch.randn(3, 6), 0.1, 0.1, 2)
+    return say()()
+
+
+def entry_by_entry(x, theta, mu, cap):
+    out = torch.empty_like(x)
+    for i, value in enumerate(x.flatten().tolist()):
+        out.view(-1)[i] = min(max((value - theta) / (1 + mu), 0.0), cap)
+    return out
+
+
+def searched(x, theta, mu, cap):
+    low, high = torch.zeros_like(x), torch.full_like(x, cap)
+    for _ in range(60):
+        middle = (low + high) / 2
+        rising = middle - x + theta + mu * middle > 0
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    return torch.where(high < 1e-12, 0.0, high)
+
+
+def four_products(z, D, step_size, lam, first_of=lambda a: a, residual_of=lambda r: r):
+    first = first_of(torch.relu(step_size * z @ D - step_size * lam))
+    return torch.relu(first + step_size * residual_of(z - first @ D.mT) @ D - step_size * lam) @ D.mT
+
+
+def of_numpy(z, D, step_size, lam):
+    z, D = z.detach().numpy(), D.detach().numpy()
+    first = (step_size * z @ D - step_size * lam).clip(0)
+    return (first + step_size * (z - first @ D.T) @ D - step_size * lam).clip(0) @ D.T
+
+
 WRONG = {
     "4.A": {
         "longer_step: .* η stands in front": say(longer_step="more"),
@@ -73,7 +107,9 @@ WRONG = {
         "both: .* relative to the tokens": say(both="more"),
         "second_step: .* inhibition has two signs": say(second_step="fewer"),
         "disguised: .* all codes are halved": say(disguised="fewer"),
-        'should return "more", "fewer" or "same"': say(dearer="down"),
+        'should return "more", "fewer" or "same" .*; dearer is a str': say(dearer="down"),
+        'should return "more", "fewer" or "same" .*; both is None': say(both=None),
+        "is right, but calls cratelab's ista: predict": counted,
     },
     "4.B": {
         "mended_ista: D and Dᵀ are exchanged: [^;]*$": exchanged(),
@@ -85,6 +121,14 @@ WRONG = {
             shrink=F.softshrink, price=lambda eta, lam: lam
         ),
         "exchanged: .*; and the threshold .*; and the code": exchanged(shrink=F.softshrink, price=lambda eta, lam: lam),
+        "is right, but calls cratelab's ista: ": lambda *case: cl.ista(*case),
+        "is right, but calls cratelab's soft_threshold": iterate(shrink=lambda x, t: cl.soft_threshold(x, t)),
+        "right elsewhere, but .*as many steps as it is asked for": lambda z, D, eta, lam, n_steps: iterate()(
+            z, D, eta, lam, max(n_steps, 2)
+        ),
+        "right elsewhere, but .*tokens may be zero, one, or tiny": lambda z, D, eta, lam, n_steps: iterate()(
+            z, D, eta, max(lam, 1e-2), n_steps
+        ),
         "it starts from the tokens": iterate(start=lambda z, D: z),
         "what exceeds the threshold is kept whole": iterate(shrink=hard),
         "there is no threshold, only a ReLU": iterate(price=lambda eta, lam: 0.0),
@@ -101,6 +145,14 @@ WRONG = {
         "capped before the division": lambda x, theta, mu, cap: (x - theta).clamp(0, cap) / (1 + mu),
         "the squared price has no effect": lambda x, theta, mu, cap: (x - theta).clamp(0, cap),
         "twice the squared price": lambda x, theta, mu, cap: ((x - theta) / (1 + 2 * mu)).clamp(0, cap),
+        "loops over entries": entry_by_entry,
+        "searches: a line runs": searched,
+        "right elsewhere, but .*x may have any shape": lambda x, theta, mu, cap: (
+            ((x - theta) / (1 + mu)).clamp(0, cap) if mu else F.relu(x - theta)
+        ),
+        "right elsewhere, but raises .*x may have any shape": lambda x, theta, mu, cap: torch.stack(
+            [((row - theta) / (1 + mu)).clamp(0, cap) for row in x]
+        ),
         "multiplied by 1 \\+ μ": lambda x, theta, mu, cap: ((x - theta) * (1 + mu)).clamp(0, cap),
         "the price θ a unit has no effect": lambda x, theta, mu, cap: (x / (1 + mu)).clamp(0, cap),
         "a hard threshold": lambda x, theta, mu, cap: (hard(x, theta) / (1 + mu)).clamp(0, cap),
@@ -117,6 +169,19 @@ WRONG = {
         "nothing is explained away": second(lambda a, z, D, eta, theta: a + eta * z @ D - theta),
         "the sign of DᵀDA₁": second(lambda a, z, D, eta, theta: a + eta * (z + a @ D.mT) @ D - theta),
         "this is one step": layer(steps=1),
+        "no gradient comes back to z: a layer is trained": torch.no_grad()(lambda *case: four_products(*case)),
+        "no gradient comes back to z": of_numpy,
+        "no gradient comes back to D": lambda z, D, *rest: four_products(z, D.detach(), *rest),
+        "the gradient that comes back to z is not the slope": lambda *case: four_products(
+            *case, first_of=lambda a: a.detach()
+        ),
+        "gradient that comes back to z is not the slope": lambda *case: four_products(
+            *case, residual_of=lambda r: r.detach()
+        ),
+        "is right, but calls cratelab's ista": lambda z, D, eta, lam: cl.ista(z, D, eta, lam, 2) @ D.mT,
+        "right elsewhere, but .*tokens may be zero, one, or tiny": lambda z, D, eta, lam: four_products(
+            z, D, eta, max(lam, 1e-2)
+        ),
         "these are three steps": layer(steps=3),
         "it starts from Dᵀz": layer(start=lambda z, D: z @ D),
         "the tokens are added": lambda z, *rest: z + right_layer(z, *rest),

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cratelab as cl
+
 
 def count(**wrong):
     """The right counts but for one model, to which wrong[model](d, h, L, v, n) is added."""
@@ -114,6 +116,71 @@ def logits_along(centre=True, still=False, weighted=True, power=1, ddof=0, use_e
     return function
 
 
+def counted(d, h, L, v, n):
+    size = dict(n_layers=L, n_heads=2, width=d, vocab_size=v, context=n, expansion=h // d)
+    models = [
+        cl.Crate(cl.CrateConfig(**size)),
+        cl.Gpt2(cl.Gpt2Config(**size)),
+        cl.Gpt2(cl.Gpt2Config(**size, bias=True)),
+    ]
+    return dict(
+        zip(("CRATE", "GPT-2", "OpenAI"), (sum(p.numel() for p in m.parameters()) for m in models), strict=True)
+    )
+
+
+def alone(model, tokens, layer, neuron, value):
+    """A hook that is the only one on its site, and clears it when it is done."""
+    site = model.blocks[layer].neurons
+    site.register_forward_hook(lambda m, args, codes: everywhere(codes.clone(), neuron, value))
+    try:
+        return model(tokens)
+    finally:
+        site._forward_hooks.clear()
+
+
+def tidied(model, tokens, layer, neuron, value):
+    """The hook goes when there is an error, but not when there is an interruption."""
+    hook = model.blocks[layer].neurons.register_forward_hook(
+        lambda m, args, codes: everywhere(codes.clone(), neuron, value)
+    )
+    try:
+        logits = model(tokens)
+    except Exception:
+        hook.remove()
+        raise
+    hook.remove()
+    return logits
+
+
+def thawed(model, *rest):
+    model.requires_grad_(True)
+    return hooked(everywhere)(model, *rest)
+
+
+def replaced(model, tokens, layer, neuron, value):
+    class Held(nn.Module):
+        def forward(self, codes):
+            return everywhere(codes.clone(), neuron, value)
+
+    model.blocks[layer].neurons = Held()
+    return model(tokens)
+
+
+def overwritten(model, tokens, layer, neuron, value):
+    before = model.blocks[layer].neurons.forward
+    model.blocks[layer].neurons.forward = lambda codes: everywhere(codes.clone(), neuron, value)
+    logits = model(tokens)
+    model.blocks[layer].neurons.forward = before
+    return logits
+
+
+def push_by(differentiate):
+    def function(x, atom, weight, E, norm_eps):
+        return differentiate(lambda x: nn.functional.layer_norm(x, atom.shape, weight, eps=norm_eps) @ E.T, x, atom)
+
+    return function
+
+
 WRONG = {
     "5.A": {
         "CRATE: .* the head is the token embedding": count(CRATE=lambda d, h, L, v, n: v * d),
@@ -131,6 +198,13 @@ WRONG = {
         "the bias of query, key and value has 3d": count(OpenAI=lambda d, h, L, v, n: -2 * L * d),
         "the bias of the first MLP matrix has h": count(OpenAI=lambda d, h, L, v, n: L * (d - h)),
         "find the one you have forgotten": count(OpenAI=lambda d, h, L, v, n: 1),
+        "OpenAI: a number is needed; got None": lambda *size: {**count()(*size), "OpenAI": None},
+        "GPT-2: a number is needed; got a str": lambda *size: {**count()(*size), "GPT-2": "124M"},
+        "CRATE: .* you say nan": count(CRATE=lambda *_: float("nan")),
+        "CRATE: .* you say 4,256.5, the module has 4,256": count(CRATE=lambda *_: 0.5),
+        "CRATE: for d=12, h=24, L=3": count(CRATE=lambda d, h, L, v, n: (L == 3) * d),
+        "GPT-2: for d=8, h=40, L=1": count(GPT2=lambda d, h, L, v, n: (n > h - d - 3 and L == 1) * d),
+        "is right, but calls cratelab's .*: count on paper": counted,
         "with the keys CRATE, GPT-2, OpenAI": lambda d, h, L, v, n: {"CRATE": 1},
     },
     "5.B": {
@@ -142,7 +216,10 @@ WRONG = {
         "moved: .* no path leads around both": say(moved="changed"),
         "longer: .* to tokens three times as long": say(longer="same"),
         "forgetful: .* which forgets the length": say(forgetful="changed"),
-        'should return "same" or "changed"': say(moved="no"),
+        'should return "same" or "changed" .*; moved is a str': say(moved="no"),
+        'should return "same" or "changed" .*; turned is a list': say(turned=["same"]),
+        'should return "same" or "changed" .*; louder is a dict': say(louder={}),
+        'should return "same" or "changed" .*; it returns None': lambda: None,
     },
     "5.C": {
         ": the normalised tokens are carried on, where the residual path takes the tokens themselves$": forward(normed),
@@ -150,6 +227,18 @@ WRONG = {
         ": MSSA's output bias is lost$": forward(bias=False),
         "carried on, .*; and both halves use .* of its own$": forward(normed, second="attention_norm"),
         "carried on, .*; and both halves .*; and MSSA's output bias": forward(normed, "attention_norm", bias=False),
+        "texts are mixed: each of a batch": lambda b, z: forward()(b, z).mean(0, keepdim=True).expand(z.shape),
+        "texts are mixed": lambda b, z: (
+            b.ista.decode(b.neurons(b.ista.encode(b.ista_norm(z + b.attention(b.attention_norm(z))))))
+            .mean(0, keepdim=True)
+            .expand_as(z)
+        ),
+        "No common mistake explains it": lambda b, z: b.ista.decode(
+            b.neurons(b.ista.encode(b.ista_norm(z + b.attention(b.attention_norm(z)).mean(0, keepdim=True))))
+        ),
+        "no gradient comes back to z: a block": torch.no_grad()(lambda b, z: forward()(b, z)),
+        "the gradient that comes back to z is not the slope": lambda b, z: forward(lambda b, z: z.detach())(b, z),
+        "changes its arguments in place": lambda b, z: forward()(b, z.add_(0.0).mul_(1.5).div_(1.5).add_(1e-9)),
         "there is no residual around ISTA": forward(add=True),
         "nothing is carried around MSSA": forward(lambda b, z: 0),
         "the LayerNorms stand behind the sums": behind,
@@ -169,11 +258,29 @@ WRONG = {
         "the neuron is set in every layer": hooked(everywhere, lambda layer: [0, 1, 2]),
         "set only where it fires": hooked(where_it_fires),
         "leaves the model changed": hooked(everywhere, keep=True),
+        "leaves the model changed: take hooks": replaced,
+        "leaves the model .*changed": overwritten,
+        "an error in the model leaves": hooked(everywhere),
+        "a cell that is interrupted leaves": tidied,
+        "leaves the model changed: take .*settings": thawed,
+        "takes away a hook that somebody else has put there": alone,
         "No common mistake": hooked(lambda codes, i, value: everywhere(codes, i + 1, value)),
     },
     "5.E": {
         "the atom's product with the embeddings": lambda x, atom, w, E, e: (E @ atom).expand(len(x), -1),
         "the atom's mean is not taken off": logits_along(centre=False),
+        "is right, but uses automatic differentiation": push_by(
+            lambda f, x, atom: torch.autograd.functional.jvp(f, x, atom.expand_as(x))[1]
+        ),
+        "uses automatic differentiation: derive": push_by(
+            lambda f, x, atom: torch.stack(
+                [torch.func.jacrev(f)(row[None])[0, :, 0] @ atom for row in x]  # torch.func.jvp warns when it is loaded
+            )
+        ),
+        "only, as a quotient of differences would be|right elsewhere, but .*a token may be constant or tiny": push_by(
+            lambda f, x, atom: (f(x + 1e-6 * atom) - f(x - 1e-6 * atom)) / 2e-6
+        ),
+        "loops over tokens": lambda x, *rest: torch.cat([logits_along()(row[None], *rest) for row in x]),
         "the standard deviation is taken as fixed": logits_along(still=True),
         "mean and standard deviation are taken as fixed": logits_along(centre=False, still=True),
         "is taken off d times": logits_along(unit=True),

@@ -1,5 +1,6 @@
 """Wrong answers to the exercises of chapter 6: what a check says -> a function with that mistake."""
 
+import itertools
 import math
 
 import torch
@@ -184,6 +185,64 @@ def other_words(ids, word, v):
     return symbols, word[: len(symbols)]
 
 
+def pair_by_pair(train, text, v, alpha):
+    counts = torch.full((v, v), alpha)
+    for d in train:
+        for a, b in itertools.pairwise(d.tolist()):
+            counts[a, b] += 1
+    nats = -(counts / counts.sum(1, keepdim=True)).log()
+    return torch.tensor([nats[a, b] for d in text for a, b in itertools.pairwise(d.tolist())]).mean()
+
+
+def token_by_token(log_prior, log_given):
+    out, weight = [], log_prior
+    for row in log_given:
+        out.append((weight + row).logsumexp(0))
+        weight = weight + row - out[-1]
+    return torch.stack(out)
+
+
+def author_by_author(log_prior, log_given):
+    joint = [prior + pad(own.cumsum(0), (1, 0)) for prior, own in zip(log_prior, log_given.T, strict=True)]
+    return torch.stack(joint).logsumexp(0).diff()
+
+
+def symbol_by_symbol(ids, word, v):
+    counts = {}
+    for a, b, same in zip(ids[:-1].tolist(), ids[1:].tolist(), (word[:-1] == word[1:]).tolist(), strict=True):
+        if same:
+            counts[a, b] = counts.get((a, b), 0) + 1
+    pair = min(counts, key=lambda pair: (-counts[pair], pair))
+    symbols, words, i = [], [], 0
+    while i < len(ids):
+        here = i + 1 < len(ids) and word[i] == word[i + 1] and (int(ids[i]), int(ids[i + 1])) == pair
+        symbols.append(v if here else int(ids[i]))
+        words.append(int(word[i]))
+        i += 1 + here
+    return torch.tensor(symbols), torch.tensor(words)
+
+
+def weights_that_underflow(log_prior, log_given):
+    """Right but for a choice whose weight has become 0 before it is needed."""
+    weight = (log_prior + pad(log_given.cumsum(0), (0, 0, 1, 0)))[:-1].softmax(1)
+    return (weight * log_given.exp()).sum(1).log()
+
+
+def across_words_as_zero(ids, word, v):
+    """Numbers pairs across words 0, which is also the pair of two zeros."""
+    counts = ((ids[:-1] * v + ids[1:]) * (word[:-1] == word[1:])).bincount(minlength=v * v)
+    return bpe(tie=lambda _: counts.argmax())(ids, word, v)
+
+
+def numbered_anew(ids, word, v):
+    symbols, words = bpe()(ids, word, v)
+    return symbols, words.unique_consecutive(return_inverse=True)[1]
+
+
+def next_free(ids, word, v):
+    return bpe()(ids, word, int(ids.max()) + 1)
+
+
 WRONG = {
     "6.A": {
         "these are nats a token": lambda nats, texts: torch.cat(nats).mean(),
@@ -195,6 +254,9 @@ WRONG = {
         "divided by bytes a token": lambda nats, texts: torch.cat(nats).mean() * n_bytes(texts) / len(torch.cat(nats)),
         "turn it over": lambda nats, texts: n_bytes(texts) / total(nats),
         "UTF-16": lambda nats, texts: total(nats) / sum(len(text.encode("utf-16-le")) for text in texts),
+        "white space at the ends": lambda nats, texts: total(nats) / n_bytes([text.strip() for text in texts]),
+        "a text that occurs twice is paid for twice": lambda nats, texts: total(nats) / n_bytes(set(texts)),
+        "in place": lambda nats, texts: total(nats) / n_bytes(texts.pop() for _ in list(texts)),
         "does it end in `return`": lambda nats, texts: None,
     },
     "6.B": {
@@ -210,6 +272,7 @@ WRONG = {
         "a pair that comes several times": lambda *case: repeated_once(*case, joined=True),
         "the probabilities do not sum to 1": bigram(below=lambda alpha: alpha),
         "the probabilities sum to more than 1": bigram(below=lambda alpha: 1e-300),
+        "is right, but loops over tokens": pair_by_pair,
         "not the words that training has seen": lambda train, text, v, alpha: bigram(
             below=lambda alpha: alpha * len(torch.cat([d[1:] for d in train]).unique())
         )(train, text, v, alpha),
@@ -223,6 +286,9 @@ WRONG = {
         "the sign": lambda *case: -bigram()(*case),
         "in place": in_place,
         "does it end in `return`": lambda *case: None,
+        "No common mistake": lambda train, text, v, alpha: bigram()(
+            train, text, 1 + int(torch.cat([*train, *text]).max()), alpha
+        ),
     },
     "6.C": {
         "stay those of the prior": predicted(log_weight=torch.zeros_like),
@@ -237,6 +303,9 @@ WRONG = {
         "these are probabilities": lambda *case: predicted()(*case).exp(),
         "stay with logarithms": products,
         "rules out": infinities,
+        "is right, but loops over tokens": token_by_token,
+        "is right, but loops over authors": author_by_author,
+        "the others' weights, divided by their sum, had become 0": weights_that_underflow,
     },
     "6.D": {
         "counted and merged across words": bpe(count_cut=False, merge_cut=False),
@@ -253,6 +322,10 @@ WRONG = {
         "the second symbol of the pair is still there": bpe(gone=lambda match, left: torch.zeros_like(left)),
         "is not merged in longer runs": bpe(keep=alone),
         "belong to another word": other_words,
+        "is right, but loops over symbols or words": symbol_by_symbol,
+        "are said to belong to another word": numbered_anew,
+        r"the words \[\[.* should become the symbols": across_words_as_zero,
+        r"the words .* should become the symbols \[.*\b9\b.*and became": next_free,
         "in place": in_place_merge,
         "should return two tensors": lambda ids, word, v: bpe()(ids, word, v)[0],
         "No common mistake": lambda ids, word, v: (ids, word),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from wrong_answers.experiments import WRONG_EXPERIMENTS
 
@@ -16,6 +17,12 @@ def rates(steps, warmup, peak, final):
 
 def total(*recipe):
     return sum(map(sum, rates(*recipe)))
+
+
+def by_tensor(steps, warmup, peak, final, of=torch):
+    T = steps - warmup
+    falling = final + (peak - final) / 2 * (1 + of.cos(math.pi * of.arange(T) / T))
+    return (peak * (of.arange(warmup) + 1) / warmup).sum() + falling.sum()
 
 
 def off(change):
@@ -46,6 +53,32 @@ def scored(
 def by_document(log_p, log_q, document):
     parts = [scored()(log_p[document == j], log_q[document == j], document[document == j]) for j in document.unique()]
     return torch.stack(parts).mean(0)
+
+
+def by_number(log_p, log_q, document):
+    """Takes a token for the first of a document where the number of its document is one higher than the last."""
+    first = torch.ones_like(document, dtype=torch.bool)
+    first[1:] = document.diff() == 1
+    counts = ~first & ~log_q.isnan()
+    return torch.stack([-log_p[counts].mean(), (log_p - log_q)[counts].mean()])
+
+
+def in_a_ring(log_p, log_q, document):
+    """Takes the last token for the one before the first."""
+    counts = ~log_q.isnan() & (document == document.roll(1))
+    return torch.stack([-log_p[counts].mean(), (log_p - log_q)[counts].mean()])
+
+
+def by_rise(log_p, log_q, document):
+    """Thinks that the numbers of documents rise."""
+    counts = ~log_q.isnan() & (document.diff(prepend=document[:1] - 1) <= 0)
+    return torch.stack([-log_p[counts].mean(), (log_p - log_q)[counts].mean()])
+
+
+def uncertain(log_p, log_q, document):
+    """Takes tokens of which the world is certain for those that nobody had to guess."""
+    counts = counting(log_q, document) & (log_p < 0)
+    return torch.stack([-log_p[counts].mean(), (log_p - log_q)[counts].mean()])
 
 
 def adamw(correction=lambda b, t: 1 - b**t, coupled=False, inside=False, by_rate=True, swapped=False, late=False):
@@ -102,6 +135,9 @@ WRONG = {
         "the descent has t_end − t_w steps": lambda s, w, top, low: total(s + w, w, top, low),
         "the peak rate times the number of steps": lambda s, w, top, low: s * top,
         "No common mistake": lambda s, w, top, low: s * (top + low) / 2,
+        "is right, but loops over steps": total,
+        "is right, but makes a list of the rates": by_tensor,
+        "makes a list of the rates: a closed form": lambda *recipe: float(by_tensor(*recipe, of=np)),
     },
     "7.B": {
         "the first token of each document is counted": scored(firsts=True),
@@ -125,6 +161,10 @@ WRONG = {
         ),
         "these are bits": lambda *case: scored()(*case) / math.log(2),
         "the second number is the model's loss": scored(gap=lambda p, q, c: -q[c].mean()),
+        "it gives .* where .* is right": by_number,
+        "No common mistake": by_rise,
+        "differs from a walk .* No common mistake": in_a_ring,
+        "entry . of 2.* No common mistake": uncertain,
         "returns NaN": lambda p, q, document: torch.stack([-p.mean(), (p - q).mean()]),
     },
     "7.C": {
@@ -140,6 +180,9 @@ WRONG = {
         "the decay comes after the step": adamw(late=True),
         "the first step is t = 1": adamw(lambda b, t: 1 - b ** (t + 1)),
         "No common mistake": adamw(swapped=True),
+        "No common mistake explains": lambda w, gradients, *rest: torch.where(
+            gradients.any(0), adamw()(w, gradients, *rest), w
+        ),
     },
     "7.D": {
         "CRATE: .* starts from a code of zeros": count(lambda d, h, L, v, n, T: L * h * d),
@@ -157,6 +200,12 @@ WRONG = {
         "counted as two": count(factor=2),
         "for the whole text": count(text=True),
         "go through the layer product by product": count(lambda d, h, L, v, n, T: 7),
+        "CRATE: for d=12, h=24, .* go through": count(lambda d, h, L, v, n, T: (4 - 2 * T) * L * h * d),
+        "T=1 you say .* go through": count(lambda d, h, L, v, n, T: (T == 1) * h * d),
+        "CRATE is None; a whole number": lambda *size: {"CRATE": None, "GPT-2": 1},
+        "CRATE is '12'; a whole number": lambda *size: {"CRATE": "12", "GPT-2": 1},
+        r"CRATE is .*\.5; a whole number": count(lambda *size: 0.5),
+        "CRATE is nan; a whole number": count(lambda *size: math.nan),
     },
     "7.E": WRONG_EXPERIMENTS,
 }

@@ -1,7 +1,9 @@
 """Wrong answers to the exercises of chapter 8: what a check says -> a function with that mistake."""
 
+import numpy as np
 import torch
 from einops import rearrange
+from scipy.stats import pearsonr
 
 
 def say(**changed):
@@ -40,11 +42,25 @@ def overwritten(words_e, activations_e, words_v, activations_v):
     return torch.tensor([[known.get(x, 0.0) for x in row] for row in words_v.tolist()])
 
 
+def numbered(words_e, activations_e, words_v, activations_v):
+    """Looks words up by their number among the words of E, as if no number were left out."""
+    known = table()(words_e, activations_e, words_e.unique()[None], activations_v)[0]
+    return torch.where(words_v < len(known), known[words_v.clamp(max=len(known) - 1)], 0.0)
+
+
 def where_it_fires(n):
     return n[n > 0].mean() if (n > 0).any() else 0.0
 
 
-def excerpts(explain=slice(0, 10, 2), validate=slice(1, 10, 2), ends="moved", leak="tokens", random=True, once=False):
+def excerpts(
+    explain=slice(0, 10, 2),
+    validate=slice(1, 10, 2),
+    ends="moved",
+    leak="tokens",
+    random=True,
+    once=(),
+    half=lambda width: width // 2,
+):
     """Counts of tokens in E and V with other ranks, ends of the text, or treatment of what stands in both."""
 
     def function(top, others, width, n):
@@ -52,7 +68,7 @@ def excerpts(explain=slice(0, 10, 2), validate=slice(1, 10, 2), ends="moved", le
         windows = {0: top[explain].tolist(), 1: top[validate].tolist() + (others.tolist() if random else [])}
         for row, centres in windows.items():
             for centre in centres:
-                start = centre - width // 2
+                start = centre - half(width)
                 if ends == "moved":
                     start = min(max(start, 0), n - width)
                 stop = start + width
@@ -65,7 +81,9 @@ def excerpts(explain=slice(0, 10, 2), validate=slice(1, 10, 2), ends="moved", le
             counts[1, counts[0] > 0] = 0
         if leak == "from E":
             counts[0, counts[1] > 0] = 0
-        return counts.clamp(max=1) if once else counts
+        for row in once:
+            counts[row].clamp_(max=1)
+        return counts
 
     return function
 
@@ -130,6 +148,22 @@ def silent_only(activations, simulated, present):
     return layer(of=of)(activations, simulated, present)
 
 
+def constant_simulation(a, s):
+    """Compares extremes of the simulation, and the centred activations with 0."""
+    return correlate(a, s) if (a - a.mean()).abs().sum() == 0 else _correlation(a, s)
+
+
+def _correlation(a, s):
+    if s.max() == s.min():
+        return float("nan")
+    a, s = a - a.mean(), s - s.mean()
+    return float(a @ s / (a.norm() * s.norm()))
+
+
+def by_library(of):
+    return lambda a, s: float("nan") if a.max() == a.min() or s.max() == s.min() else float(of(a, s))
+
+
 def ranks(a, s):
     def rank(x):
         return (x[:, None] > x).double().sum(1) + (x[:, None] == x).double().sum(1) / 2
@@ -137,20 +171,30 @@ def ranks(a, s):
     return correlate(rank(a), rank(s))
 
 
-def walk(ends="document", apart="windows", bar="kept", candidates=None, positive=True, by_place=False):
+def walk(
+    ends="document",
+    apart="windows",
+    bar="kept",
+    candidates=None,
+    positive=True,
+    by_place=False,
+    counts=lambda a: a > 0,
+    half=lambda width: width // 2,
+):
     """The walk by falling activation with another rule for ends, overlaps, or when to stop."""
 
     def function(activations, document, width, k):
         starts, centres, refused = [], [], []
         for c in activations.argsort(descending=True).tolist()[: candidates and candidates(k)]:
-            if len(starts) == k or (positive and activations[c] <= 0):
+            if len(starts) == k or (positive and not counts(activations[c])):
                 break
             own = rearrange((document == document[c]).nonzero(), "n 1 -> n").tolist()
             low, high = (0, len(document)) if ends == "text" else (own[0], own[-1] + 1)
-            start = max(c - width // 2, low)
+            start = max(c - half(width), low)
             start = start if ends == "beginning" else min(start, high - width)
             clashes = {
                 "windows": any(abs(start - other) < width for other in starts + refused),
+                "touching": any(abs(start - other) <= width for other in starts),
                 "centres": any(abs(c - other) < width for other in centres),
                 "half": any(abs(c - other) < width // 2 for other in centres),
                 "same": start in starts,
@@ -200,6 +244,11 @@ WRONG = {
         "each word has the value of its first place": table(over=lambda n: n[0]),
         "a word that is not in E gets the mean of the table": table(unseen=lambda t: sum(t.values()) / len(t)),
         "numbers that are not finite": table(guard=False, scale=lambda E, V: E.clamp(min=0).max()),
+        "where no activation of E is positive, the simulation is 0": table(
+            scale=lambda E, V: torch.where(E.max() < 0, 1.0, E.max()), guard=False
+        ),
+        "No common mistake": table(scale=lambda E, V: torch.where(E.max() < 1e-4, 0.0, E.max())),
+        "it gives .* No common mistake": numbered,
     },
     "8.C": {
         "the five strongest explain and the next five validate: ranks alternate$": excerpts(**HALVES),
@@ -220,7 +269,10 @@ WRONG = {
         "the tokens leave E instead of V": excerpts(leak="from E"),
         "ranks 1, 3, 5, 7, 9 explain": excerpts(explain=slice(1, 10, 2), validate=slice(0, 10, 2)),
         "the random windows are missing": excerpts(random=False),
-        "a token in two windows of V counts once": excerpts(once=True),
+        "a token in two windows of V counts once": excerpts(once=[1]),
+        "a token in two windows of E counts once": excerpts(once=[0]),
+        "a token in two windows counts once": excerpts(once=[0, 1]),
+        "a window of odd width": excerpts(half=lambda width: (width + 1) // 2),
     },
     "8.D": {
         "each excerpt is correlated on its own: string": excerpt_by_excerpt(None),
@@ -238,6 +290,15 @@ WRONG = {
         "the absolute values are averaged": layer(of=lambda a, s: abs(correlate(a, s))),
         "simulations that are 0.1, 0.2, … 0.9 everywhere it takes [1-9] of 9 for varying": by_spread,
         "returns numbers that are not finite": layer(then=lambda v: (torch.tensor(v).mean(), *summed_up(v)[1:])),
+        "is right, but calls corrcoef: ": layer(of=by_library(lambda a, s: torch.stack([a, s]).corrcoef()[0, 1])),
+        "is right, but calls corrcoef: write": layer(of=by_library(lambda a, s: np.corrcoef(a, s)[0, 1])),
+        "is right, but calls pearsonr: ": layer(of=by_library(lambda a, s: pearsonr(a, s)[0])),
+        "No common mistake explains": layer(of=lambda a, s: correlate(a, s) if a.max() > 0 else float("nan")),
+        "what varies by 0.001 only": layer(of=lambda a, s: correlate(a, s, tolerance=0.05)),
+        "what varies by 1e-05 only": layer(of=lambda a, s: correlate(a, s / s.abs().max(), tolerance=1e-4)),
+        "what varies by 1e-09 only": layer(of=lambda a, s: correlate(a, s, tolerance=1e-7)),
+        "activations that are 0.1, .* it takes [1-9] of 9": layer(of=constant_simulation),
+        "No common mistake": layer(of=lambda a, s: correlate(a.clamp(min=0), s)),
     },
     "8.E": {
         "windows: windows overlap: one excerpt would be shown many times$": walk(apart="nothing"),
@@ -251,7 +312,12 @@ WRONG = {
         "one window a document": walk(apart="document"),
         "a window that was refused bars others": walk(bar="all"),
         "the k strongest tokens are chosen first": walk(candidates=lambda k: k),
+        "it gives -1 where": walk(candidates=lambda k: 20 * k),
         "windows are moved at the beginning of a document only": walk(ends="beginning"),
         "by place: the strongest comes first": walk(by_place=True),
+        "where the neuron is exactly 0": walk(counts=lambda a: a >= 0),
+        "No common mistake": walk(counts=lambda a: a > 1e-3),
+        "a window of odd width": walk(half=lambda width: (width + 1) // 2),
+        "windows that stand side by side": walk(apart="touching"),
     },
 }

@@ -1,5 +1,7 @@
 """Wrong answers to the exercises of chapter 9: what a check says -> a function with that mistake."""
 
+import torch
+from scipy import stats
 from scipy.stats import t as student
 
 
@@ -78,6 +80,14 @@ def apart(off=lambda v, n, h: v / h, correction=1, within=1, sign=-1, over=lambd
     return function
 
 
+def closed_form(scores, picks):
+    return (scores.var(1, correction=0).sum() / scores.numel() / len(scores)).sqrt()
+
+
+def not_zero(scores, defined, last, drop):
+    return two_numbers()(scores, defined & (scores != 0), last, drop)
+
+
 WRONG = {
     "9.A": {
         "this is the sample variance": two_numbers(spread=lambda S: S.var()),
@@ -92,6 +102,12 @@ WRONG = {
         "always in": two_numbers(keep=lambda S, last: S),
         "always out": two_numbers(keep=lambda S, last: S[:-1]),
         "the first layer is left out": two_numbers(keep=lambda S, last: S if last else S[1:]),
+        "0 · nan is NaN": two_numbers(),
+        "0 · inf is NaN": lambda scores, *rest: two_numbers()(scores.nan_to_num(0, posinf=torch.inf), *rest),
+        "No common mistake": not_zero,
+        "one layer that counts has a mean": two_numbers(
+            spread=lambda S: S.var() * (len(S) - 1) / len(S) if len(S) > 1 else torch.nan
+        ),
     },
     "9.B": {
         "seeds are taken for unrelated.*seed by seed$": unpaired(pooled=False),
@@ -105,6 +121,10 @@ WRONG = {
         "the quantile at 0.95": interval(quantile=lambda n: student.ppf(0.95, n - 1)),
         "this is GPT-2's lead": interval(sign=-1),
         "low and high are exchanged": interval(flip=-1),
+        "is right, but calls ttest_rel: ": lambda crate, gpt2: stats.ttest_rel(crate, gpt2).confidence_interval(0.95),
+        "is right, but calls ttest_1samp: ": lambda crate, gpt2: stats.ttest_1samp(crate - gpt2, 0).confidence_interval(
+            0.95
+        ),
     },
     "9.C": {
         "divided by √B": lambda scores, picks: bootstrap()(scores, picks) / len(picks) ** 0.5,
@@ -117,6 +137,8 @@ WRONG = {
         "the spread of the layers' means": bootstrap(average=lambda drawn: drawn.mean(2)),
         "the spread of single neurons": bootstrap(average=lambda drawn: drawn),
         "half the width": bootstrap(spread=lambda means: 1.96 * means.std(correction=0)),
+        "Are just these picks used": closed_form,
+        "some of the resamples .* each as often": lambda scores, picks: bootstrap()(scores, picks.unique(dim=0)),
     },
     "9.D": {
         "nothing is taken off": apart(off=lambda v, n, h: 0.0),

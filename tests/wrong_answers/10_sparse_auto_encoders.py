@@ -123,6 +123,45 @@ def gathered(batches):
     return 1 - (x - y).square().sum() / (x - x.mean(0)).square().sum()
 
 
+def remembered(keep):
+    def function(batches):
+        xs, ys = [], []
+        for x, y in batches:
+            xs.append(keep(x))
+            ys.append(keep(y))
+        x, y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in (xs, ys))
+        return gathered([(x, y)])
+
+    return function
+
+
+def joined(batches):
+    """Keeps one half alone, in one tensor that grows."""
+    every, error = torch.zeros(0), 0.0
+    for x, y in batches:
+        every = torch.cat([every.reshape(-1, x.shape[1]), x])
+        error += (x - y).square().sum()
+    return 1 - error / (every - every.mean(0)).square().sum()
+
+
+def into_a_buffer(batches):
+    """Makes room for all of them beforehand."""
+    every, n, error = torch.zeros(1_000_000), 0, 0.0
+    for x, y in batches:
+        every[n : n + x.numel()] = x.flatten()
+        n, error, h = n + x.numel(), error + (x - y).square().sum(), x.shape[1]
+    every = every[:n].view(-1, h)
+    return 1 - error / (every - every.mean(0)).square().sum()
+
+
+def centred_in_place(batches):
+    total, n, error, squares = 0.0, 0, 0.0, 0.0
+    for x, y in batches:
+        error, total, n = error + (x - y).square().sum(), total + x.sum(0), n + len(x)
+        squares += x.square_().sum()
+    return 1 - error / (squares - total.square().sum() / n)
+
+
 def rows(dim=1, unit=True, keep=lambda G, along: G - along, lever=lambda y, length: y / length):
     def function(G, V):
         length = V.norm(dim=dim, keepdim=True)
@@ -142,6 +181,17 @@ def one_vector(G, V):
     return (G - (G * W).sum() * W) / V.norm()
 
 
+def by_grad(G, V):
+    V = V.clone().requires_grad_()
+    return torch.autograd.grad((G * F.normalize(V, dim=1)).sum(), V)[0]
+
+
+def by_backward(G, V):
+    V = V.clone().requires_grad_()
+    (G * V / V.norm(dim=1, keepdim=True)).sum().backward()
+    return V.grad
+
+
 WRONG = {
     "10.A": {
         "b_dec is not subtracted from x": switch(read=lambda x, b: x),
@@ -155,6 +205,12 @@ WRONG = {
         "applied to the reconstruction instead": switch(code=torch.add, write=lambda y, b: F.relu(y + b)),
         "rectified too": switch(write=lambda y, b: F.relu(y + b)),
         "which switches it on again": switched_off_early,
+        "No common mistake": lambda x, W_enc, b_enc, W_dec, b_dec, j: switch(off=None if j else lambda f, j: f)(
+            x, W_enc, b_enc, W_dec, b_dec, j
+        ),
+        "in place": lambda x, W_enc, b_enc, W_dec, b_dec, j: switch(off=lambda f, j: f)(
+            x, W_enc, b_enc, W_dec.index_fill_(0, torch.tensor([j]), 0), b_dec, j
+        ),
         "all features are active": switch(off=lambda f, j: f),
         "only feature j is active": switch(off=lambda f, j: F.one_hot(torch.tensor(j), f.shape[1]) * f),
         "a token is silenced": switch(off=silence_a_token),
@@ -177,6 +233,7 @@ WRONG = {
         "keep the large entries": exceeds(lambda k, n, m: k * n, then=lambda f, kept, tau: f * ~kept),
         "all are kept, more than the budget": exceeds(lambda k, n, m: k * n - 1, torch.ge),
         "up to the sorting": by_topk,
+        "it gives 0 where": lambda p, k: exceeds(lambda k, n, m: min(k * n, n * m - 1))(p, k),
     },
     "10.C": {
         "^explained_variance: the mean of the batches' explained": mean_of_values(),
@@ -192,6 +249,12 @@ WRONG = {
         "not explained": streamed(lambda e, s, n, bias: e.sum() / s.sum()),
         "n counts batches": counts_batches,
         "batches are kept": gathered,
+        "a batch in place": centred_in_place,
+        "at the end it holds as much as": remembered(torch.clone),
+        "holds as much as if batches were kept": remembered(lambda x: x.numpy().copy()),
+        "as if batches were kept: there": remembered(torch.Tensor.tolist),
+        "is right, but at the end it holds as much": joined,
+        "is right, but at the end it holds": into_a_buffer,
     },
     "10.D": {
         "the lever is missing: the same": rows(lever=lambda y, length: y),
@@ -206,5 +269,10 @@ WRONG = {
         "columns are treated": rows(dim=0),
         "one long vector": one_vector,
         "along all rows": along_all_rows,
+        "is right, but uses automatic differentiation": by_grad,
+        "uses automatic differentiation: derive": lambda G, V: torch.func.vjp(lambda V: F.normalize(V, dim=1), V)[1](G)[
+            0
+        ],
+        "automatic differentiation: derive it": by_backward,
     },
 }

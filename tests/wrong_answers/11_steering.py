@@ -59,6 +59,13 @@ def spliced(x, f, g, W, b):
     return g @ W + b, g @ W + x - f @ W
 
 
+def where_it_fires(x, A, c, W, b, feature, value):
+    code = (x @ A + c).relu()
+    edited = code.clone()
+    edited[code[:, feature] > 0, feature] = value
+    return torch.stack(spliced(x, code, edited, W, b))
+
+
 def first_reached(never=lambda x, y, L: math.inf, way=None, before=lambda y: y[0]):
     """The cost where a lift is first reached with another rule for a neuron that never does, or between rows."""
     way = way or (lambda share, low, high: low + share * (high - low))
@@ -88,6 +95,16 @@ def upward(lift, cost, level):
     return torch.tensor(out)
 
 
+def beyond(lift, cost, level):
+    """Where the lift exceeds the level, instead of reaching it."""
+    out = []
+    for x, y in zip(lift.T.tolist(), cost.T.tolist(), strict=True):
+        i = next((i for i, value in enumerate(x) if value > level), None)
+        share = (level - x[i - 1]) / (x[i] - x[i - 1]) if i else 0
+        out.append(math.inf if i is None else y[i - 1] + share * (y[i] - y[i - 1]) if i else y[0])
+    return torch.tensor(out)
+
+
 def last_passed(lift, cost, level):
     out = first_reached()(lift, cost, level)
     for j in range(lift.shape[1]):
@@ -113,6 +130,13 @@ WRONG = {
         "the sign is reversed": lambda p, q, T: right_lift(q, p, T),
         "in bits": lambda *case: right_lift(*case) / math.log(2),
         "summed over positions": lambda *case: right_lift(*case) * len(case[0]),
+        "the targets are first so rare": lifted(
+            lambda p, q, T: (
+                (q[:, T].logsumexp(1).clamp(min=-690) - p[:, T].logsumexp(1).clamp(min=-690)).mean()
+                if p[:, T].logsumexp(1).amax() > -850
+                else right_lift(p, q, T)
+            )
+        ),
         "so rare that p.T. is 0": lifted(lambda p, q, T: (mass(q, T).log() - mass(p, T).log()).mean()),
     },
     "11.B": {
@@ -132,6 +156,14 @@ WRONG = {
         "the logits of T are set to 0": lambda p, q, T: kl(
             p.masked_fill(T, 0).log_softmax(1), q.masked_fill(T, 0).log_softmax(1)
         ).mean(),
+        "likely that p.T. is 1 in floating point. Leave": lifted(
+            lambda p, q, T: kl(
+                p[:, ~T] - torch.log1p(-mass(p, T))[:, None], q[:, ~T] - torch.log1p(-mass(q, T))[:, None]
+            ).mean()
+        ),
+        "single words so rare": lambda p, q, T: torch.nn.functional.kl_div(
+            q[:, ~T].softmax(1).log(), p[:, ~T].softmax(1), reduction="batchmean"
+        ),
         "numbers that are not finite": lambda p, q, T: kl(
             p.masked_fill(T, -math.inf).log_softmax(1), q.masked_fill(T, -math.inf).log_softmax(1)
         ).mean(),
@@ -151,6 +183,13 @@ WRONG = {
         "the feature is not edited": with_error(spliced, edit="none"),
         "the value is added to the feature": with_error(spliced, edit="add"),
         "negative features are kept": with_error(spliced, relu=False),
+        "the feature is set where it fires": where_it_fires,
+        "a value below 0 stays below 0": with_error(
+            lambda x, f, g, W, b: (g.relu() @ W + b, g.relu() @ W + x - f @ W),
+        ),
+        "the two are not stacked": lambda *case: torch.cat(list(with_error(spliced)(*case))),
+        "in place": lambda x, A, c, W, b, j, value: with_error(spliced)(x, A, c, W, b.mul_(1.0001), j, value),
+        "does it end in `return`": lambda *case: None,
     },
     "11.D": {
         "is extrapolated": first_reached(never=lambda x, y, L: y[-2] + (L - x[-2]) / (x[-1] - x[-2]) * (y[-1] - y[-2])),
@@ -170,7 +209,11 @@ WRONG = {
         ),
         "are passed over: their cost is that of the first row": upward,
         "the cheapest row": lambda lift, cost, level: cost.masked_fill(lift < level, math.inf).amin(0),
-        "numbers that are not finite": first_reached(never=lambda x, y, L: math.nan),
+        "a lift that is exactly the level": beyond,
+        "a dip between is left out": lambda lift, cost, level: first_reached()(lift.cummax(0).values, cost, level),
+        "it gives -1 where inf is right": first_reached(never=lambda x, y, L: -1),
+        r"it gives 1e\+09 where inf is right": first_reached(never=lambda x, y, L: 1e9),
+        "it gives nan where inf is right": first_reached(never=lambda x, y, L: math.nan),
     },
     "11.E": WRONG_EXPERIMENTS,
 }

@@ -11,6 +11,7 @@ WRONG_EXPERIMENTS = {
     "is the same thing measured twice": lambda seed: {"found": float(seed), "control": float(seed)},
     r"'found' is \[1\.0, 2\.0\]; a finite number is needed": lambda seed: {"found": [1.0, 2.0], "control": float(seed)},
     r"'found' is tensor\(.*; a finite number is needed": lambda seed: {"found": torch.ones(3), "control": float(seed)},
+    "'found' is '1.0'; a finite number is needed": lambda seed: {"found": "1.0", "control": float(seed)},
     "'found' is nan; a finite number is needed": lambda seed: {"found": math.nan, "control": float(seed)},
     "returns other names under another seed": lambda seed: {f"run {seed}": float(seed), "control": 0.0},
 }
