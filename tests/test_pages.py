@@ -49,7 +49,8 @@ def test_pages_in_a_browser(html, check_pages):
 
 
 def test_a_tap_enlarges_a_figure_within_its_column(html, check_pages):
-    look = """const figure = document.querySelector('.cell_output img');
+    look = """const shown = image => image.getBoundingClientRect().width > 0;
+        const figure = [...document.querySelectorAll('.cell_output img')].find(shown);
         if (arguments[0]) figure.click();
         return [figure.getBoundingClientRect().width, document.documentElement.scrollWidth]"""
     page = next(html.glob("01_*.html")).name
