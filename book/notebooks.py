@@ -19,6 +19,7 @@ BOOK = ROOT / "book"
 FORMS = {"arxiv.org": r"/(abs|pdf)/\d{4}\.\d{4,5}(v\d+)?", "doi.org": r"/10\.\d{4,9}/\S+"}
 
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+TITLE = "#@title"  # opens the first line of a cell that Colab shows as a form
 SETUP = """\
 # Installs the library where it is missing, as in Colab; does nothing elsewhere.
 import importlib.util, os, subprocess, sys
@@ -60,9 +61,11 @@ def address_problem(link: str) -> str | None:
     return None
 
 
-def assemble(cells: list[NotebookNode], book: Path = BOOK) -> NotebookNode:
-    """A notebook of these cells, not executed, with the set-up cell after the first."""
+def assemble(cells: list[NotebookNode], book: Path = BOOK, title: str = "") -> NotebookNode:
+    """A notebook of these cells, not executed, with the set-up cell after the first, folded under a title if given."""
     setup = nbformat.v4.new_code_cell(SETUP.format(url=repository_url(book)), metadata={"tags": ["hide-cell"]})
+    if title:
+        fold(setup, title)
     cells = [cells[0], setup, *cells[1:]]
     seen: set[str] = set()
     for cell in cells:
@@ -80,6 +83,17 @@ def cell_id(cell: NotebookNode, seen: set[str]) -> str:
         candidate = f"{base}-{repeat}"
     seen.add(candidate)
     return candidate
+
+
+def fold(cell: NotebookNode, title: str) -> None:
+    """Make a cell of code a form: Colab, which does not know hide-cell, shows its title and folds the code."""
+    cell.source = f"{TITLE} {title}\n{cell.source}"
+    cell.metadata["cellView"] = "form"
+
+
+def without_title(code: str) -> str:
+    """The code of a cell that may be a form."""
+    return code.partition("\n")[2] if code.startswith(TITLE) else code
 
 
 def compare(path: Path, want: NotebookNode) -> list[str]:

@@ -26,7 +26,7 @@ from check_chapters import check_all
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.notebooknode import NotebookNode
-from notebooks import BOOK
+from notebooks import BOOK, without_title
 
 import exercises
 from cratelab.storage import write_json, write_text
@@ -106,14 +106,18 @@ def update_exercises(slug: str, book: Path = BOOK, again: bool = True) -> float 
 
 
 def keep_outputs(path: Path, notebook: NotebookNode) -> bool:
-    """Take over the outputs of the notebook at `path`, if it was executed and its code is the same; whether it is."""
+    """Take over the outputs of the notebook at `path`, if it was executed and its code is the same; whether it is.
+
+    The titles of forms are comments, and no code.
+    """
     if not path.exists():
         return False
     old, new = (
         [cell for cell in each.cells if cell.cell_type == "code"]
         for each in (nbformat.read(path, as_version=4), notebook)
     )
-    if [cell.source for cell in old] != [cell.source for cell in new] or None in [c.execution_count for c in old]:
+    sources = [[without_title(cell.source) for cell in cells] for cells in (old, new)]
+    if sources[0] != sources[1] or None in [cell.execution_count for cell in old]:
         return False
     for before, after in zip(old, new, strict=True):
         after.outputs, after.execution_count = before.outputs, before.execution_count

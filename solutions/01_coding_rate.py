@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 1: how many nats do tokens cost?
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded.
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before.
 # The tokens `z` are rows, of shape `(n, d)`; $\varepsilon$ is `eps`; all numbers are in double precision.
 # With $c = \frac{d}{n\varepsilon^2}$ and the singular values $\sigma_i$ of the tokens, the rate is
 #
@@ -246,6 +246,9 @@ print(f"mean worth in nats:  crowd {value[:90].mean():.1f}, strangers {value[90:
 total = float(value.mean())
 print(f"the mean worth, {total:.2f}, is half of the dimensions seen, {float(seen_dimensions(both, 0.3)):.2f}")
 assert math.isclose(total, float(seen_dimensions(both, 0.3)) / 2)
+
+# %% [markdown] tags=["hint"]
+# $\mathrm d\log\det B = \operatorname{tr}(B^{-1}\,\mathrm dB)$, as in Exercise 1.C. What is $\mathrm dB$ if a single $w_i$ moves? And is there an $n$ in it?
 
 # %% [markdown] tags=["hint"]
 # $\partial B/\partial w_i = \frac{d}{\varepsilon^2} z_i z_i^\top$ has no $1/n$ in it, and $\operatorname{tr}(B^{-1}z_iz_i^\top) = z_i^\top B^{-1} z_i$.

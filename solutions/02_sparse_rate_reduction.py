@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 2: what should a layer optimise?
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded.
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before.
 # The tokens `z` are rows, of shape `(n, d)`; the bases `U` have the shape `(k, d, p)`; all numbers are in double precision. With $K$ subspaces,
 #
 # $$
@@ -253,7 +253,7 @@ print(
 #
 # - **Goal:** ask a question that the book has not answered, and answer it so that others believe you.
 # - **Difficulty:** 5 of 5
-# - **Time:** 120 minutes
+# - **Time:** 3 to 4 hours
 #
 # The chapter took the number $K$ of groups as given. Can the saving choose it? Or take another question about part I, such as: how noisy may the tokens be before the climb loses the groups? What does a wrong $\varepsilon$ cost?
 # Does the coding rate of real text grow with its length? Any will do whose answer you do not know yet.

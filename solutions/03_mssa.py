@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 3: which step compresses?
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded.
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before.
 # The tokens `z` are rows, of shape `(n, d)`; the bases `U` have the shape `(k, d, p)`; all numbers are in double precision. With $W_k = U_k^\top Z$ and $s = \frac{p}{n\varepsilon^2}$,
 #
 # $$
@@ -29,8 +29,8 @@ torch.set_default_dtype(torch.float64)
 # ## Exercise 3.A: If tokens become twice as long
 #
 # - **Goal:** predict how the exact step, Gram attention and softmax attention grow with the tokens.
-# - **Difficulty:** 1 of 5
-# - **Time:** 10 minutes
+# - **Difficulty:** 2 of 5
+# - **Time:** 15 minutes
 #
 # There are many more tokens than the dimension $p$ of a subspace, in general position, and their mean is not zero. All of them are multiplied by a factor $c$. An expression that is multiplied by $c^a$ has the exponent $a$.
 # Predict the exponents of

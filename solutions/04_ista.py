@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 4: which step sparsifies?
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded.
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before.
 # The tokens `z` are rows, of shape `(n, d)`; the dictionary `D` has the shape `(d, h)`, with atoms as columns; codes are rows, `(n, h)`; all numbers are in double precision. One step of ISTA is
 #
 # $$
@@ -243,7 +243,7 @@ for factor in (0.3, 1.0, 1.9):
 #
 # - **Goal:** ask a question that the book has not answered, and answer it so that others believe you.
 # - **Difficulty:** 5 of 5
-# - **Time:** 120 minutes
+# - **Time:** 3 to 4 hours
 #
 # The chapter found that at the start of training a second step of ISTA, which doubles the cost of the layer, ranks atoms by five or six points better than the first. When does it pay? Or take another question about part II, such as: how much noise may tokens carry until softmax attention
 # no longer clears strays? Does a causal mask matter less if tokens repeat? Which $\lambda$ finds planted atoms best in *two* steps? Any will do whose answer you do not know yet.

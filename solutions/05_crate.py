@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 5: what does a whole layer do?
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded.
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before.
 # A CRATE block takes tokens $Z$, of shape `(b, n, d)`, and hands on
 #
 # $$
@@ -29,7 +29,7 @@ torch.set_default_dtype(torch.float64)
 #
 # - **Goal:** know every tensor of three models, and arrive at a famous number.
 # - **Difficulty:** 2 of 5
-# - **Time:** 15 minutes
+# - **Time:** 25 to 30 minutes
 #
 # The chapter counted layers with $h = 4d$ and left out the positions. Count everything: token embedding (which is also the head), a vector for each of $n$ positions, layers, and the LayerNorm before the head,
 # of CRATE, of the GPT-2 of the comparison (no biases anywhere), and of OpenAI's GPT-2 (a bias with every matrix but the embeddings, and in every LayerNorm). Count before you look at a module.
@@ -328,6 +328,9 @@ with torch.no_grad():
     own = push(x, x[0], model.norm.weight, E, model.norm.eps)[0].abs().max()
 print(f"the same word in {agree / n:.0%} of cases")
 print(f"a push along the token itself changes no logit by more than {float(own):.0e}")
+
+# %% [markdown] tags=["hint"]
+# Go through the LayerNorm from the inside: $\bar x$, then $s$, then $u = (x - \bar x)/s$, then $\gamma\odot u + \beta$. If $x$ moves by $\mathrm dx = D_i$, which of these move with it?
 
 # %% [markdown] tags=["hint"]
 # Differentiate $u = (x - \bar x)/s$ by the quotient rule, with $\mathrm dx = D_i$. Two things move: the numerator, by the centred atom, and $s$. From $s^2$: $s\,\mathrm ds = \frac1d\sum_i (x_i - \bar x)\,\mathrm dx_i$.

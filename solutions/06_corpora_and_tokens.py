@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 6: what do we train on?
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded. A loss is in nats: $-\log q$, with the natural logarithm.
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before. A loss is in nats: $-\log q$, with the natural logarithm.
 
 # %%
 import re
@@ -189,6 +189,9 @@ ax.legend(ncols=2)
 plt.show()
 
 # %% [markdown] tags=["hint"]
+# First find the probability of a whole beginning, $p(x_1,\dots,x_i)$. If the author were known it would be a product. What do two such probabilities say about one token?
+
+# %% [markdown] tags=["hint"]
 # $p(x_1,\dots,x_i) = \sum_z p(z)\prod_{j\le i}p(x_j\mid x_{<j},z)$, and a conditional probability is the ratio of two of these. What is it for $i = 0$?
 
 # %% [markdown] tags=["hint"]
@@ -208,7 +211,7 @@ plt.show()
 #
 # - **Goal:** write the step of byte-pair encoding without a loop.
 # - **Difficulty:** 4 of 5
-# - **Time:** 35 minutes
+# - **Time:** 60 minutes
 #
 # The chapter merges pairs symbol by symbol, in a loop. Corpora are too long for that. Here is one long stream: `ids`, $(n,)$, holds symbols from 0 to $v - 1$, and `word`, $(n,)$, says to which word of the text each belongs. Find the pair of neighbours *within a word* that occurs at most places, each place counted
 # (so `aaa` has the pair `aa` twice); of equally frequent pairs the one with the smallest first symbol, then the smallest second. Replace it by the new symbol $v$, in each word from the left and without overlap: `aaa` becomes `(aa)a`, and `aaaa` becomes `(aa)(aa)`. There is at least one pair.

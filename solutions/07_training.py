@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 7: does it learn?
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded. Nothing here trains for long: where a trained model is
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before. Nothing here trains for long: where a trained model is
 # needed, it comes with the library.
 
 # %%
@@ -203,6 +203,9 @@ for name, optimiser in [("plausible", plausible_adamw), ("mended", mended_adamw)
 # What does the author's test leave out? It takes one step, has no decay, gradients that are not small, and a tiny ε. For which of the lines does each of these matter?
 
 # %% [markdown] tags=["hint"]
+# Change one thing at a time and set the plausible one beside `torch.optim.AdamW`: a second step; a decay, with large and with small gradients; gradients about as small as $\sqrt\epsilon$. Each shows another of the three.
+
+# %% [markdown] tags=["hint"]
 # Compare with the equations of the chapter: $\hat m_t = m_t/(1-\beta_1^t)$ with $t$ from 1, the decay outside the fraction but times $\eta_t$, and $\sqrt{\hat v_t} + \epsilon$.
 
 # %% [markdown] tags=["solution"]
@@ -270,7 +273,7 @@ for size in ("1L", "S", "B"):
 #
 # - **Goal:** ask of a trained network what its derivation promises, with a control that could prove it wrong.
 # - **Difficulty:** 5 of 5
-# - **Time:** 120 minutes
+# - **Time:** 3 to 4 hours
 #
 # In the chapter, where the layer's own subspaces saw $R^c$ fall, random ones saw the same fall. Is it so for the package's toys, which have read three times as much, in longer documents? Or take another question about part III, such as: does a model that learned TinyWorld forget it when it reads Python? Are
 # the neurons of two seeds the same up to their order? Which tokenisation costs fewest nats a character? How does the gap grow when each of a model's weights is rounded? Any will do whose answer you do not know yet.

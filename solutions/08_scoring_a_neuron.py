@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 8: what does it mean to explain a neuron?
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded. All numbers are in double precision, words are integers.
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before. All numbers are in double precision, words are integers.
 # A neuron has the activation $a_t$ at token $t$. Excerpts $E$ explain it, excerpts $V$ validate the explanation, and the score is Pearson's correlation of $a$ with a simulation $s$:
 #
 # $$
@@ -125,7 +125,7 @@ for name, over in [
 #
 # - **Goal:** find three bugs that a roomy example hides.
 # - **Difficulty:** 2 of 5
-# - **Time:** 20 minutes
+# - **Time:** 30 minutes
 #
 # Excerpts are windows of `width` tokens. The one for place $c$ starts at $c-\lfloor\text{width}/2\rfloor$, and is *moved*, whole, into the text where it would stick out. Of ten strongest places, by falling activation, ranks 0, 2, 4, 6, 8 explain; the others validate, and so do five random places.
 # A token that stands in $E$ is taken out of all windows of $V$; the rest of such a window stays. Somebody wrote a function that counts how often each of the `n` tokens of a text stands in $E$, and in $V$. Its test passes, and it is wrong in three places.

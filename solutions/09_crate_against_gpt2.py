@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 9: CRATE against GPT-2
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded. All numbers are in double precision.
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before. All numbers are in double precision.
 # A network has $L$ layers of $h$ neurons, neuron $j$ of layer $\ell$ the score $\rho_{\ell j}$, and (9.1)
 #
 # $$

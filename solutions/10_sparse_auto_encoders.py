@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 10: what does post-hoc sparsity cost?
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded. All numbers are in double precision, and tokens are rows. A sparse auto-encoder rewrites the activity $x\in\mathbb R^h$ of a layer with $m$ features:
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before. All numbers are in double precision, and tokens are rows. A sparse auto-encoder rewrites the activity $x\in\mathbb R^h$ of a layer with $m$ features:
 #
 # $$
 # f=\operatorname{ReLU}\bigl((x-b_{\text{dec}})\,W_{\text{enc}}+b_{\text{enc}}\bigr)\in\mathbb R^m,

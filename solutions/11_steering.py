@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Exercises to chapter 11: what does pushing a neuron do?
 #
-# Write the functions below; the cell after each checks yours and says what is likely to be wrong. Hints are folded. All numbers are in double precision, and all divergences in nats.
+# Write the functions below; the check below each tries yours and says what is likely to be wrong. Hints, folded, stand between the two: each tells more than the one before. All numbers are in double precision, and all divergences in nats.
 # $p$ are the predictions of the model as it is, $p'$ those of the steered model, and $T$ is a set of words, the targets. Means are over positions:
 #
 # $$
@@ -225,7 +225,7 @@ for level in (1.0, 2.0, 4.0):
 #
 # - **Goal:** put a claim about neurons to a test that it could fail.
 # - **Difficulty:** 5 of 5
-# - **Time:** 120 minutes
+# - **Time:** 3 to 4 hours
 #
 # Chapters 8 to 10 score neurons by how well an explanation foretells when they fire; chapter 11 sets them and watches what the network says. One would hope that the two go together: a neuron whose explanation scores high should, when it is set, raise the words that its explanation names. Does it? Or take
 # another question about part IV, such as: does a neuron keep its score on another text? Are neurons that score high under one protocol the ones that score high under another? Does it cost more to steer at some places of a text than at others? Are two neurons pushed together cheaper than one? Do the

@@ -1,5 +1,6 @@
 """Exercises: the stub fails, the solution passes, wrong answers are told what is wrong; the generator refuses gaps."""
 
+import ast
 import copy
 import math
 import re
@@ -155,6 +156,39 @@ def test_exercises_hold_no_solution_and_hints_are_folded(slug):
     assert all(hint.startswith("<details><summary>") and hint.endswith("</details>") for hint in hints)
 
 
+@pytest.mark.parametrize("slug", SOURCES)
+def test_exercises_are_in_the_order_of_work_and_what_is_only_run_is_folded(slug):
+    """Function, hints, check, demonstrations; in Colab, code from the check on is folded, and none before it."""
+    order = "stub", "hint", "check", "demonstration"
+    for exercise in SOURCES[slug][1]:
+        kinds = []
+        for cell in exercises.for_reader(exercise):
+            form = cell.metadata.get("cellView") == "form"
+            assert form == cell.source.startswith("#@title ")
+            if "NotImplementedError" in cell.source:
+                kinds.append("stub")
+            elif cell.source.startswith("<details>"):
+                kinds.append("hint")
+            elif cell.source.startswith(f"#@title Check of {exercise.number}\n"):
+                kinds.append("check")
+            elif cell.cell_type == "code" and "check" in kinds:
+                kinds.append("demonstration")
+            assert form == (cell.cell_type == "code" and "check" in kinds)
+        assert kinds == sorted(kinds, key=order.index) and set(kinds) >= {*order[:3]}
+
+
+@pytest.mark.parametrize("slug", SOURCES)
+def test_exercises_import_what_their_reader_uses(slug):
+    """Names in any code but that of cells tagged solution; the answers are the reader's to write."""
+    code = exercises.generate(slug)[0].cells[2].source
+    cells = [cell for exercise in SOURCES[slug][1] for cell in exercise.cells if cell.cell_type == "code"]
+    theirs = [code, *(cell.source for cell in cells if not exercises.is_a("solution", cell))]
+    tree = ast.walk(ast.parse("\n".join(theirs)))
+    loaded = {node.id for node in tree if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    aliases = [node.names for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {alias.asname or alias.name for names in aliases for alias in names} <= loaded
+
+
 # The generator, on one small exercise.
 
 SAMPLE = '''\
@@ -162,6 +196,9 @@ SAMPLE = '''\
 # # Exercises to a chapter
 
 # %%
+import math
+from fractions import Decimal, Fraction
+
 import torch
 
 # %% [markdown]
@@ -180,8 +217,11 @@ def twice(x):
 
 
 # %% tags=["check"]
-assert twice(2) == 4
+assert twice(torch.tensor(2)) == 4
 print("right")
+
+# %%
+print(twice(Fraction(1, 4)))
 
 # %% [markdown] tags=["hint"]
 # Add.
@@ -191,7 +231,11 @@ print("right")
 
 # %% [markdown] tags=["solution"]
 # Doubling is adding.
+
+# %% tags=["solution"]
+print(math.floor(Decimal(2.5)))
 '''
+LAST = "print(math.floor(Decimal(2.5)))\n"
 SECOND = SAMPLE[SAMPLE.index("# %% [markdown]\n# ## ") :].replace("1.A", "1.B")
 
 
@@ -224,11 +268,16 @@ def rewrite(book: Path, old: str, new: str) -> None:
     ("old", "new", "complaint"),
     [
         ("# # Exercises", "# Exercises", "starts with a Markdown cell"),
-        ("# %%\nimport torch\n", "", "one cell of imports"),
+        ("# %%\nimport math\nfrom fractions import Decimal, Fraction\n\nimport torch\n", "", "one cell of imports"),
+        ("import math\n", "import math, cmath as other\n", "no cell uses other, which the first imports"),
+        ("import math\n", "from math import e, pi\nimport math\n", "no cell uses e, pi, which the first imports"),
+        ("# %%\ndef twice", '# %% tags=["check"]\ntwice\n\n# %%\ndef twice', "lacks a function above its check"),
         ("Exercise 1.A:", "Exercise 2.A:", "'## Exercise 1.A: …' expected"),
         ("# - **Goal:** double.\n", "", "lacks a goal"),
         ("2 of 5", "6 of 5", "lacks a difficulty"),
         ("5 minutes", "some minutes", "lacks a time"),
+        ("5 minutes", "5 days", "lacks a time"),
+        ("5 minutes", "5 to 4 minutes", "5 to 4 minutes runs backwards"),
         (' tags=["check"]', "", "lacks a code cell tagged check"),
         ('# %% [markdown] tags=["hint"]\n# Add.\n', "", "lacks two hints"),
         ('tags=["solution"]', "", "lacks text tagged solution"),
@@ -239,8 +288,8 @@ def rewrite(book: Path, old: str, new: str) -> None:
         ('tags=["check"]', 'tags=["check", "chekc"]', "unknown tag 'chekc'"),
         ("# Add.", "# ```{note}\n# Add.\n# ```", "does not render in Colab"),
         ("# Add.", "# See {eq}`eq-01-1`.", "does not render in Colab"),
-        ("# Doubling is adding.\n", f"# Doubling.\n\n{SECOND.replace('2 of 5', '1 of 5')}", "order by difficulty"),
-        ("# Doubling is adding.\n", f"# Doubling.\n\n{SECOND.replace('1.B', '1.A')}", "'## Exercise 1.B: …' expected"),
+        (LAST, f"{LAST}\n{SECOND.replace('2 of 5', '1 of 5')}", "order by difficulty"),
+        (LAST, f"{LAST}\n{SECOND.replace('1.B', '1.A')}", "'## Exercise 1.B: …' expected"),
     ],
 )
 def test_incomplete_exercise_is_refused(book, old, new, complaint):
@@ -259,9 +308,56 @@ def test_both_notebooks_are_remade_byte_for_byte(book):
     assert done.cells[4].source == 'def twice(x):\n    """2x"""\n    return 2 * x'
     assert "find_spec" in to_do.cells[1].source and "find_spec" in done.cells[1].source
     assert done.cells[5].outputs[0].text == "right\n"
+    assert to_do.cells[2].source == "#@title Imports\nfrom fractions import Fraction\n\nimport torch"
+    assert done.cells[2].source.startswith("#@title Imports\nimport math\nfrom fractions import Decimal, Fraction\n")
+    badge = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/"
+    for notebook in (to_do, done):
+        assert notebook.cells[0].source.split("\n")[2].startswith(badge)
+    assert [('"Run all" stops' in notebook.cells[0].source) for notebook in (to_do, done)] == [True, False]
+    folded = "Install the library where it is missing", "Imports", "Check of 1.A", "Demonstration for 1.A"
+    for notebook in (to_do, done):
+        titled = [cell.source.split("\n")[0] for cell in notebook.cells if cell.source.startswith("#@title ")]
+        assert titled == [f"#@title {title}" for title in folded]
+        forms = [cell.source.split("\n")[0] for cell in notebook.cells if cell.metadata.get("cellView") == "form"]
+        assert forms == titled
     closing = nbformat.read(book / "01_sample.ipynb", as_version=4).cells[-1].source
     assert "| 1.A Twice | double. | 2 of 5 | 5 |" in closing
     assert closing.count("colab.research.google.com/github/") == 2
+
+
+@pytest.mark.parametrize(
+    ("bounds", "cell", "total"),
+    [
+        ("25 to 30 minutes", "25–30", "About 25–30 minutes"),
+        ("170 minutes", "170", "About 170 minutes"),
+        ("3 to 4 hours", "180–240", "About 3–4 hours"),
+        ("190 to 200 minutes", "190–200", "About 3 hours"),
+    ],
+)
+def test_time_is_a_number_or_a_span(book, bounds, cell, total):
+    rewrite(book, "5 minutes", bounds)
+    closing = exercises.contents("01_sample", book)
+    assert f"| 2 of 5 | {cell} |" in closing and total in closing
+
+
+@pytest.mark.parametrize("above", ["# %%\ndef twice", '# %% tags=["check"]', "# %%\nprint(twice"])
+def test_hints_stand_above_the_check_wherever_the_source_has_them(book, above):
+    hints = SAMPLE[SAMPLE.index('# %% [markdown] tags=["hint"]') : SAMPLE.index('# %% [markdown] tags=["solution"]')]
+    before = exercises.paths("01_sample", book)[0].read_text()
+    rewrite(book, hints, "")
+    rewrite(book, above, hints + above)
+    sync.update_exercises("01_sample", book, again=False)
+    assert exercises.paths("01_sample", book)[0].read_text() == before
+
+
+def test_form_or_its_title_is_no_change_of_code(book, monkeypatch):
+    before = [path.read_bytes() for path in exercises.paths("01_sample", book)]
+    monkeypatch.setattr(exercises, "INSTALL", "")
+    assert sync.update_exercises("01_sample", book, again=False) is None
+    assert "#@title Install" not in exercises.paths("01_sample", book)[1].read_text()
+    monkeypatch.undo()
+    assert sync.update_exercises("01_sample", book, again=False) is None
+    assert [path.read_bytes() for path in exercises.paths("01_sample", book)] == before
 
 
 def test_failing_solution_leaves_both_notebooks(book):
