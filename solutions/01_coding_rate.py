@@ -85,7 +85,7 @@ print(
 #
 # - **Goal:** choose inputs that tell a right formula from a plausible one.
 # - **Difficulty:** 2 of 5
-# - **Time:** 15 minutes
+# - **Time:** 20 minutes
 #
 # Somebody wrote a coding rate and tested it against the library. The test passes, and the function is wrong in three places.
 
@@ -104,7 +104,24 @@ torch.testing.assert_close(plausible_rate(z, eps=1.0), cl.coding_rate(z, eps=1.0
 print("the author's test passes")
 
 # %% [markdown]
-# What is special about the author's tokens, and about the author's $\varepsilon$? Find an input that exposes each bug, then write the function as it should be. Do not call the library.
+# What is special about the author's tokens, and about the author's $\varepsilon$? Hand in *inputs* that expose the bugs. The check gives each to the right function and to functions with one bug only.
+# It names a bug when an input shows it and no other that is still unknown: what shows several at once says that something is wrong, not what. Change one thing at a time, in at most six inputs.
+
+
+# %%
+def exposing():
+    """A list of inputs (z, eps)."""
+    # BEGIN SOLUTION
+    square = torch.cat([half, -half])
+    return [(square + 1, 1.0), (torch.cat([square, square]), 1.0), (square, 0.5)]
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.exposing(exposing)
+
+# %% [markdown]
+# Then write the function as it should be. Do not call the library.
 
 
 # %%
@@ -117,18 +134,18 @@ def mended_rate(z, eps):
 
 
 # %% tags=["check"]
-check.mended_rate(mended_rate)
+check.mended_rate(mended_rate, exposing)
 
 # %% [markdown] tags=["hint"]
 # The author's tokens are as many as they have dimensions, they come in pairs $\pm z$, and $\varepsilon = 1$. Change one of the three at a time.
 
 # %% [markdown] tags=["hint"]
 # Three things any rate per token must do: give the same number when tokens and $\varepsilon$ are measured in other units; give the same number when
-# every token is listed twice; give a larger number when the whole cloud is moved away from the origin.
+# every token is listed twice; give a larger number when the whole cloud is moved away from the origin. Break one, and leave the other two as the author had them.
 
 # %% [markdown] tags=["solution"]
 # `n / d` should be `d / n`, `eps` should be `eps**2`, and the mean is not to be subtracted: $\Sigma$ measures the reach from the origin, where the layers
-# that follow start from too. With $n = d$, $\varepsilon = 1$ and tokens in pairs $\pm z$ all three are invisible. Each breaks one property:
+# that follow start from too. With $n = d$, $\varepsilon = 1$ and tokens in pairs $\pm z$ all three are invisible, and an input that gives up one of these shows one bug. Each breaks one property:
 
 
 # %% tags=["solution"]
@@ -209,7 +226,7 @@ print("seen at ε = 0.7, 0.05, 0.0005:", *(f"{seen_dimensions(cloud, eps):.1f}" 
 #
 # - **Goal:** differentiate a log-determinant by something that is not the tokens.
 # - **Difficulty:** 4 of 5
-# - **Time:** 25 minutes
+# - **Time:** 30 minutes
 #
 # Give each token $z_i$ a weight $w_i$, with $\sum_i w_i = 1$; equal weights give the rate back:
 #
@@ -217,7 +234,23 @@ print("seen at ε = 0.7, 0.05, 0.0005:", *(f"{seen_dimensions(cloud, eps):.1f}" 
 # R_w = \tfrac12\log\det B, \qquad B = I + \frac{d}{\varepsilon^2}\sum_{i=1}^n w_i\, z_i z_i^\top .
 # $$
 #
-# The *worth* of a token is $\partial R_w/\partial w_i$ at $w_i = 1/n$. Derive and implement it, for all tokens at once, without automatic differentiation and without a loop over tokens.
+# The *worth* of a token is $\partial R_w/\partial w_i$ at $w_i = 1/n$. The first step is $B$ in code, for any weights; its check confirms it.
+
+
+# %%
+def weighted_matrix(z, w, eps):
+    """B (d, d), for tokens z (n, d) and their weights w (n,), which sum to 1."""
+    # BEGIN SOLUTION
+    d = z.shape[1]
+    return torch.eye(d) + d / eps**2 * (z.T * w) @ z
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.weighted_matrix(weighted_matrix)
+
+# %% [markdown]
+# Then derive the worth and implement it, for all tokens at once, without automatic differentiation and without a loop over tokens.
 
 
 # %%
@@ -225,7 +258,7 @@ def worth(z, eps):
     """∂R_w/∂wᵢ at equal weights, (n,), for z (n, d)."""
     # BEGIN SOLUTION
     n, d = z.shape
-    B = torch.eye(d) + d / (n * eps**2) * z.T @ z
+    B = weighted_matrix(z, torch.full((n,), 1 / n), eps)
     return 0.5 * d / eps**2 * (z * torch.linalg.solve(B, z.T).T).sum(1)
     # END SOLUTION
 

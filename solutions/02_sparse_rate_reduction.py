@@ -79,7 +79,7 @@ check.change_of_reduction(change_of_reduction)
 #
 # - **Goal:** see what an easy test case hides.
 # - **Difficulty:** 2 of 5
-# - **Time:** 10 minutes
+# - **Time:** 15 minutes
 #
 # Here is an $R^c$ that passes its author's test against the library. It is wrong in two places.
 
@@ -98,7 +98,24 @@ torch.testing.assert_close(plausible_subspace_rate(z, U, 0.5), cl.subspace_rate(
 print("the author's test passes")
 
 # %% [markdown]
-# Find inputs that expose each of the two, and write the function as it should be. Do not call the library.
+# What do the author's subspace and tokens leave open? Hand in *inputs* that expose the bugs. The check gives each to the right function and to functions with one bug only.
+# It names a bug when an input shows it and no other that is still unknown: what shows several at once says that something is wrong, not what. Change one thing at a time, in at most four inputs.
+
+
+# %%
+def exposing():
+    """A list of inputs (z, U, eps), with orthonormal columns in each U[k]."""
+    # BEGIN SOLUTION
+    z, U = torch.randn(20, 6), torch.linalg.qr(torch.randn(1, 6, 6)).Q
+    return [(z, U[:, :, :2], 0.5), (z, torch.cat([U, U]), 0.5)]
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.exposing(exposing)
+
+# %% [markdown]
+# Then write the function as it should be. Do not call the library.
 
 
 # %%
@@ -113,7 +130,7 @@ def mended_subspace_rate(z, U, eps):
 
 
 # %% tags=["check"]
-check.mended_subspace_rate(mended_subspace_rate)
+check.mended_subspace_rate(mended_subspace_rate, exposing)
 
 # %% [markdown] tags=["hint"]
 # The author's test has one subspace, and it is the whole space. Which letters are equal to each other then?

@@ -78,7 +78,7 @@ check.exponents(exponents)
 #
 # - **Goal:** find three bugs that a symmetric example hides.
 # - **Difficulty:** 2 of 5
-# - **Time:** 15 minutes
+# - **Time:** 25 minutes
 #
 # Somebody wrote $\mathrm{MSSA}$ and tested it on a regular polygon. The test passes, and the function is wrong in three places.
 
@@ -97,7 +97,25 @@ torch.testing.assert_close(plausible_mssa(polygon, torch.eye(2)[None]), cl.mssa(
 print("the author's test passes")
 
 # %% [markdown]
-# What is special about one head that is the whole plane, and about the corners of a polygon? Find an input that exposes each bug, then write the function as it should be. Do not call the library.
+# What is special about one head that is the whole plane, and about the corners of a polygon? Hand in *inputs* that expose the bugs. The check gives each to the right function and to functions with one bug only.
+# It names a bug when an input shows it and no other that is still unknown: what shows several at once says that something is wrong, not what. Change one thing at a time, in at most six inputs.
+
+
+# %%
+def exposing():
+    """A list of inputs (z, U), with orthonormal columns in each U[k]."""
+    # BEGIN SOLUTION
+    plane = torch.eye(3)[None, :, :2]
+    in_the_plane = torch.cat([polygon, torch.zeros(7, 1)], dim=1)
+    return [(torch.randn(7, 2), torch.eye(2)[None]), (in_the_plane, plane), (torch.ones(1, 3), plane)]
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.exposing(exposing)
+
+# %% [markdown]
+# Then write the function as it should be. Do not call the library.
 
 
 # %%
@@ -112,7 +130,7 @@ def mended_mssa(z, U):
 
 
 # %% tags=["check"]
-check.mended_mssa(mended_mssa)
+check.mended_mssa(mended_mssa, exposing)
 
 # %% [markdown] tags=["hint"]
 # With one head that is the whole plane $p = d$ and $U_kU_k^\top = I$. Which two lines would change if the tokens had a third coordinate that the head does not see?
@@ -121,7 +139,7 @@ check.mended_mssa(mended_mssa)
 # Seen from each corner of a regular polygon the others look alike. So the row sums of $e^{\text{scores}}$ are all equal, and by symmetry so are the column sums. What does `softmax(-2)` divide by?
 
 # %% [markdown] tags=["solution"]
-# `U.shape[1]` is $d$ and should be $p$; `softmax(-2)` runs over the queries and should run over the keys, `-1`; and the values must be the projections `w`, lifted back by `U`, not the tokens. With $K=1$, $U = I$ the first and the last cannot be seen.
+# `U.shape[1]` is $d$ and should be $p$; `softmax(-2)` runs over the queries and should run over the keys, `-1`; and the values must be the projections `w`, lifted back by `U`, not the tokens. With $K=1$, $U = I$ the first and the last cannot be seen. A polygon that lies in a plane of three dimensions shows the first alone, and a single token, which attends to itself whatever its score, the last alone.
 # The second hides wherever $W^\top W$ has equal row sums after the exponential. Because query and key are tied here, the scores are symmetric, so the wrong axis gives the *transpose* of the right map, and shapes, sums and pictures all look healthy. One
 # property tells: over the keys the weights of each query sum to 1, so a token can only get back a mean of tokens.
 

@@ -39,7 +39,7 @@ torch.set_default_dtype(torch.float64)
 # - `second_step`: a second step is taken,
 # - `disguised`: two steps are taken in both cases; atoms and $\lambda$ are doubled, and $\eta$ is divided by 4?
 #
-# Say `"more"`, `"fewer"` or `"same"` for each. The check will count.
+# Say `"more"`, `"fewer"` or `"same"` for each. The check will count, in ten draws of tokens and atoms.
 
 
 # %%
@@ -69,19 +69,22 @@ check.change_of_firing(change_of_firing)
 # `second_step` surprises most. *Inhibition* suggests fewer neurons, but the overlaps $d_i^\top d_j$ of random atoms have both signs, so the active neurons push some down and others up. A second step that is small switches on more than it switches off:
 
 # %% tags=["solution"]
-z, D = torch.randn(500, 32), torch.randn(32, 128) / 4
+draws = [(torch.randn(300, 32), torch.randn(32, 128) / 4) for _ in range(10)]
 for t in (1, 2, 3, 10, 50):
-    print(f"after {t:2} steps {(cl.ista(z, D, 0.1, 0.1, t) > 0).double().mean():.1%} of the neurons fire")
+    share = torch.tensor([float((cl.ista(z, D, 0.1, 0.1, t) > 0).double().mean()) for z, D in draws])
+    print(
+        f"after {t:2} steps {share.mean():.1%} of the neurons fire; in ten draws {share.min():.1%} to {share.max():.1%}"
+    )
 
 # %% [markdown] tags=["solution"]
-# Ten steps are not enough to make the code as sparse again as it was after the first.
+# After ten steps the code is about as sparse as it was after the first: sparser in some draws, less so in others. Ask several before you say which.
 
 # %% [markdown]
 # ## Exercise 4.B: A test with a mirror
 #
 # - **Goal:** find three bugs that a handsome dictionary hides.
 # - **Difficulty:** 2 of 5
-# - **Time:** 15 minutes
+# - **Time:** 25 minutes
 #
 # Here is ISTA from zero for a complete dictionary. Its author planted codes, multiplied them by a mirror, and recovered what the library recovers. The function is wrong in three places.
 
@@ -102,7 +105,28 @@ torch.testing.assert_close(plausible_ista(z, mirror, 1.0, 0.1, 5), cl.ista(z, mi
 print("the author's test passes")
 
 # %% [markdown]
-# What is special about a mirror, about the planted codes, and about the step size? Expose each bug, then write the function as it should be. Do not call the library. (`F.softshrink` sets to zero what is between $-\theta$ and $\theta$ and moves all else towards zero by $\theta$.)
+# What is special about a mirror, about the planted codes, and about the step size? (`F.softshrink` sets to zero what is between $-\theta$ and $\theta$ and moves all else towards zero by $\theta$.) Hand in *inputs* that expose the bugs. The check gives each to the right function and to functions with one bug only.
+# It names a bug when an input shows it and no other that is still unknown: what shows several at once says that something is wrong, not what. Change one thing at a time, in at most six inputs.
+
+
+# %%
+def exposing():
+    """A list of inputs (z, D, step_size, lam, n_steps)."""
+    # BEGIN SOLUTION
+    codes, turn = torch.rand(10, 6), torch.linalg.qr(torch.randn(6, 6)).Q
+    return [
+        (codes @ turn.mT, turn, 1.0, 0.1, 5),
+        (codes @ mirror.mT, mirror, 0.5, 0.1, 5),
+        (-codes @ mirror.mT, mirror, 1.0, 0.1, 5),
+    ]
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.exposing(exposing)
+
+# %% [markdown]
+# Then write the function as it should be. Do not call the library.
 
 
 # %%
@@ -118,7 +142,7 @@ def mended_ista(z, D, step_size, lam, n_steps):
 
 
 # %% tags=["check"]
-check.mended_ista(mended_ista)
+check.mended_ista(mended_ista, exposing)
 
 # %% [markdown] tags=["hint"]
 # A mirror undoes itself: $M = M^\top = M^{-1}$. In formulas tokens are columns, in code they are rows. Does `code @ D` contain $Da$ or $D^\top a$?

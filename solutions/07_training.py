@@ -138,7 +138,7 @@ for kind in ("crate", "gpt2"):
 #
 # - **Goal:** see which parts of AdamW a single step cannot show.
 # - **Difficulty:** 3 of 5
-# - **Time:** 25 minutes
+# - **Time:** 30 minutes
 #
 # Here is an AdamW that passes its author's test against PyTorch. It is wrong in three places. `gradients` has a row for each step, `rates` a number for each.
 
@@ -166,7 +166,28 @@ torch.testing.assert_close(mine, parameter.detach(), rtol=0, atol=1e-9)
 print("the author's test passes")
 
 # %% [markdown]
-# Find the three, and write it as it should be.
+# What does one step leave out, and which of the author's numbers make a line drop out? Hand in *inputs* that expose the bugs. The check gives each to the right function and to functions with one bug only.
+# It names a bug when an input shows it and no other that is still unknown: what shows several at once says that something is wrong, not what. Change one thing at a time, in at most six inputs.
+
+
+# %%
+def exposing():
+    """A list of inputs (w, gradients, rates, betas, decay, eps)."""
+    # BEGIN SOLUTION
+    w, step = torch.ones(2), torch.tensor([[1.0, -2.0]])
+    return [
+        (w, step.repeat(3, 1), [0.01] * 3, (0.9, 0.95), 0.0, 1e-8),
+        (w, step, [0.01], (0.9, 0.95), 0.1, 1e-8),
+        (w, step, [0.01], (0.9, 0.95), 0.0, 0.1),
+    ]
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.exposing(exposing)
+
+# %% [markdown]
+# Then write it as it should be.
 
 
 # %%
@@ -185,7 +206,7 @@ def mended_adamw(w, gradients, rates, betas, decay, eps):
 
 
 # %% tags=["check"]
-check.mended_adamw(mended_adamw)
+check.mended_adamw(mended_adamw, exposing)
 
 # %% [markdown]
 # Four hundred weights at each of three sizes of gradients that are pure noise, and a decay that should halve every weight in the given steps. How much is left, with your function and with the plausible one?

@@ -147,7 +147,25 @@ assert counts.sum(1).tolist() == [5 * 8, 10 * 8] and not (counts[0] * counts[1])
 print("the author's test passes: 5 and 10 windows, nothing in both")
 
 # %% [markdown]
-# Which inputs did the test avoid? Find one that exposes each bug, then write the function as it should be.
+# Which inputs did the test avoid, and with what did it not compare? Hand in *inputs* that expose the bugs. The check gives each to the right function and to functions with one bug only.
+# It names a bug when an input shows it and no other that is still unknown: what shows several at once says that something is wrong, not what. Change one thing at a time, in at most six inputs.
+
+
+# %%
+def exposing():
+    """A list of inputs (top, random, width, n), with ten different places in top."""
+    # BEGIN SOLUTION
+    top, clear = 50 + 40 * torch.arange(10), torch.full((5,), 30)
+    early = torch.cat([torch.tensor([1]), top[1:]])
+    return [(top, clear, 8, 500), (early, clear, 8, 500), (top, top[:5], 8, 500)]
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.exposing(exposing)
+
+# %% [markdown]
+# Then write the function as it should be.
 
 
 # %%
@@ -165,7 +183,7 @@ def mended_split(top, random, width, n):
 
 
 # %% tags=["check"]
-check.mended_split(mended_split)
+check.mended_split(mended_split, exposing)
 
 # %% [markdown] tags=["hint"]
 # The places of the test are far from each other and far from both ends. What does Python make of `counts[0, -2:6]`? And of a window that runs over the end?
@@ -175,7 +193,7 @@ check.mended_split(mended_split)
 
 # %% [markdown] tags=["solution"]
 # `top[:5]` explains from the five best and validates on the next five: the neuron is then explained where it is strongest and tested where it is weaker, while alternate ranks give both sets nearly the same range. A negative start counts from the end, so `counts[0, -2:6]` is empty, and a strong place at the beginning of a document is lost without an error.
-# And nobody took $E$'s tokens out of $V$. The author's test could not see this, because its random places keep clear of the strong ones; real ones fall where they fall.
+# The author's own places show the first bug: only sums were looked at, and no right answer was beside them. And nobody took $E$'s tokens out of $V$. The author's test could not see this, because its random places keep clear of the strong ones; real ones fall where they fall.
 #
 # How much does a leak matter? A neuron of pure noise means nothing, so its score should be 0. Here every word occurs once, so that the table knows noise by heart, and only that which leaks can be foretold.
 

@@ -22,7 +22,7 @@ import torch
 from notebooks import BOOK, ROOT
 
 import exercises
-from cratelab.checks import experiment
+from cratelab.checks import experiment, hunting
 from cratelab.checks.grading import CheckFailed, NotWritten, call, grade, predict, random
 
 SOURCES = {slug: exercises.read(slug) for slug in exercises.slugs()}
@@ -45,16 +45,22 @@ def _as_in_a_notebook(monkeypatch):
 
 
 def run(slug: str, exercise: exercises.Exercise, answer=None) -> dict:
-    """Execute an exercise's cells up to its last check, with `answer` in the place of the last function asked for."""
+    """Execute an exercise's cells up to its last check, with `answer` in the place of the last function asked for.
+
+    Of what `wrong_answers.asked` says: `answer` may stand in the place of another function, and be given reasons.
+    """
     names = {}
     exec(SOURCES[slug][0][1].source, names)
     code = [cell for cell in exercise.cells if cell.cell_type == "code"]
     last = max(i for i, cell in enumerate(code) if exercises.is_a("check", cell))
     for cell in code[: last + 1]:
-        exec(compile(cell.source, f"Exercise {exercise.number}", "exec"), names)
+        source = cell.source
+        if getattr(answer, "reasons", False) and exercises.is_a("check", cell):
+            source = source.replace(f"({exercise.functions[-1]})", f"({exercise.functions[-1]}, reasons=True)")
+        exec(compile(source, f"Exercise {exercise.number}", "exec"), names)
         if answer and exercises.REGION.search(cell.source):
-            answer.__name__ = exercise.functions[-1]
-            names[exercise.functions[-1]] = answer
+            answer.__name__ = getattr(answer, "replaces", exercise.functions[-1])
+            names[answer.__name__] = answer
     return names
 
 
@@ -414,6 +420,59 @@ def test_notebook_without_a_source_is_noticed(book):
 def test_source_without_a_chapter_is_noticed(book):
     exercises.source("01_sample", book).rename(exercises.source("02_other", book))
     assert "solutions/02_other.py belongs to no chapter book/src/02_other.md" in check_chapters.check_all([], book)
+
+
+# Hunts and predictions.
+
+
+def polynomial(a, b, c, **bugs):
+    return sum(3 * x if bug in bugs else x for bug, x in [("first", a), ("second", b), ("third", c)])
+
+
+def hunt(*cases, **options):
+    bugs = {f"the {key}": {key: True} for key in ("first", "second", "third")}
+    needs = {key: ("a number, 0 or more", lambda x: x >= 0) for key in "abc"}
+    hunting.hunt(lambda: list(cases), polynomial, bugs, needs, **options)
+
+
+def test_a_hunt_names_what_is_exposed_in_any_order(capsys):
+    hunt((1, 1, 1), (0, 1, 0), (0, 1, 1))
+    assert re.search("3 of 3 bugs exposed.*1: the first.*2: the second.*3: the third", capsys.readouterr().out, re.S)
+    with pytest.raises(CheckFailed) as verdict:
+        hunt((1, 1, 1), (0, 1, 0), (0, 0, 0))
+    assert "1 of 3 bugs exposed" in str(verdict.value) and "the second" in str(verdict.value)
+    assert "input 3 shows no bug" in str(verdict.value) and "input 1 shows several" in str(verdict.value)
+    assert "the first" not in str(verdict.value) and "the third" not in str(verdict.value)
+
+
+@pytest.mark.parametrize(
+    ("cases", "complaint"),
+    [
+        ([(1, 1, 1)] * 7, "7 inputs; 6 are enough"),
+        ([(1, 1)], "2 arguments; 3 are needed: a, b, c"),
+        ([(1, 1, -1)], "c is -1; a number, 0 or more is needed"),
+        ([(1, 1, "1")], "c: a number is needed"),
+        ([(1, 1, math.inf)], "the right answer is not finite"),
+        ([(1, 1, math.nan)], "c is nan"),
+        ([[1, 1, 1]], "a list of inputs, each a tuple"),
+        ([], "a list of inputs"),
+    ],
+)
+def test_what_is_no_input_is_refused(cases, complaint):
+    with pytest.raises(CheckFailed, match=complaint):
+        hunt(*cases)
+
+
+def test_predictions_are_counted_before_they_are_explained(capsys):
+    wrong, why = {"a": ": because", "b": None}, {"a": "one", "b": "two"}
+    with pytest.raises(CheckFailed, match="1 of 2 right") as verdict:
+        hunting.judge(summed, wrong, why=why)
+    assert "because" not in str(verdict.value)
+    with pytest.raises(CheckFailed, match="a: because"):
+        hunting.judge(summed, wrong, reasons=True, why=why)
+    assert not capsys.readouterr().out
+    hunting.judge(summed, dict.fromkeys("ab"), why=why)
+    assert capsys.readouterr().out == "a: one\nb: two\n"
 
 
 # The core of the checks.

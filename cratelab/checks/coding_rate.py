@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, also, grade, predict, random, tokens, unmended
+from cratelab.checks.grading import also, grade, predict, random, tokens, unmended
+from cratelab.checks.hunting import POSITIVE, hunt, judge
 from cratelab.checks.watching import exact, never_calls, no_automatic_differentiation, no_library, no_loop
 
 CASES = [(tokens(30, 6, seed=1), 0.5), (tokens(5, 9, seed=2), 1.7), (tokens(12, 4, seed=3), 0.08)]
@@ -24,7 +25,7 @@ MEASURED = ["*.slogdet", "*.logdet", "*.svd*", "*.det", "*.eigvalsh", "*.eigh"]
 PAPER = "predict on paper; the check measures"
 
 
-def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
+def change_of_rate(function: Callable[[int], dict[str, float]], reasons: bool = False) -> None:
     """Exercise 1.A: four changes of the rate in nats, predicted, against rates of clouds of rank `r`, ε ≪ σᵢ√(d/n)."""
     mistakes = {
         "finer": {
@@ -46,6 +47,7 @@ def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
             ),
         },
     }
+    wrong = dict.fromkeys(mistakes)
     for r in (1, 3, 6):
         n, d, eps = 40, 12, 1e-4
         z = random(n, r, seed=r) @ torch.linalg.qr(random(d, r, seed=r + 10)).Q.T
@@ -62,9 +64,9 @@ def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
             if not abs(answer[key] - measured) <= 1e-4:  # NaN is not right
                 named = (text for text, wrong in mistakes[key].items() if abs(answer[key] - wrong(r)) < 1e-6)
                 reason = next(named, "compare ½ log(1 + cσ²) before and after, one singular value at a time")
-                raise CheckFailed(
-                    f"{key}, rank {r}: you say {answer[key]:.3f} nats, measured: {measured:.3f}; {reason}"
-                )
+                said = f", rank {r}: you say {answer[key]:.3f} nats, measured: {measured:.3f}; {reason}"
+                wrong[key] = wrong[key] or said
+    judge(function, wrong, reasons)
     no_library((3,), why=PAPER)(function)
     never_calls((3,), MEASURED, PAPER)(function)
     print(
@@ -73,14 +75,22 @@ def change_of_rate(function: Callable[[int], dict[str, float]]) -> None:
     )
 
 
-def mended_rate(function: Callable[[Tensor, float], Tensor]) -> None:
-    """Exercise 1.B: the coding rate of (n, d) tokens, against singular values."""
-    bugs = {
-        "the mean of the tokens is still subtracted: try tokens far from the origin": {"centre": True},
-        "n and d are still the wrong way round: try listing every token twice": {"swap": True},
-        "there is still ε where ε² is meant: try centimetres in the place of metres": {"power": 1},
-    }
-    mistakes = unmended(_rate, bugs)
+BUGS = {
+    "the mean of the tokens is subtracted": {"centre": True},
+    "n and d are the wrong way round": {"swap": True},
+    "there is ε where ε² is meant": {"power": 1},
+}
+
+
+def exposing(inputs: Callable[[], list[tuple]], tell: bool = True) -> None:
+    """Exercise 1.B: (z, eps) that expose the bugs of a coding rate."""
+    hunt(inputs, _rate, BUGS, {"z": "n d", "eps": POSITIVE}, tell=tell)
+
+
+def mended_rate(function: Callable[[Tensor, float], Tensor], inputs: Callable[[], list[tuple]]) -> None:
+    """Exercise 1.B: the coding rate of (n, d) tokens, against singular values, after the hunt."""
+    exposing(inputs, tell=False)
+    mistakes = unmended(_rate, BUGS)
     mistakes["the factor ½ is lost"] = lambda z, eps: 2 * _rate(z, eps)
     mistakes["this is what all n tokens cost together: the rate is per token"] = lambda z, eps: len(z) * _rate(z, eps)
     rules = [no_library(CASES[0]), also(EDGE, *EDGES, oracle=_rate)]
@@ -116,6 +126,34 @@ def seen_dimensions(function: Callable[[Tensor, float], Tensor]) -> None:
     }
     rules = [no_automatic_differentiation(CASES[0]), exact(seen, *CASES), also(EDGE, *EDGES, oracle=seen)]
     grade(function, CASES, slope, "the slope of R between two precisions", mistakes, rtol=1e-6, rules=rules)
+
+
+def weighted_matrix(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+    """Exercise 1.D, first step: B of tokens with any weights, (d, d), against a sum over tokens."""
+
+    def summed(z: Tensor, w: Tensor, eps: float, share: float | None = None, rooted: bool = False) -> np.ndarray:
+        total = np.eye(z.shape[1])
+        for weight, row in zip(w.tolist(), z.numpy(), strict=True):
+            weight = weight**2 if rooted else share or weight
+            total += z.shape[1] / eps**2 * weight * np.outer(row, row)
+        return total
+
+    weights = [random(len(z), seed=len(z)).exp() for z, _ in CASES]
+    cases = [(z, w / w.sum(), eps) for (z, eps), w in zip(CASES, weights, strict=True)]
+    mistakes = {
+        "I is missing": lambda z, w, eps: summed(z, w, eps) - np.eye(z.shape[1]),
+        "the weights have no effect: this is B for equal ones": lambda z, w, eps: summed(z, w, eps, share=1 / len(z)),
+        "each token weighs 1": lambda z, w, eps: summed(z, w, eps, share=1),
+        "the weights are squared: √wᵢ goes to each of the two factors": lambda z, w, eps: summed(
+            z, w, eps, rooted=True
+        ),
+        "divided by n: the weights sum to 1, and the 1/n is in them": lambda z, w, eps: summed(
+            z, w, eps * len(z) ** 0.5
+        ),
+        "there is ε where ε² is meant": lambda z, w, eps: summed(z, w, eps**0.5),
+        "n stands where d belongs": lambda z, w, eps: summed(z, w, eps * (z.shape[1] / len(z)) ** 0.5),
+    }
+    grade(function, cases, summed, "a sum over tokens", mistakes)
 
 
 def worth(function: Callable[[Tensor, float], Tensor]) -> None:

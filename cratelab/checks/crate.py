@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import cratelab as cl
 from cratelab.checks.grading import CheckFailed, also, grade, predict, random, same, state, unmended
+from cratelab.checks.hunting import judge
 from cratelab.checks.watching import differentiable, exact, no_automatic_differentiation, no_library, no_loop
 
 SIZES = [(16, 64, 2, 50, 12), (12, 24, 3, 31, 7), (8, 40, 1, 19, 30)]
@@ -81,7 +82,7 @@ def parameters(function: Callable[[int, int, int, int, int], dict[str, int]]) ->
     print(f"{function.__name__}: right. Three modules of three sizes each have the parameters that you say.")
 
 
-def change_of_block(function: Callable[[], dict[str, str]]) -> None:
+def change_of_block(function: Callable[[], dict[str, str]], reasons: bool = False) -> None:
     """Exercise 5.B: "same" or "changed" for what a CRATE block hands on, against a block with random weights."""
     block, z = _random_model(seed=1, n_layers=1, n_heads=2, width=8).blocks[0], random(1, 6, 8, seed=2)
     before = _output(block, z)
@@ -136,11 +137,13 @@ def change_of_block(function: Callable[[], dict[str, str]]) -> None:
         ),
     }
     answer = predict(function, keys=measured, words=("same", "changed"))
+    wrong = dict.fromkeys(measured)
     for key, (difference, reason) in measured.items():
         size = float(difference.detach().abs().max() / before.abs().max())
         right = "same" if size < 1e-3 else "changed"
         if answer[key] != right:
-            raise CheckFailed(f"{key}: you say {answer[key]}; the output differs by {size:.0%} of its size: {reason}")
+            wrong[key] = f": you say {answer[key]}; the output differs by {size:.0%} of its size: {reason}"
+    judge(function, wrong, reasons, {key: reason for key, (_, reason) in measured.items()})
     no_library((), why="predict on paper; the check measures")(function)
     print(f"{function.__name__}: right. All eight were measured on a block with random weights.")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cratelab.checks.grading import CheckFailed, also, grade, predict, random, unmended
+from cratelab.checks.hunting import COUNT, NOT_NEGATIVE, POSITIVE, hunt, judge
 from cratelab.checks.watching import HONOUR, differentiable, no_library, no_loop, no_search, watch
 
 SQUARE = [
@@ -27,48 +28,68 @@ ENTRIES = [
 ]
 
 
-def change_of_firing(function: Callable[[], dict[str, str]]) -> None:
+def change_of_firing(function: Callable[[], dict[str, str]], reasons: bool = False) -> None:
     """Exercise 4.A: "more", "fewer" or "same" for six changes, against neurons counted before and after."""
-    z, D = random(500, 32, seed=1), random(32, 128, seed=2) / 4
-    once, twice = (z, D, 0.1, 0.1, 1), (z, D, 0.1, 0.1, 2)
+    draws = [(random(300, 32, seed=2 * i), random(32, 128, seed=2 * i + 1) / 4) for i in range(10)]
+    once, twice = (1, 1, 0.1, 0.1, 1), (1, 1, 0.1, 0.1, 2)  # factors of tokens and atoms, η, λ and steps
     changed = {
         "longer_step": (
             once,
-            (z, D, 0.2, 0.1, 1),
+            (1, 1, 0.2, 0.1, 1),
             "η stands in front of Dᵀz and of λ: S(ηDᵀz) at ηλ is η times S at λ",
         ),
-        "longer_tokens": (once, (2 * z, D, 0.1, 0.1, 1), "the price stays, and more correlations exceed it"),
-        "dearer": (once, (z, D, 0.1, 0.2, 1), "fewer correlations exceed a higher price"),
-        "both": (once, (2 * z, D, 0.1, 0.2, 1), "what counts is the price relative to the tokens"),
+        "longer_tokens": (once, (2, 1, 0.1, 0.1, 1), "the price stays, and more correlations exceed it"),
+        "dearer": (once, (1, 1, 0.1, 0.2, 1), "fewer correlations exceed a higher price"),
+        "both": (once, (2, 1, 0.1, 0.2, 1), "what counts is the price relative to the tokens"),
         "second_step": (
             once,
             twice,
             "inhibition has two signs: atoms with negative overlaps push others up, and two small steps switch on more "
             "than they switch off",
         ),
-        "disguised": (twice, (z, 2 * D, 0.025, 0.2, 2), "eq. 4.10 with c = 2: all codes are halved, none is set to 0"),
+        "disguised": (twice, (1, 2, 0.025, 0.2, 2), "eq. 4.10 with c = 2: all codes are halved, none is set to 0"),
     }
     answer = predict(function, keys=changed, words=("more", "fewer", "same"))
+    wrong = dict.fromkeys(changed)
     for key, (before, after, reason) in changed.items():
-        shares = [float((_projected(*case) > 1e-12).mean()) for case in (before, after)]
-        measured = "same" if shares[0] == shares[1] else "more" if shares[1] > shares[0] else "fewer"
-        if answer[key] != measured:
-            raise CheckFailed(
-                f"{key}: you say {answer[key]!r}, counted: {measured!r} ({shares[0]:.1%} before, {shares[1]:.1%} "
-                f"after); {reason}"
+        firing = [
+            [
+                int((_projected(a * z, b * D, *rest) > 1e-12).sum()) / (len(z) * D.shape[1])
+                for a, b, *rest in (before, after)
+            ]
+            for z, D in draws
+        ]
+        signs = {"same" if first == then else "more" if then > first else "fewer" for first, then in firing}
+        if signs != {answer[key]}:
+            mean, least, most = (f([then - first for first, then in firing]) for f in (np.mean, min, max))
+            wrong[key] = (
+                f": you say {answer[key]!r}, counted in each of {len(draws)} draws: {' and '.join(sorted(signs))} "
+                f"({mean:+.1%} of the neurons, {least:+.1%} to {most:+.1%}); {reason}"
             )
+    judge(function, wrong, reasons, {key: reason for key, (*_, reason) in changed.items()})
     no_library((), why="predict on paper; the check counts")(function)
-    print(f"{function.__name__}: right, all {len(changed)}, as counted on {len(z)} tokens and {D.shape[1]} atoms.")
+    print(f"{function.__name__}: right, all {len(changed)}, as counted in each of {len(draws)} draws.")
 
 
-def mended_ista(function: Callable[[Tensor, Tensor, float, float, int], Tensor]) -> None:
-    """Exercise 4.B: codes of (n, d) tokens in a (d, d) dictionary, against projected gradient descent."""
-    bugs = {
-        "D and Dᵀ are exchanged: try a dictionary that is not symmetric": {"exchanged": True},
-        "the threshold is λ instead of ηλ: try another step size than 1": {"threshold": "λ"},
-        "the code is not clamped at zero: try a token that points away from an atom": {"shrink": "both"},
-    }
-    mistakes = unmended(_ista, bugs)
+BUGS = {
+    "D and Dᵀ are exchanged": {"exchanged": True},
+    "the threshold is λ instead of ηλ": {"threshold": "λ"},
+    "the code is not clamped at zero": {"shrink": "both"},
+}
+
+
+def exposing(inputs: Callable[[], list[tuple]], tell: bool = True) -> None:
+    """Exercise 4.B: (z, D, step_size, lam, n_steps) that expose the bugs of an ISTA for square dictionaries."""
+    needs = {"z": "n d", "D": "d d", "step_size": POSITIVE, "lam": NOT_NEGATIVE, "n_steps": COUNT}
+    hunt(inputs, _ista, BUGS, needs, tell=tell)
+
+
+def mended_ista(
+    function: Callable[[Tensor, Tensor, float, float, int], Tensor], inputs: Callable[[], list[tuple]]
+) -> None:
+    """Exercise 4.B, after the hunt: codes (n, d) in a (d, d) dictionary, against projected gradient descent."""
+    exposing(inputs, tell=False)
+    mistakes = unmended(_ista, BUGS)
     mistakes |= {
         "it starts from the tokens: here a code starts from zero": partial(_ista, start="tokens"),
         "what exceeds the threshold is kept whole: it should be reduced by the threshold": partial(

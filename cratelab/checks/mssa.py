@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, also, grade, predict, random, subspaces, tokens, unmended
+from cratelab.checks.grading import also, grade, predict, random, subspaces, tokens, unmended
+from cratelab.checks.hunting import hunt, judge, orthonormal
 from cratelab.checks.watching import linear_cost, never_calls, no_library, no_loop, no_search
 
 ATTENTION = [
@@ -36,7 +37,7 @@ STRETCHES = [
 ZEROS = torch.zeros(4, 6, dtype=torch.float64, device="cpu")
 
 
-def exponents(function: Callable[[], dict[str, float]]) -> None:
+def exponents(function: Callable[[], dict[str, float]], reasons: bool = False) -> None:
     """Exercise 3.A: powers with which the step and its stand-ins grow with the tokens, against measured slopes."""
     z, U = tokens(40, 8, seed=1), subspaces(2, 8, 4, seed=2)
     maps = {
@@ -53,22 +54,36 @@ def exponents(function: Callable[[], dict[str, float]]) -> None:
         "softmax_large": (_softmax, z, 1e4, "one key takes all the weight, and its token comes back at full length"),
     }
     answer = predict(function, keys=maps, numbers=True)
+    wrong = dict.fromkeys(maps)
     for key, (attention, at, scale, reason) in maps.items():
         measured = log(attention(2 * scale * at, U).norm() / attention(scale * at, U).norm()) / log(2)
         if not abs(answer[key] - measured) <= 0.05:  # NaN is not right
-            raise CheckFailed(f"{key}: you say {answer[key]:g}, measured: {measured:.2f}; {reason}")
+            wrong[key] = f": you say {answer[key]:g}, measured: {measured:.2f}; {reason}"
+    judge(function, wrong, reasons, {key: reason for key, (*_, reason) in maps.items()})
     no_library((), why="predict on paper; the check measures")(function)
     print(f"{function.__name__}: right, all {len(maps)}, as measured on {len(z)} tokens that become twice as long.")
 
 
-def mended_mssa(function: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Exercise 3.B: MSSA of (n, d) tokens and (k, d, p) bases, against a sum written token by token."""
-    bugs = {
-        "softmax over queries instead of keys: what sums to 1 for each query?": {"over": "queries"},
-        "the scale is 1/√d instead of 1/√p: try two subspaces": {"width": "d"},
-        "the values are whole tokens: a head returns what it sees of them, UₖUₖᵀz": {"whole": True},
-    }
-    mistakes = unmended(_mssa, bugs)
+BUGS = {
+    "softmax over queries instead of keys: what sums to 1 for each query?": {"over": "queries"},
+    "the scale is 1/√d instead of 1/√p": {"width": "d"},
+    "the values are whole tokens: a head returns what it sees of them, UₖUₖᵀz": {"whole": True},
+}
+
+
+def exposing(inputs: Callable[[], list[tuple]], tell: bool = True) -> None:
+    """Exercise 3.B: (z, U) that expose the bugs of an MSSA."""
+    hunt(inputs, _mssa, BUGS, {"z": "n d", "U": "k d p"}, _few, tell=tell)
+
+
+def _few(z: Tensor, U: Tensor) -> str | None:
+    return "at most 50 tokens and 10 subspaces, please" if len(z) > 50 or len(U) > 10 else orthonormal(U)
+
+
+def mended_mssa(function: Callable[[Tensor, Tensor], Tensor], inputs: Callable[[], list[tuple]]) -> None:
+    """Exercise 3.B: MSSA of (n, d) tokens and (k, d, p) bases, against a sum written token by token, after the hunt."""
+    exposing(inputs, tell=False)
+    mistakes = unmended(_mssa, BUGS)
     mistakes["there is no 1/√p before the softmax"] = partial(_mssa, width="none")
     mistakes["the scale is 1/p: the root is missing"] = partial(_mssa, width="no root")
     mistakes["the mean over the heads: MSSA is their sum"] = lambda z, U: _mssa(z, U) / len(U)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cratelab.checks import watching
 from cratelab.checks.grading import CheckFailed, also, ask, grade, predict, random, unmended
+from cratelab.checks.hunting import COUNT, hunt, judge
 
 
 def _words(*shape: int, n: int, seed: int) -> Tensor:
@@ -119,7 +120,7 @@ TEXTS.append((_PEAKS, torch.arange(200, device="cpu") // 200, 20, 3))
 TEXTS.append((_SIDE_BY_SIDE, torch.tensor([0] * 7 + [1] * 26 + [2] * 7, device="cpu"), 7, 8))
 
 
-def changes_of_the_score(function: Callable[[], dict[str, str]]) -> None:
+def changes_of_the_score(function: Callable[[], dict[str, str]], reasons: bool = False) -> None:
     """Exercise 8.A: "up", "down", "same" or "undefined" for seven changes, against correlations before and after."""
     a, noise = (random(20, 400, seed=1) - 1).clamp(min=0).numpy(), random(20, 400, seed=2).clamp(min=0).numpy()
     s = a + 0.05 * np.arange(1, 21)[:, None] * noise
@@ -150,14 +151,15 @@ def changes_of_the_score(function: Callable[[], dict[str, str]]) -> None:
         ),
     }
     answer = predict(function, keys=changed, words=("up", "down", "same", "undefined"))
+    wrong = dict.fromkeys(changed)
     for key, (before, after, reason) in changed.items():
         step = after - before
         measured = "undefined" if np.isnan(step) else "same" if abs(step) < 1e-9 else "up" if step > 0 else "down"
         if answer[key] != measured:
-            raise CheckFailed(
-                f"{key}: you say {answer[key]!r}, measured: {measured!r} ({before:.3f} before, {after:.3f} after); "
-                f"{reason}"
+            wrong[key] = (
+                f": you say {answer[key]!r}, measured: {measured!r} ({before:.3f} before, {after:.3f} after); {reason}"
             )
+    judge(function, wrong, reasons, {key: reason for key, (*_, reason) in changed.items()})
     print(f"{function.__name__}: right, all {len(changed)}, as measured on 20 neurons and 400 tokens.")
 
 
@@ -251,77 +253,98 @@ def _mean_over_firing(n: np.ndarray) -> float:
     return n[n > 0].mean() if (n > 0).any() else 0.0
 
 
-def mended_split(function: Callable[[Tensor, Tensor, int, int], Tensor]) -> None:
-    """Exercise 8.C: how often each token stands in E and in V, against windows found by trying all places."""
+SPLIT_BUGS = {
+    "the five strongest explain and the next five validate: ranks alternate": {"halves": True},
+    "V leaks: its random windows hold tokens that stand in E": {"leak": "never"},
+    "a window at the beginning is lost, and one at the end cut short: they should be moved": {"ends": "lost"},
+}
 
-    def tried(top: Tensor, others: Tensor, width: int, n: int, **bugs: object) -> np.ndarray:
-        out = np.zeros((2, n))
-        explains = [rank % 2 == 0 for rank in range(10)]
-        if bugs.get("halves"):
-            explains = [rank < 5 for rank in range(10)]
-        if bugs.get("exchanged"):
-            explains = [rank % 2 == 1 for rank in range(10)]
-        E = [window(c, width, n, **bugs) for c, yes in zip(top.tolist(), explains, strict=True) if yes]
-        V = [window(c, width, n, **bugs) for c, yes in zip(top.tolist(), explains, strict=True) if not yes]
-        if not bugs.get("no_random"):
-            V += [window(c, width, n, **bugs) for c in others.tolist()]
-        read = set().union(*E)
-        checked = set().union(*V)
-        for row, windows in enumerate((E, V)):
-            for places in windows:
-                for place in places:
-                    known = {
-                        "tokens": row == 1 and place in read,
-                        "windows": row == 1 and bool(read & places),
-                        "from E": row == 0 and place in checked,
-                        "never": False,
-                    }[bugs.get("leak", "tokens")]
-                    out[row, place] += not known
-        for row in bugs.get("once", ()):
-            out[row] = np.minimum(out[row], 1)
-        return out
 
-    def window(
-        centre: int, width: int, n: int, ends: str = "moved", half: Callable = lambda width: width // 2, **_: object
-    ) -> set[int]:
-        wanted = centre - half(width)
-        if ends == "moved":  # of all windows inside, the nearest
-            start = min(range(n - width + 1), key=lambda start: abs(start - wanted))
-            return set(range(start, start + width))
-        if ends == "lost" and wanted < 0:
-            return set(range(n)[wanted : wanted + width])
-        return {place for place in range(wanted, wanted + width) if 0 <= place < n}
+def exposing(inputs: Callable[[], list[tuple]], tell: bool = True) -> None:
+    """Exercise 8.C: (top, random, width, n) that expose the bugs of a split."""
+    needs = {"top": "10", "random": "5", "width": COUNT, "n": COUNT}
+    hunt(inputs, _tried, SPLIT_BUGS, needs, _no_places, tell=tell)
 
-    bugs = {
-        "the five strongest explain and the next five validate: ranks alternate": {"halves": True},
-        "V leaks: its random windows hold tokens that stand in E": {"leak": "never"},
-        "a window at the beginning is lost, and one at the end cut short: they should be moved": {"ends": "lost"},
-    }
-    mistakes = unmended(tried, bugs)
+
+def _no_places(top: Tensor, others: Tensor, width: int, n: int) -> str | None:
+    if width > n:
+        return f"a window of {width} tokens does not fit into a text of {n}"
+    for name, places in (("top", top), ("random", others)):
+        if places.is_floating_point() or not ((places >= 0) & (places < n)).all():
+            return f"{name} are to be places in the text, whole numbers from 0 to {n - 1}"
+    if len(top.unique()) < 10:
+        return "the ten strongest places are ten different ones"
+    return None
+
+
+def mended_split(function: Callable[[Tensor, Tensor, int, int], Tensor], inputs: Callable[[], list[tuple]]) -> None:
+    """Exercise 8.C, after the hunt: how often tokens are in E and V, against windows found by trying all places."""
+    exposing(inputs, tell=False)
+    mistakes = unmended(_tried, SPLIT_BUGS)
     mistakes |= {
-        "windows are cut short at the ends of the text: they should be moved": partial(tried, ends="cut"),
+        "windows are cut short at the ends of the text: they should be moved": partial(_tried, ends="cut"),
         "a window of odd width starts half a token too early or too late: ⌊width/2⌋ is rounded down": partial(
-            tried, half=lambda width: (width + 1) // 2
+            _tried, half=lambda width: (width + 1) // 2
         ),
         "a token in two windows of E counts once: E is a list of windows, not a set of tokens": partial(
-            tried, once=(0,)
+            _tried, once=(0,)
         ),
         "a whole window leaves V for a few tokens: take out these tokens and keep the rest": partial(
-            tried, leak="windows"
+            _tried, leak="windows"
         ),
-        "the tokens leave E instead of V: what has been read cannot be unread": partial(tried, leak="from E"),
+        "the tokens leave E instead of V: what has been read cannot be unread": partial(_tried, leak="from E"),
         "ranks 1, 3, 5, 7, 9 explain: it is the strongest that explains, and every other one after it": partial(
-            tried, exchanged=True
+            _tried, exchanged=True
         ),
-        "the random windows are missing from V": partial(tried, no_random=True),
+        "the random windows are missing from V": partial(_tried, no_random=True),
         "a token in two windows of V counts once: V is a list of windows, not a set of tokens": partial(
-            tried, once=(1,)
+            _tried, once=(1,)
         ),
         "a token in two windows counts once: E and V are lists of windows, not sets of tokens": partial(
-            tried, once=(0, 1)
+            _tried, once=(0, 1)
         ),
     }
-    grade(function, SPLITS, tried, "windows found by trying all places", mistakes)
+    grade(function, SPLITS, _tried, "windows found by trying all places", mistakes)
+
+
+def _tried(top: Tensor, others: Tensor, width: int, n: int, **bugs: object) -> np.ndarray:
+    out = np.zeros((2, n))
+    explains = [rank % 2 == 0 for rank in range(10)]
+    if bugs.get("halves"):
+        explains = [rank < 5 for rank in range(10)]
+    if bugs.get("exchanged"):
+        explains = [rank % 2 == 1 for rank in range(10)]
+    E = [_window(c, width, n, **bugs) for c, yes in zip(top.tolist(), explains, strict=True) if yes]
+    V = [_window(c, width, n, **bugs) for c, yes in zip(top.tolist(), explains, strict=True) if not yes]
+    if not bugs.get("no_random"):
+        V += [_window(c, width, n, **bugs) for c in others.tolist()]
+    read = set().union(*E)
+    checked = set().union(*V)
+    for row, windows in enumerate((E, V)):
+        for places in windows:
+            for place in places:
+                known = {
+                    "tokens": row == 1 and place in read,
+                    "windows": row == 1 and bool(read & places),
+                    "from E": row == 0 and place in checked,
+                    "never": False,
+                }[bugs.get("leak", "tokens")]
+                out[row, place] += not known
+    for row in bugs.get("once", ()):
+        out[row] = np.minimum(out[row], 1)
+    return out
+
+
+def _window(
+    centre: int, width: int, n: int, ends: str = "moved", half: Callable = lambda width: width // 2, **_: object
+) -> set[int]:
+    wanted = centre - half(width)
+    if ends == "moved":  # of all windows inside, the nearest
+        start = min(range(n - width + 1), key=lambda start: abs(start - wanted))
+        return set(range(start, start + width))
+    if ends == "lost" and wanted < 0:
+        return set(range(n)[wanted : wanted + width])
+    return {place for place in range(wanted, wanted + width) if 0 <= place < n}
 
 
 def layer_score(function: Callable[[Tensor, Tensor, Tensor], tuple[float, float, float]]) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, also, grade, predict, random, subspaces, tokens
+from cratelab.checks.grading import also, grade, predict, random, subspaces, tokens
+from cratelab.checks.hunting import POSITIVE, hunt, judge, orthonormal
 from cratelab.checks.watching import (
     linear_cost,
     never_calls,
@@ -36,7 +37,7 @@ LABELLED = [
 ]
 
 
-def change_of_reduction(function: Callable[[], dict[str, str]]) -> None:
+def change_of_reduction(function: Callable[[], dict[str, str]], reasons: bool = False) -> None:
     """Exercise 2.A: "up", "down" or "same" for six changes, against ΔR measured before and after."""
     n, d, K, eps = 400, 8, 2, 1e-4
     z = tokens(n, d, seed=1)
@@ -69,20 +70,35 @@ def change_of_reduction(function: Callable[[], dict[str, str]]) -> None:
     }
     answer = predict(function, keys=changed, words=("up", "down", "same"))
     before = _rate(z, d, eps) - _subspace_rate(z, U, eps)
+    wrong = dict.fromkeys(changed)
     for key, (moved, bases, reason) in changed.items():
         difference = _rate(moved, d, eps) - _subspace_rate(moved, bases, eps) - before
         measured = "same" if abs(difference) < 1e-3 else "up" if difference > 0 else "down"
         if answer[key] != measured:
-            raise CheckFailed(
-                f"{key}: you say {answer[key]!r}, measured: {measured!r} ({difference:+.2f} nats); {reason}"
-            )
+            wrong[key] = f": you say {answer[key]!r}, measured: {measured!r} ({difference:+.2f} nats); {reason}"
+    judge(function, wrong, reasons, {key: reason for key, (*_, reason) in changed.items()})
     no_library((), why="predict on paper; the check measures")(function)
     never_calls((), ["*.slogdet", "*.logdet", "*.svd*", "*.det"], "predict on paper; the check measures")(function)
     print(f"{function.__name__}: right, all {len(changed)}, as measured on {n} tokens in {d} dimensions.")
 
 
-def mended_subspace_rate(function: Callable[[Tensor, Tensor, float], Tensor]) -> None:
-    """Exercise 2.B: R^c of (n, d) tokens and (k, d, p) bases, against singular values."""
+def exposing(inputs: Callable[[], list[tuple]], tell: bool = True) -> None:
+    """Exercise 2.B: (z, U, eps) that expose the bugs of a rate of subspaces."""
+
+    def variant(z: Tensor, U: Tensor, eps: float, width: str = "p", mean: bool = False) -> float:
+        rate = _subspace_rate(z, U, eps, width=U.shape[2] if width == "p" else z.shape[1])
+        return rate / len(U) if mean else rate
+
+    bugs = {"d stands where p belongs": {"width": "d"}, "the mean over the subspaces, not their sum": {"mean": True}}
+    needs = {"z": "n d", "U": "k d p", "eps": POSITIVE}
+    hunt(inputs, variant, bugs, needs, lambda z, U, eps: orthonormal(U), tell=tell)
+
+
+def mended_subspace_rate(
+    function: Callable[[Tensor, Tensor, float], Tensor], inputs: Callable[[], list[tuple]]
+) -> None:
+    """Exercise 2.B: R^c of (n, d) tokens and (k, d, p) bases, against singular values, after the hunt."""
+    exposing(inputs, tell=False)
 
     def joined(z: Tensor, U: Tensor, eps: float, width: int) -> float:
         return _rate(torch.cat([z @ basis for basis in U], dim=1), width, eps)

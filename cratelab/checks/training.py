@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cratelab as cl
 from cratelab.checks import watching
-from cratelab.checks.grading import CheckFailed, call, grade, predict, random, unmended
+from cratelab.checks.grading import CheckFailed, as_tensor, call, grade, predict, random, unmended
+from cratelab.checks.hunting import NOT_NEGATIVE, POSITIVE, hunt
 
 
 def reach(function: Callable[[int, int, float, float], float]) -> None:
@@ -168,8 +169,43 @@ def _weighted_both(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
     return torch.stack([((-floor).exp() * floor).mean(), ((-floor).exp() * gap).mean()])
 
 
-def mended_adamw(function: Callable[[Tensor, Tensor, Tensor, tuple[float, float], float, float], Tensor]) -> None:
-    """Exercise 7.C: weights after several steps of AdamW, against torch.optim.AdamW."""
+BUGS = {
+    "the averages are divided by 1 − β at every step, which is right for the first alone": {"correction": "once"},
+    "the decay is still a part of the gradient, and divided by its size": {"coupled": True},
+    "ε stands inside the root": {"inside": True},
+}
+
+
+def exposing(inputs: Callable[[], list[tuple]], tell: bool = True) -> None:
+    """Exercise 7.C: (w, gradients, rates, betas, decay, eps) that expose the bugs of an AdamW."""
+    needs = {"w": "n", "gradients": "steps n", "rates": _rates, "betas": _betas, "decay": NOT_NEGATIVE, "eps": POSITIVE}
+    hunt(inputs, _unrolled, BUGS, needs, _no_rates, tell=tell)
+
+
+def _rates(rates: object) -> Tensor | None:
+    try:
+        rates = as_tensor(rates)
+    except Exception:  # whatever a library says of what is no array of real numbers
+        return None
+    return rates if rates.ndim == 1 and (rates > 0).all() and rates.isfinite().all() else None
+
+
+def _betas(betas: object) -> tuple[float, float] | None:
+    fits = isinstance(betas, (tuple, list)) and len(betas) == 2
+    fits = fits and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)
+    return tuple(betas) if fits else None
+
+
+def _no_rates(w: Tensor, gradients: Tensor, rates: Tensor, *_: object) -> str | None:
+    return None if len(rates) == len(gradients) <= 100 else "a rate is needed for each step, and at most 100 steps"
+
+
+def mended_adamw(
+    function: Callable[[Tensor, Tensor, Tensor, tuple[float, float], float, float], Tensor],
+    inputs: Callable[[], list[tuple]],
+) -> None:
+    """Exercise 7.C: weights after several steps of AdamW, against torch.optim.AdamW, after the hunt."""
+    exposing(inputs, tell=False)
 
     def torch_adamw(w, gradients, rates, betas, decay, eps):
         parameter = torch.nn.Parameter(w.clone())
@@ -180,36 +216,6 @@ def mended_adamw(function: Callable[[Tensor, Tensor, Tensor, tuple[float, float]
             optimizer.step()
         return parameter.detach()
 
-    def unrolled(
-        w,
-        gradients,
-        rates,
-        betas,
-        decay,
-        eps,
-        correction="power",
-        coupled=False,
-        inside=False,
-        by_rate=True,
-        first=0,
-        late=False,
-    ):
-        """AdamW with the running averages written out as weighted sums, and with mistakes."""
-        w = w.clone()
-        history: list[Tensor] = []
-        for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
-            history.append(gradient + decay * w if coupled else gradient)
-            averages = []
-            for beta, power in zip(betas, (1, 2), strict=True):
-                kept = [(1 - beta) * beta ** (t - s) * g**power for s, g in enumerate(history, 1)]
-                weights = {"power": 1 - beta ** (t + first), "once": 1 - beta, "none": 1.0}[correction]
-                averages.append(sum(kept) / weights)
-            m, v = averages
-            step = m / (v + eps).sqrt() if inside else m / (v.sqrt() + eps)
-            decayed = w - rate * step if late else w
-            w = w - (0 if coupled else (rate if by_rate else 1) * decay * decayed) - rate * step
-        return w
-
     cases = []
     for seed, (n, steps, betas, decay, eps) in enumerate(
         [(4, 6, (0.9, 0.95), 0.1, 1e-3), (3, 9, (0.8, 0.99), 0.5, 1e-2), (5, 4, (0.9, 0.999), 0.05, 1e-1)], start=1
@@ -218,19 +224,45 @@ def mended_adamw(function: Callable[[Tensor, Tensor, Tensor, tuple[float, float]
         gradients[:, 0] = gradients[2, 1:] = 0
         rates = 0.05 + 0.1 * torch.arange(steps, dtype=torch.float64, device="cpu").cos() ** 2
         cases.append((2 + random(n, seed=seed + 10), gradients, rates, betas, decay, eps))
-    bugs = {
-        "the averages are divided by 1 − β at every step, which is right for the first alone": {"correction": "once"},
-        "the decay is still a part of the gradient, and divided by its size": {"coupled": True},
-        "ε stands inside the root": {"inside": True},
-    }
     others = {
         "the averages are not corrected: they start from zero": {"correction": "none"},
         "the decay is not multiplied by the rate": {"by_rate": False},
         "the decay comes after the step: both are taken from the weights before": {"late": True},
         "t is one too large in 1 − βᵗ: the first step is t = 1": {"first": 1},
     }
-    mistakes = unmended(unrolled, bugs) | {text: partial(unrolled, **options) for text, options in others.items()}
+    mistakes = unmended(_unrolled, BUGS) | {text: partial(_unrolled, **options) for text, options in others.items()}
     grade(function, cases, torch_adamw, "torch.optim.AdamW", mistakes)
+
+
+def _unrolled(
+    w,
+    gradients,
+    rates,
+    betas,
+    decay,
+    eps,
+    correction="power",
+    coupled=False,
+    inside=False,
+    by_rate=True,
+    first=0,
+    late=False,
+):
+    """AdamW with the running averages written out as weighted sums, and with mistakes."""
+    w = w.clone()
+    history: list[Tensor] = []
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+        history.append(gradient + decay * w if coupled else gradient)
+        averages = []
+        for beta, power in zip(betas, (1, 2), strict=True):
+            kept = [(1 - beta) * beta ** (t - s) * g**power for s, g in enumerate(history, 1)]
+            weights = {"power": 1 - beta ** (t + first), "once": 1 - beta, "none": 1.0}[correction]
+            averages.append(sum(kept) / weights)
+        m, v = averages
+        step = m / (v + eps).sqrt() if inside else m / (v.sqrt() + eps)
+        decayed = w - rate * step if late else w
+        w = w - (0 if coupled else (rate if by_rate else 1) * decay * decayed) - rate * step
+    return w
 
 
 def products(function: Callable[[int, int, int, int, int, int], dict[str, int]]) -> None:

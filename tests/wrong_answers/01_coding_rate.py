@@ -3,6 +3,7 @@
 from math import log
 
 import torch
+from wrong_answers.asked import at_first, hunts, in_place_of, on_request
 
 import cratelab as cl
 
@@ -14,7 +15,7 @@ def change(**changed):
         right = {"finer": r * log(10), "rotated": 0, "padded": r * log(2) / 2, "diluted": -r * log(2) / 2}
         return right | {key: value(r) for key, value in changed.items()}
 
-    return predict
+    return on_request(predict)
 
 
 def rate(scale, centre=False, half=0.5):
@@ -103,8 +104,30 @@ def token_by_token(z, eps):
     return torch.stack([z.shape[1] / eps**2 / 2 * (row @ inverse @ row) for row in z])
 
 
+def exposing():
+    square = torch.cat([torch.eye(4), -torch.eye(4)]).repeat(1, 2)
+    return [(square + 1, 1.0), (torch.cat([square, square]), 1.0), (square, 0.5)]
+
+
+def weighted(scale=lambda n, d, eps: d / eps**2, weigh=lambda w: w, eye=1):
+    def function(z, w, eps):
+        return eye * torch.eye(z.shape[1]) + scale(*z.shape, eps) * (z.T * weigh(w)) @ z
+
+    return function
+
+
+WRONG_MATRICES = {
+    "weighted_matrix: I is missing": weighted(eye=0),
+    "the weights have no effect": weighted(weigh=lambda w: torch.full_like(w, 1 / len(w))),
+    "each token weighs 1$": weighted(weigh=torch.ones_like),
+    "the weights are squared": weighted(weigh=torch.square),
+    "divided by n: the weights sum to 1": weighted(scale=lambda n, d, eps: d / (n * eps**2)),
+    "weighted_matrix: there is ε where ε² is meant": weighted(scale=lambda n, d, eps: d / eps),
+    "n stands where d belongs": weighted(scale=lambda n, d, eps: n / eps**2),
+}
 WRONG = {
     "1.A": {
+        "change_of_rate: 2 of 4 right. Go through": at_first(change(finer=lambda r: 1.0, padded=lambda r: 0)),
         "finer, rank 3: .* there are r of them": change(finer=lambda r: log(10)),
         "the square uses up the ½": change(finer=lambda r: r * log(10) / 2),
         "finer costs more": change(finer=lambda r: -r * log(10)),
@@ -124,11 +147,12 @@ WRONG = {
         "calls logdet: predict on paper": measured(lambda z, eps: rate(right)(z, eps)),
     },
     "1.B": {
-        "the mean of the tokens is still subtracted: try tokens far from the origin$": rate(right, centre=True),
-        ": n and d are still the wrong way round: try listing every token twice$": rate(lambda n, d, e: n / (d * e**2)),
-        ": there is still ε where ε² is meant: try centimetres .*metres$": rate(lambda n, d, e: d / (n * e)),
-        "twice; and there is still ε where ε² is meant": rate(lambda n, d, e: n / (d * e)),
-        "subtracted: .*; and n and d .*; and there is still ε": rate(lambda n, d, e: n / (d * e), centre=True),
+        **hunts(exposing, (torch.arange(20.0).reshape(5, 4).sin(), 0.5)),
+        "the mean of the tokens is subtracted$": rate(right, centre=True),
+        ": n and d are the wrong way round$": rate(lambda n, d, e: n / (d * e**2)),
+        ": there is ε where ε² is meant$": rate(lambda n, d, e: d / (n * e)),
+        "round; and there is ε where ε² is meant": rate(lambda n, d, e: n / (d * e)),
+        "subtracted; and n and d .*; and there is ε": rate(lambda n, d, e: n / (d * e), centre=True),
         "the factor ½ is lost": rate(right, half=1),
         "is right, but calls cratelab's coding_rate": lambda z, eps: cl.coding_rate(z, eps),
         "right elsewhere, but .* tokens may all be zero, or lie on a line, or be one, or tiny": without_tiny,
@@ -151,6 +175,7 @@ WRONG = {
         "No common mistake": lambda z, eps: torch.logdet(matrices(z, eps)[1]),
     },
     "1.D": {
+        **{message: in_place_of("weighted_matrix", answer) for message, answer in WRONG_MATRICES.items()},
         "the ½ of R is lost": lambda z, eps: z.shape[1] / eps**2 * leverage(z, eps),
         "B is not inverted": lambda z, eps: (
             z.shape[1] / eps**2 / 2 * torch.einsum("ni,ij,nj->n", z, matrices(z, eps)[1], z)

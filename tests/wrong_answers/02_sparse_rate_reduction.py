@@ -2,6 +2,7 @@
 
 import torch
 from einops import einsum
+from wrong_answers.asked import at_first, hunts, in_place_of, on_request
 from wrong_answers.experiments import WRONG_EXPERIMENTS
 
 import cratelab as cl
@@ -10,7 +11,7 @@ import cratelab as cl
 def say(**changed):
     """The right predictions but for one."""
     right = {"longer": "same", "blended": "same", "uncorrelated": "up", "split": "up", "twice": "down", "dropped": "up"}
-    return lambda: right | changed
+    return on_request(lambda: right | changed)
 
 
 def rates(z, U, scale):
@@ -131,8 +132,14 @@ def looked_up():
     return say()()
 
 
+def exposing():
+    z, U = torch.randn(9, 4), torch.eye(4)[None]
+    return [(z, U[:, :, :2], 0.5), (z, torch.cat([U, U]), 0.5)]
+
+
 WRONG = {
     "2.A": {
+        "change_of_reduction: 4 of 6 right. Go through": at_first(say(longer="up", twice="same")),
         "longer: .* grow by log 3 a direction": say(longer="up"),
         "blended: .* rates see only ZZᵀ": say(blended="down"),
         r"uncorrelated: .* \(Fischer\)": say(uncorrelated="same"),
@@ -145,6 +152,10 @@ WRONG = {
         "is right, but calls cratelab's .*: predict on paper": looked_up,
     },
     "2.B": {
+        **hunts(exposing, (torch.randn(5, 4), torch.eye(4)[[0, 0]][:, :, None], 0.5)),
+        "the columns of each basis in U are to be orthonormal": in_place_of(
+            "exposing", lambda: [(torch.ones(3, 2), 2 * torch.eye(2)[None], 1.0)]
+        ),
         ": d stands where p belongs": lambda z, U, eps: rates(z, U, by_d(z, U, eps)).sum(),
         ": the mean over the subspaces: R\\^c is their sum": lambda z, U, eps: rates(z, U, by_p(z, U, eps)).mean(),
         "their sum; and d stands where p": lambda z, U, eps: rates(z, U, by_d(z, U, eps)).mean(),

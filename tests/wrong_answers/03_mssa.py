@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 from einops import einsum, rearrange
+from wrong_answers.asked import at_first, hunts, on_request
 
 import cratelab as cl
 
@@ -13,7 +14,7 @@ def say(**changed):
     """The right exponents but for one."""
     right = {"exact_small": 1, "exact_large": -1, "gram": 3}
     right |= {"softmax_small": 1, "softmax_centred": 3, "softmax_large": 1}
-    return lambda: right | changed
+    return on_request(lambda: right | changed)
 
 
 def attend(axis=-1, width=2, whole=False, scale=None, over_heads=torch.sum):
@@ -201,8 +202,15 @@ def searched(z, U, eps, order, tolerance):
     return low
 
 
+def exposing():
+    corners, plane = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]), torch.eye(3)[None, :, :2]
+    flat = torch.cat([corners, torch.zeros(4, 1)], 1)
+    return [(torch.randn(4, 2), torch.eye(2)[None]), (flat, plane), (torch.ones(1, 3), plane)]
+
+
 WRONG = {
     "3.A": {
+        "exponents: 4 of 6 right. Go through": at_first(say(gram=2, softmax_centred=1)),
         "exact_small: .* near zero the inverse is I": say(exact_small=3),
         "exact_large: .* the inverse wins": say(exact_large=1),
         "gram: .* three factors": say(gram=2),
@@ -218,8 +226,9 @@ WRONG = {
         "is right, but calls cratelab's mssa: predict": measured,
     },
     "3.B": {
+        **hunts(exposing, (torch.arange(15.0).reshape(5, 3).sin(), torch.eye(3)[None, :, :2])),
         r"mended_mssa: softmax over queries instead of keys: what sums to 1 for each query\?$": attend(axis=-2),
-        r"mended_mssa: the scale is 1/√d instead of 1/√p: try two subspaces$": attend(width=1),
+        r"mended_mssa: the scale is 1/√d instead of 1/√p$": attend(width=1),
         "mended_mssa: the values are whole tokens: [^;]*$": attend(whole=True),
         "softmax over queries .*; and the scale is 1/√d [^;]*$": attend(axis=-2, width=1),
         "softmax over queries .*; and the values are whole": attend(axis=-2, whole=True),

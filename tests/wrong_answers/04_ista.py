@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from wrong_answers.asked import at_first, hunts, on_request
 from wrong_answers.experiments import WRONG_EXPERIMENTS
 
 import cratelab as cl
@@ -11,7 +12,7 @@ def say(**changed):
     """The right predictions but for one."""
     right = {"longer_step": "same", "longer_tokens": "more", "dearer": "fewer"}
     right |= {"both": "same", "second_step": "more", "disguised": "same"}
-    return lambda: right | changed
+    return on_request(lambda: right | changed)
 
 
 def soft(x, threshold):
@@ -99,8 +100,15 @@ def of_numpy(z, D, step_size, lam):
     return (first + step_size * (z - first @ D.T) @ D - step_size * lam).clip(0) @ D.T
 
 
+def exposing():
+    codes, turn, mirror = torch.rand(4, 3) + 0.2, torch.eye(3)[[1, 2, 0]], torch.eye(3)[[1, 0, 2]]
+    inputs = [(codes @ turn.mT, turn, 1.0, 0.1, 3), (codes @ mirror, mirror, 0.5, 0.1, 3)]
+    return [*inputs, (-codes @ mirror, mirror, 1.0, 0.1, 3)]
+
+
 WRONG = {
     "4.A": {
+        "change_of_firing: 4 of 6 right. Go through": at_first(say(dearer="same", second_step="fewer")),
         "longer_step: .* η stands in front": say(longer_step="more"),
         "longer_tokens: .* more correlations exceed it": say(longer_tokens="same"),
         "dearer: .* fewer correlations": say(dearer="same"),
@@ -112,15 +120,16 @@ WRONG = {
         "is right, but calls cratelab's ista: predict": counted,
     },
     "4.B": {
-        "mended_ista: D and Dᵀ are exchanged: [^;]*$": exchanged(),
-        "mended_ista: the threshold is λ instead of ηλ: [^;]*$": iterate(price=lambda eta, lam: lam),
-        "mended_ista: the code is not clamped at zero: [^;]*$": iterate(shrink=F.softshrink),
-        "exchanged: .*; and the threshold is λ [^;]*$": exchanged(price=lambda eta, lam: lam),
-        "exchanged: .*; and the code is not clamped": exchanged(shrink=F.softshrink),
+        **hunts(exposing, (torch.eye(3) - 0.5, torch.arange(9.0).reshape(3, 3).sin(), 0.2, 0.1, 3)),
+        "mended_ista: D and Dᵀ are exchanged$": exchanged(),
+        "mended_ista: the threshold is λ instead of ηλ$": iterate(price=lambda eta, lam: lam),
+        "mended_ista: the code is not clamped at zero$": iterate(shrink=F.softshrink),
+        "exchanged; and the threshold is λ [^;]*$": exchanged(price=lambda eta, lam: lam),
+        "exchanged; and the code is not clamped": exchanged(shrink=F.softshrink),
         "mended_ista: the threshold is λ .*; and the code is not": iterate(
             shrink=F.softshrink, price=lambda eta, lam: lam
         ),
-        "exchanged: .*; and the threshold .*; and the code": exchanged(shrink=F.softshrink, price=lambda eta, lam: lam),
+        "exchanged; and the threshold .*; and the code": exchanged(shrink=F.softshrink, price=lambda eta, lam: lam),
         "is right, but calls cratelab's ista: ": lambda *case: cl.ista(*case),
         "is right, but calls cratelab's soft_threshold": iterate(shrink=lambda x, t: cl.soft_threshold(x, t)),
         "right elsewhere, but .*as many steps as it is asked for": lambda z, D, eta, lam, n_steps: iterate()(

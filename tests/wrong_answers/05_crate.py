@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from wrong_answers.asked import at_first, on_request
 
 import cratelab as cl
 
@@ -28,7 +29,7 @@ def say(**changed):
     """The right predictions but for one."""
     same = {"permuted", "turned", "shuffled", "moved", "forgetful"}
     keys = "permuted", "flipped", "turned", "louder", "shuffled", "moved", "longer", "forgetful"
-    return lambda: {key: "same" if key in same else "changed" for key in keys} | changed
+    return on_request(lambda: {key: "same" if key in same else "changed" for key in keys} | changed)
 
 
 def forward(
@@ -208,6 +209,7 @@ WRONG = {
         "with the keys CRATE, GPT-2, OpenAI": lambda d, h, L, v, n: {"CRATE": 1},
     },
     "5.B": {
+        "change_of_block: 6 of 8 right. Go through": at_first(say(moved="changed", longer="same")),
         "permuted: .* DA is a sum over atoms": say(permuted="changed"),
         "flipped: .* do not fire on the same tokens": say(flipped="same"),
         "turned: .* the output matrix undoes the turn": say(turned="changed"),

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from wrong_answers.asked import hunts
 from wrong_answers.experiments import WRONG_EXPERIMENTS
 
 
@@ -121,6 +122,12 @@ def count(crate=lambda *_: 0, gpt2=lambda *_: 0, factor=1, text=False):
     return function
 
 
+def exposing():
+    w, step, betas = torch.ones(2), torch.tensor([[1.0, -2.0]]), (0.9, 0.95)
+    inputs = [(w, step.repeat(3, 1), [0.01] * 3, betas, 0.0, 1e-8), (w, step, [0.01], betas, 0.1, 1e-8)]
+    return [*inputs, (w, step, [0.01], betas, 0.0, 0.1)]
+
+
 WRONG = {
     "7.A": {
         "the warm-up's first step has the rate": off(lambda s, w, top, low: -top),
@@ -168,6 +175,7 @@ WRONG = {
         "returns NaN": lambda p, q, document: torch.stack([-p.mean(), (p - q).mean()]),
     },
     "7.C": {
+        **hunts(exposing, (torch.ones(2), torch.ones(3, 2), [0.1] * 3, (0.9, 0.95), 0.1, 0.1)),
         ": the averages are divided by 1 − β at every step, which is right for the first alone$": adamw(once),
         ": the decay is still a part of the gradient, and divided by its size$": adamw(coupled=True),
         ": ε stands inside the root$": adamw(inside=True),

@@ -4,13 +4,14 @@ import numpy as np
 import torch
 from einops import rearrange
 from scipy.stats import pearsonr
+from wrong_answers.asked import at_first, hunts, in_place_of, on_request
 
 
 def say(**changed):
     """The right answers but for one."""
     right = {"louder": "same", "offset": "same", "flat": "undefined", "silence": "up", "surprise": "down"}
     right |= {"dropped": "up", "zeroed": "down"}
-    return lambda: right | changed
+    return on_request(lambda: right | changed)
 
 
 def table(
@@ -212,8 +213,15 @@ def walk(
     return function
 
 
+def exposing():
+    top, clear = 50 + 40 * torch.arange(10), torch.full((5,), 30)
+    early = torch.cat([torch.tensor([1]), top[1:]])
+    return [(top, clear, 8, 500), (early, clear, 8, 500), (top, top[:5], 8, 500)]
+
+
 WRONG = {
     "8.A": {
+        "changes_of_the_score: 5 of 7 right. Go through": at_first(say(louder="up", silence="same")),
         "louder: you say 'up', measured: 'same'.* divides by the spread": say(louder="up"),
         "offset: you say 'down', measured: 'same'.* subtracts the means": say(offset="down"),
         "flat: you say 'down', measured: 'undefined'.* 0/0": say(flat="down"),
@@ -251,6 +259,10 @@ WRONG = {
         "it gives .* No common mistake": numbered,
     },
     "8.C": {
+        **hunts(exposing, (20 * torch.arange(10), torch.zeros(5, dtype=torch.long), 8, 200)),
+        "the ten strongest places are ten different ones": in_place_of(
+            "exposing", lambda: [(torch.full((10,), 4), torch.full((5,), 7), 2, 9)]
+        ),
         "the five strongest explain and the next five validate: ranks alternate$": excerpts(**HALVES),
         "V leaks: its random windows hold tokens that stand in E$": excerpts(leak="never"),
         "split: a window at the beginning is lost, and one at the end cut short: they should be moved$": excerpts(
