@@ -253,7 +253,7 @@ def solved(exercise: Exercise) -> list[NotebookNode]:
 
 
 def without_hints(exercise: Exercise, change: Callable[[str], str]) -> list[NotebookNode]:
-    """The cells but hints, each text changed; the check, and what demonstrates an answer below it, are forms."""
+    """The cells but hints, each text changed; checks, and what demonstrates an answer below one, are forms."""
     cells, checked = [], False
     for cell in exercise.cells:
         if is_a("hint", cell):
@@ -262,7 +262,7 @@ def without_hints(exercise: Exercise, change: Callable[[str], str]) -> list[Note
         if is_a("check", cell):
             checked = True
             fold(cells[-1], f"Check of {exercise.number}")
-        elif checked and cell.cell_type == "code" and not is_a("solution", cell):
+        elif checked and cell.cell_type == "code" and not is_a("solution", cell) and not REGION.search(cell.source):
             fold(cells[-1], f"Demonstration for {exercise.number}")
     return cells
 
