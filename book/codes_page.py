@@ -16,8 +16,7 @@ from notebooks import BOOK
 from torch import Tensor
 
 from cratelab import plots
-from cratelab.corpora import tinyworld
-from cratelab.corpora.tokenizers import WordEncoding
+from cratelab.corpora.prepare import tinyworld_encoding
 from cratelab.crate import Crate
 from cratelab.experiments.reference_models import load_reference
 from cratelab.reading import hooked
@@ -43,11 +42,6 @@ SENTENCES = {
 }
 
 
-def encoding() -> WordEncoding:
-    """TinyWorld's, as `cratelab.corpora.prepare.prepare` makes it."""
-    return WordEncoding([word.replace("\n", "\\n") for word in tinyworld.vocabulary()], end_of_text="<end>")
-
-
 def packed(model: Crate) -> dict:
     """All that the script needs, to be written as JSON.
 
@@ -64,7 +58,7 @@ def packed(model: Crate) -> dict:
         "config": {name: getattr(config, name) for name in names},
         "trained": {"lam": config.lam, "stepSize": config.step_size, "steps": config.n_steps},
         "cliff": min(cliffs(model)),
-        "words": encoding().vocabulary,
+        "words": tinyworld_encoding().vocabulary,
         "sentences": SENTENCES,
         "tensors": [[name, *tensor.shape] for name, tensor in weights.items()],
         "weights": base64.b64encode(data).decode(),
@@ -85,7 +79,7 @@ def fragment(model: Crate) -> str:
 def codes_of(model: Crate, sentence: str) -> tuple[list[str], list[Tensor], float]:
     """The words of a sentence after <begin>, each layer's codes (n, h), and the loss in nats a word."""
     words = ["<begin>", *sentence.split()]
-    tokens = torch.tensor([encoding().encode_ordinary(" ".join(words))])
+    tokens = torch.tensor([tinyworld_encoding().encode_ordinary(" ".join(words))])
     seen: list[Tensor] = []
     with hooked(*((block.neurons, lambda module, inputs, codes: seen.append(codes[0])) for block in model.blocks)):
         logits = model(tokens)

@@ -184,7 +184,7 @@ def generate(slug: str, book: Path = BOOK) -> tuple[NotebookNode, NotebookNode]:
         fold(cells[1], "Imports")
     for exercise in exercises:
         to_do += for_reader(exercise)
-        done += solved(exercise)
+        done += without_hints(exercise, without_markers)
     return assemble(to_do, book, INSTALL), assemble(done, book, INSTALL)
 
 
@@ -245,11 +245,6 @@ def for_reader(exercise: Exercise) -> list[NotebookNode]:
     cells = [cell for cell in cells if not is_a("solution", cell)]
     check = next(i for i, cell in enumerate(cells) if is_a("check", cell))
     return [*cells[:check], *folded, *cells[check:]]
-
-
-def solved(exercise: Exercise) -> list[NotebookNode]:
-    """The cells with the solution, without hints."""
-    return without_hints(exercise, without_markers)
 
 
 def without_hints(exercise: Exercise, change: Callable[[str], str]) -> list[NotebookNode]:

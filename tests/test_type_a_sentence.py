@@ -1,7 +1,6 @@
 """The page "Type a sentence": its script computes what the library computes, and shows it safely (in a browser)."""
 
 import dataclasses
-import importlib
 import json
 import re
 
@@ -14,6 +13,7 @@ from javascript import engine
 from notebooks import BOOK
 from torch.nn.functional import cross_entropy
 
+from cratelab.corpora.prepare import tinyworld_encoding
 from cratelab.crate import Crate
 from cratelab.experiments.reference_models import load_reference
 from cratelab.ista import ista
@@ -68,7 +68,7 @@ def by_page(page, tokens: list[int], lam: float, step_size: float, n_steps: int)
 
 
 def tokens_of(name: str) -> list[int]:
-    return codes_page.encoding().encode_ordinary(f"<begin> {codes_page.SENTENCES[name]}")
+    return tinyworld_encoding().encode_ordinary(f"<begin> {codes_page.SENTENCES[name]}")
 
 
 def loss_of(logits: torch.Tensor, tokens: list[int]) -> float:
@@ -150,13 +150,13 @@ ORDERS = {"number": "0,1,2,3", "first": "3,1,0,2", "largest": "0,3,1,2"}
 
 
 def library_tokens(text: str) -> list[tuple[str, int]]:
-    encoding = codes_page.encoding()
+    encoding = tinyworld_encoding()
     known = set(encoding.vocabulary)
     return [(word, encoding.encode_ordinary(word)[0] if word in known else -1) for word in text.split()]
 
 
 PIECES = st.one_of(
-    st.sampled_from([*codes_page.encoding().vocabulary, "Judge", "cell.", "constructor", "__proto__", "toString"]),
+    st.sampled_from([*tinyworld_encoding().vocabulary, "Judge", "cell.", "constructor", "__proto__", "toString"]),
     st.sampled_from([chr(i) for i in range(0x3100) if chr(i).isspace()] + ["\ufeff", "\u200b", "\u180e", "\r\n"]),
     st.text(max_size=5),
 )
@@ -165,7 +165,7 @@ PIECES = st.one_of(
 @settings(deadline=None, max_examples=300)
 @given(st.lists(PIECES, max_size=12).map("".join))
 @example(" ".join(["constructor", "__proto__", "toString", "valueOf", "the"]))
-@example(" ".join(codes_page.encoding().vocabulary))
+@example(" ".join(tinyworld_encoding().vocabulary))
 def test_words_are_those_of_the_library(page, text):
     found = [(each["word"], each["token"]) for each in page("ask", "encode", text)]
     assert found == library_tokens(text)
@@ -212,7 +212,7 @@ def test_what_the_page_says_is_so(model):
         "all words alike costs 6.20": f"{torch.tensor(494.0).log():.2f}",
         "is 0.057 and 0.051": ", ".join(f"{cliff:.3f}" for cliff in codes_page.cliffs(model)),
         "90,880 numbers": f"{model.count_parameters():,}",
-        "whose 494 words": str(len(codes_page.encoding().vocabulary)),
+        "whose 494 words": str(len(tinyworld_encoding().vocabulary)),
     }
     for sentence, numbers in said.items():
         assert sentence in text
@@ -236,7 +236,7 @@ def test_the_picture_says_what_its_text_says(model):
 
 def test_sentences_are_of_this_world():
     for sentence in codes_page.SENTENCES.values():
-        tokens = codes_page.encoding().encode_ordinary(sentence)
+        tokens = tinyworld_encoding().encode_ordinary(sentence)
         assert 20 < len(tokens) < 64
 
 
@@ -271,12 +271,8 @@ return Array.from({length: 256}, (_, i) => data[4 * i * wide + 3] > 0).filter(Bo
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory, committed):
+def browser(tmp_path_factory, committed, check_pages):
     """Chromium at the page alone, read from the disk, and a function that waits and looks."""
-    pytest.importorskip("selenium", reason="the extra `browse` is not installed")
-    check_pages = importlib.import_module("check_pages")
-    if check_pages.chromium() is None:
-        pytest.skip("no Chromium")
     path = tmp_path_factory.mktemp("page") / "page.html"
     links = {"css": SCRIPT.with_suffix(".css"), "png": codes_page.PICTURE, "script": SCRIPT}
     path.write_text(PAGE.format(model=committed, **{k: v.as_uri() for k, v in links.items()}), encoding="utf8")
@@ -314,13 +310,13 @@ def test_the_page_shows_what_the_library_computes(fresh, model):
     codes, logits = by_torch(model, tokens, *TRAINED)
     counts = [(layer > 0).sum(-1).tolist() for layer in codes]
     losses = cross_entropy(logits[:-1], torch.tensor(tokens[1:]), reduction="none").tolist()
-    assert seen["words"] == [codes_page.encoding().vocabulary[token] for token in tokens]
+    assert seen["words"] == [tinyworld_encoding().vocabulary[token] for token in tokens]
     assert seen["nats"] == ["–", *(f"{loss:.2f}" for loss in losses)]
     assert [int(n) for n in seen["on"][0::3]] == counts[0] and [int(n) for n in seen["on"][1::3]] == counts[1]
     assert seen["cards"] == ["0.88 nats a word", "58 of 256 on", "40 of 256 on"] and seen["below"][0] == "as trained"
     (at,) = seen["chosen"]
     likely = logits[at].softmax(-1).topk(5)
-    words = [codes_page.encoding().vocabulary[i] for i in likely.indices]
+    words = [tinyworld_encoding().vocabulary[i] for i in likely.indices]
     assert [line[: len(word)] for line, word in zip(seen["next"], words, strict=False)] == words
     assert f"{100 * likely.values[0]:.0f}" in seen["next"][0] and seen["fire"] == 10
     assert driver.execute_script(INK) == counts[0][0]

@@ -98,10 +98,8 @@ def grade(
                 f"{name} agrees with {by} to single precision only: stay in float64, as the arguments are"
             )
     worst = max(range(len(cases)), key=lambda i: float(excess[i].max()) if excess[i].numel() else 0)
-    got, target = answers[worst].flatten(), expected[worst].flatten()
-    entry = int(excess[worst].argmax())
-    where = f" (entry {entry} of {len(got)})" if len(got) > 1 else ""
-    said, right = _told_apart(float(got[entry]), float(target[entry]))
+    entry, said, right = _worst(answers[worst], expected[worst], excess[worst])
+    where = f" (entry {entry} of {answers[worst].numel()})" if answers[worst].numel() > 1 else ""
     raise CheckFailed(
         f"{name} differs from {by}: for {describe(function, cases[worst])} it gives {said} "
         f"where {right} is right{where}. No common mistake explains it."
@@ -134,8 +132,7 @@ def also(
                 ) from error
             excess = _excess(answer, right, rtol, atol)
             if excess.numel() and not (excess <= 1).all():
-                entry = int(excess.argmax())
-                said, target = _told_apart(float(answer.flatten()[entry]), float(right.flatten()[entry]))
+                _, said, target = _worst(answer, right, excess)
                 raise CheckFailed(
                     f"{function.__name__} is right elsewhere, but for {what} it gives {said} where {target} is right: "
                     f"{but}"
@@ -365,12 +362,14 @@ def _excess(answer: Tensor, target: Tensor, rtol: float, atol: float) -> Tensor:
     return error.nan_to_num(torch.inf, torch.inf).masked_fill(equal, 0)
 
 
-def _told_apart(said: float, right: float) -> tuple[str, str]:
-    """Two numbers with as many digits as it takes to see that they differ."""
+def _worst(answer: Tensor, target: Tensor, excess: Tensor) -> tuple[int, str, str]:
+    """The entry that is farthest off, and both its numbers with as many digits as it takes to see that they differ."""
+    entry = int(excess.argmax())
+    said, right = (float(numbers.flatten()[entry]) for numbers in (answer, target))
     for digits in range(6, 18):
         if f"{said:.{digits}g}" != f"{right:.{digits}g}":
             break
-    return f"{said:.{digits}g}", f"{right:.{digits}g}"
+    return entry, f"{said:.{digits}g}", f"{right:.{digits}g}"
 
 
 def _shown(value: object) -> str:

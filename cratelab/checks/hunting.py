@@ -46,7 +46,8 @@ def hunt(
     """
     shown = []
     for i, case in enumerate(_cases(inputs, 2 * len(bugs)), 1):
-        case, where = _read(case, needs, f"{inputs.__name__}, input {i}"), f"{inputs.__name__}, input {i}"
+        where = f"{inputs.__name__}, input {i}"
+        case = _read(case, needs, where)
         if complaint := refuse(*case):
             raise CheckFailed(f"{where}: {complaint}")
         right = as_tensor(variant(*case))

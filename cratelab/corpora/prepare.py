@@ -217,8 +217,12 @@ def _tokenizer_name(parts: list[str], tokenizer: str | Path | None, given: token
 def _tinyworld(n_tokens: int, context: int) -> PreparedCorpus:
     world = tinyworld.generate(n_tokens, context=context)
     training, validation = world.part("train"), world.part("validation")
-    tokenizer = tokenizers.WordEncoding([word.replace("\n", "\\n") for word in world.vocabulary], end_of_text="<end>")
-    return PreparedCorpus(training.corpus(), validation.corpus(), tokenizer, validation)
+    return PreparedCorpus(training.corpus(), validation.corpus(), tinyworld_encoding(), validation)
+
+
+def tinyworld_encoding() -> tokenizers.WordEncoding:
+    """TinyWorld's words as tokens, with a line break written as backslash and n."""
+    return tokenizers.WordEncoding([word.replace("\n", "\\n") for word in tinyworld.vocabulary()], end_of_text="<end>")
 
 
 def _cache(folder: str | Path | None) -> Path:
