@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from javascript import engine
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from notebooks import BOOK
 
@@ -268,7 +269,7 @@ def test_points_are_where_the_still_picture_has_them(driver):
     reset(driver, "denoise")
     axes = Figure().add_subplot()
     plots.draw_three_lines(axes, Z, LINE)
-    groups = zip(plots.PALETTE[2:], axes.collections, strict=False)
+    groups = [(to_hex(group.get_facecolor()[0]).upper(), group) for group in axes.collections]
     still = [(colour, *place) for colour, group in groups for place in group.get_offsets()]
     live = shown(driver, "denoise")[2]
     for (colour, *place), (expected, *there) in zip(sorted(live), sorted(still), strict=True):

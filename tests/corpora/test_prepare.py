@@ -26,6 +26,8 @@ def decoded(corpus, tokenizer) -> list[str]:
 
 def test_tinyworld_is_split_by_document_and_knows_its_floor():
     corpus = prepare("tinyworld", characters=200_000, context=128)
+    words = corpus.tokenizer.vocabulary
+    assert words[corpus.tokenizer.eot_token] == "<end>" and "\\n" in words and "\n" not in words
     assert 0.85 < len(corpus.training) / 40_000 < 0.95 and 500 < len(corpus.validation) < 4000
     assert 0.5 < corpus.floor < 1.0
     words = [corpus.tokenizer.decode(corpus.training.document(i).tolist()) for i in range(50)]
