@@ -1,4 +1,4 @@
-# make book | test | lint | bench | sync | browse | env | clean. Each creates what it needs; none repeats what is there.
+# make book | test | lint | bench | sync | browse | interop | env | clean. Each creates what it needs; none repeats what is there.
 # make -B test repeats all the same.
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ REST := Makefile $(shell find tests book exercises solutions benchmarks .ci *.md
 	-not -path '*__pycache__*' -not -path '*/_build/*' -not -path '*/.*' -not -name '*.pyc')
 
 .DEFAULT_GOAL := help
-.PHONY: help env book test lint bench sync browse clean
+.PHONY: help env book test lint bench sync browse interop clean
 
 help:
 	@echo "make book    build the book into book/_build/html"
@@ -24,6 +24,7 @@ help:
 	@echo "make sync    regenerate the notebooks whose text in book/src or solutions changed"
 	@echo "make bench   speed and memory (benchmarks/bench_*.py)"
 	@echo "make browse  the built pages in headless Chromium"
+	@echo "make interop cratelab in other people's tools, each in an environment of its own, .interop/TOOL"
 	@echo "make env     only the virtual environment, $(VENV)"
 	@echo "make clean   remove what was built (not $(VENV))"
 
@@ -63,6 +64,14 @@ sync: $(STAMP)
 
 browse: book
 	$(BIN)/python book/check_pages.py
+
+# tests/interop/TOOL.txt pins what the tool needs, test_TOOL.py tries it: make interop, or make interop-TOOL for one.
+interop: $(patsubst tests/interop/%.txt,interop-%,$(wildcard tests/interop/*.txt))
+
+interop-%: tests/interop/%.txt
+	@test -x .interop/$*/bin/python || $(PYTHON) -m venv .interop/$*
+	.interop/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $< -e .
+	.interop/$*/bin/python -m pytest -c tests/interop/pytest.ini tests/interop/test_$*.py
 
 clean:
 	rm -rf book/_build build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
