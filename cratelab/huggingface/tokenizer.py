@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ODD_TEXT = (
     "Don't  STOP\u2019s we\u2019ll 1999,5 \t\n\n  x\r\n\u00a0\u2003 naïve ñ 漢字、テスト。 Ελλάδα العربية עברית "
-    "👩\u200d👩\u200d👧 e\u0301 \x00\x7f\ufeff \u2028 ---!!!  aaaaaaaaaaa 00000000  def __init__(self):\n        pass   "
+    "👩\u200d👩\u200d👧 e\u0301 \x00\x7f\ufeff \u2028 ---!!!  aaaaaaaaaaa 00000000  def f(self):\n        pass   "
 )
 
 
