@@ -42,7 +42,7 @@ def random_sae(d_in: int = WIDTH, expansion: float = 2, kind: str = "relu", **co
     with torch.no_grad():
         sae.b_enc.normal_(std=0.3)
         sae.b_dec.normal_(std=0.3)
-        if kind != "relu":
+        if kind in ("batchtopk", "jumprelu"):
             sae.threshold.uniform_(0, 0.5)
     return sae
 
@@ -90,6 +90,16 @@ def test_code_and_reconstruction_are_those_of_numpy_one_token_at_a_time(batch, d
         np.testing.assert_allclose(its_back.detach().cpu().numpy(), again, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_of_each_token_the_k_largest_positive_features_are_kept(k):
+    sae, x = random_sae(5, 7 / 5, "topk", k=k), torch.randn(2, 9, 5)
+    code = sae.encode(x)
+    for pre, row in zip(sae.pre_activations(x).flatten(0, 1).tolist(), code.flatten(0, 1).tolist(), strict=True):
+        kept = sorted(range(7), key=lambda j: -pre[j])[:k]
+        assert row == [max(value, 0) if j in kept else 0 for j, value in enumerate(pre)]
+    assert (code > 0).any() and (code > 0).sum(-1).max() <= k
+
+
 def test_rows_start_at_unit_length_and_the_encoder_as_their_transpose():
     sae = Sae(SaeConfig(24, 3))
     np.testing.assert_allclose(sae.W_dec.detach().cpu().square().sum(1), 1, rtol=1e-5)
@@ -100,7 +110,8 @@ def test_rows_start_at_unit_length_and_the_encoder_as_their_transpose():
 @pytest.mark.parametrize(
     "config, complaint",
     [
-        (dict(d_in=8, kind="topk"), "kind must be one of relu, batchtopk, jumprelu; got 'topk'"),
+        (dict(d_in=8, kind="gated"), "kind must be one of relu, batchtopk, jumprelu, topk; got 'gated'"),
+        (dict(d_in=8, kind="topk", k=129), "k must be 1 to 128, the number of features; got 129"),
         (dict(d_in=0), "d_in=0"),
         (dict(d_in=8, expansion=0.01), "0 features"),
         (dict(d_in=8, l1=float("nan")), "l1=nan"),
@@ -404,7 +415,7 @@ def test_what_is_no_auto_encoder_is_named():
 # Files
 
 
-@pytest.mark.parametrize("kind", ["relu", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("kind", ["relu", "batchtopk", "jumprelu", "topk"])
 @pytest.mark.parametrize("expansion", [2, 1.3])
 def test_what_is_saved_comes_back(tmp_path, kind, expansion):
     sae = random_sae(24, expansion, kind, l1=0.5, k=3)
@@ -442,7 +453,10 @@ def test_half_precision_comes_back_in_single(tmp_path):
 @pytest.mark.parametrize(
     "weights, changes, complaint",
     [
-        ({}, dict(architecture="topk"), "cfg.json has the architecture 'topk'; this reads standard and jumprelu"),
+        ({}, dict(architecture="gated"), "has the architecture 'gated'; this reads standard and jumprelu and topk"),
+        ({}, dict(architecture="topk", k=4), "cfg.json contradicts itself"),
+        ({}, dict(architecture="topk", metadata={}), "cfg.json describes no auto-encoder: .*k=None"),
+        ({}, dict(architecture="topk", metadata={}, k=49), "k must be 1 to 48"),
         ({}, dict(architecture=["standard"]), "cfg.json has the architecture"),
         ({}, dict(architecture="jumprelu"), "cfg.json contradicts itself"),
         ({}, dict(architecture="jumprelu", metadata={}), "weights.safetensors holds .* it should hold .*'threshold'"),
@@ -587,6 +601,55 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         random_sae(24).save(tmp_path)
     assert Sae.load(tmp_path).W_enc.equal(old.W_enc)
+
+
+def write_as_sparsify(folder, weights=None, **changes) -> dict[str, torch.Tensor]:
+    """What SparseCoder.save_to_disk writes of 24 neurons and 48 features."""
+    tensors = {"encoder.weight": (48, 24), "encoder.bias": (48,), "W_dec": (48, 24), "b_dec": (24,)}
+    tensors = {name: torch.randn(shape) for name, shape in tensors.items()} | (weights or {})
+    cfg = dict(activation="topk", expansion_factor=2, normalize_decoder=True, num_latents=0, k=4, multi_topk=False)
+    cfg |= dict(skip_connection=False, transcode=False, d_in=24) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    return tensors
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(num_latents=48, expansion_factor=32)])
+def test_one_of_sparsify_computes_what_its_authors_define(tmp_path, sizes):
+    w = write_as_sparsify(tmp_path, **sizes)
+    sae, x = Sae.from_sparsify(tmp_path), torch.randn(3, 5, 24)
+    code = (x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]
+    code = torch.where(code >= code.topk(4).values[..., -1:], code, 0).relu()
+    torch.testing.assert_close(sae.encode(x), code, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sae(x), code @ w["W_dec"] + w["b_dec"], atol=1e-5, rtol=1e-5)
+    assert sae.config == SaeConfig(24, 2, "topk", k=4)
+    sae.save(tmp_path / "ours")
+    assert Sae.load(tmp_path / "ours")(x).equal(sae(x))
+
+
+@pytest.mark.parametrize(
+    "weights, changes, complaint",
+    [
+        ({}, dict(activation="groupmax"), "cfg.json asks for .* activation='groupmax'"),
+        ({}, dict(transcode=True), "transcode=True"),
+        ({}, dict(skip_connection=True), "skip_connection=True"),
+        ({}, dict(a_setting_of_tomorrow=1), "a_setting_of_tomorrow=1"),
+        ({}, dict(k=49), "cfg.json describes no auto-encoder: k must be 1 to 48"),
+        ({}, dict(k=None), "cfg.json describes no auto-encoder: .*k=None"),
+        ({}, dict(d_in="24"), "cfg.json describes no auto-encoder: .*d_in='24'"),
+        ({}, dict(d_in=0, num_latents=48), "cfg.json describes no auto-encoder"),
+        ({}, dict(num_latents=10**400), "cfg.json describes no auto-encoder"),
+        ({}, dict(num_latents=47), r"sae.safetensors holds .*it should hold .*\(47, 24\)"),
+        ({"W_skip": torch.zeros(24, 24)}, {}, "sae.safetensors holds .*W_skip"),
+        ({"W_dec": None}, {}, "sae.safetensors holds"),
+        ({"b_dec": torch.zeros(24, dtype=torch.int32)}, {}, r"got b_dec torch\.int32"),
+        ({"b_dec": torch.full((24,), float("nan"))}, {}, "sae.safetensors is damaged: .* b_dec"),
+    ],
+)
+def test_what_sparsify_writes_and_we_do_not_do_is_refused(tmp_path, weights, changes, complaint):
+    write_as_sparsify(tmp_path, weights, **changes)
+    with pytest.raises(ValueError, match=complaint):
+        Sae.from_sparsify(tmp_path)
 
 
 @pytest.mark.filterwarnings("default")

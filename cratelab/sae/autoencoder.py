@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cratelab.sae import saelens
+from cratelab.sae import saelens, sparsify
 from cratelab.sae.architectures import ARCHITECTURES, SaeConfig
 from cratelab.storage import read_json, read_tensors, replacing, tensor_shapes, write_json, write_tensors
 
@@ -90,16 +90,44 @@ class Sae(nn.Module):
         folder = Path(folder)
         cfg, file = read_json(folder / CFG), folder / WEIGHTS
         config = saelens.read_config(folder / CFG, cfg)
-        found, expected = tensor_shapes(file), saelens.shapes(config)
-        if found != expected:  # before anything of these sizes is made
-            raise ValueError(f"{file} holds {found}; by {folder / 'cfg.json'} it should hold {expected}")
-        weights, dtypes = read_tensors(file), saelens.DTYPES
-        if bad := [f"{name} {tensor.dtype}" for name, tensor in weights.items() if tensor.dtype not in dtypes.values()]:
-            raise ValueError(f"{file} must hold numbers of {', '.join(dtypes)}; got {', '.join(bad)}")
-        sae = cls(config)
-        sae.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
+        weights = _read(file, saelens.shapes(config))
         if not cfg.get("apply_b_dec_to_input", True):
-            sae.b_enc.data += sae.b_dec.data @ sae.W_enc.data  # what we subtract is added beforehand
+            weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]  # what we subtract is added beforehand
+        if cfg.get("rescale_acts_by_decoder_norm"):
+            lengths = weights["W_dec"].norm(dim=1)  # SAELens ranks features, and gives them out, times these
+            weights["W_enc"] *= lengths
+            weights["b_enc"] *= lengths
+            weights["W_dec"] /= lengths[:, None]
+        return cls._of(config, weights, file)
+
+    @classmethod
+    def from_sparsify(cls, folder: str | Path) -> Self:
+        """The auto-encoder in a hookpoint's folder that EleutherAI's sparsify wrote, in float32 on the CPU.
+
+        Raises:
+            FileNotFoundError: `folder` lacks cfg.json or sae.safetensors.
+            ValueError: as `load`.
+        """
+        folder = Path(folder)
+        file = folder / sparsify.WEIGHTS
+        config = sparsify.read_config(folder / CFG, read_json(folder / CFG))
+        return cls._of(config, sparsify.renamed(_read(file, sparsify.shapes(config))), file)
+
+    @classmethod
+    def _of(cls, config: SaeConfig, weights: dict[str, Tensor], file: Path) -> Self:
+        sae = cls(config)
+        sae.load_state_dict(weights, strict=False)
         if bad := [name for name, tensor in sae.state_dict().items() if not tensor.isfinite().all()]:
             raise ValueError(f"{file} is damaged: not all numbers in {', '.join(bad)} are finite")
         return sae
+
+
+def _read(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """What `file` holds, in float32."""
+    found, dtypes = tensor_shapes(file), saelens.DTYPES
+    if found != expected:  # before anything of these sizes is made
+        raise ValueError(f"{file} holds {found}; by {file.with_name(CFG)} it should hold {expected}")
+    weights = read_tensors(file)
+    if bad := [f"{name} {tensor.dtype}" for name, tensor in weights.items() if tensor.dtype not in dtypes.values()]:
+        raise ValueError(f"{file} must hold numbers of {', '.join(dtypes)}; got {', '.join(bad)}")
+    return {name: tensor.float() for name, tensor in weights.items()}
