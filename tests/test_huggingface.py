@@ -1,10 +1,10 @@
-"""A CRATE or a GPT-2 in Hugging Face `transformers`: the same function, in every way that `transformers` calls a model."""
+"""A CRATE or a GPT-2 in Hugging Face `transformers`: the same function, however it is called."""
 
-import json
+import copy
 import os
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("cratelab", "safetensors.numpy_"):
+        if name.split(".")[0] == "cratelab":
             raise ModuleNotFoundError(f"no {name} here")
 
 sys.meta_path.insert(0, Refuse())
@@ -158,27 +158,31 @@ def test_generation_stops_at_the_end_of_text(theirs):
         theirs.model.norm.weight.zero_()
         theirs.model.norm.bias.copy_(theirs.model.token_embedding.weight[4095])  # the most likely everywhere
         theirs.model.token_embedding.weight[4095] *= 10
-    assert theirs.generate(TOKENS[:1], do_sample=False).tolist() == torch.cat([TOKENS[:1], ended], 1).tolist()
+    assert (
+        theirs.generate(TOKENS[:1], max_new_tokens=5, do_sample=False).tolist()
+        == torch.cat([TOKENS[:1], ended], 1).tolist()
+    )
 
 
 def test_beam_search_is_that_of_the_definition(ours, theirs):
-    beams = [(0.0, TOKENS[:1])]
+    prompt = TOKENS[:1, :7]
+    beams = [(0.0, prompt)]
     for _ in range(5):
         longer = []
         for score, tokens in beams:
             logp = ours(tokens)[0, -1].log_softmax(-1)
             longer += [(score + logp[i].item(), torch.cat([tokens, i.view(1, 1)], 1)) for i in logp.topk(4).indices]
         beams = sorted(longer, key=lambda beam: -beam[0])[:4]
-    found = greedy(theirs, TOKENS[:1], 5, num_beams=4)
-    assert torch.equal(found, beams[0][1]) and not torch.equal(found, greedy(theirs, TOKENS[:1], 5))
+    found = greedy(theirs, prompt, 5, num_beams=4)
+    assert torch.equal(found, beams[0][1]) and not torch.equal(found, greedy(theirs, prompt, 5))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_padding_on_the_left_changes_nothing(ours, theirs, tokenizer, attention):
     theirs.set_attn_implementation(attention)
     batch = tokenizer(list(PROMPTS), padding=True, return_tensors="pt")
-    assert batch.attention_mask[:, 0].tolist() == [0, 0, 0][:0] or (batch.attention_mask == 0).any()
-    logits, generated = theirs(**batch).logits, greedy(theirs, **batch, tokens=None) if False else None
+    assert (batch.attention_mask[:, 0] == 0).any()
+    logits = theirs(**batch).logits
     generated = theirs.generate(**batch, max_new_tokens=12, do_sample=False, eos_token_id=None)
     for row, prompt in enumerate(PROMPTS):
         alone = torch.tensor([load_reference_tokenizer().encode_ordinary(prompt)])
@@ -263,7 +267,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(theirs):
     theirs.train()
     plain, calls = gradients(), []
     theirs.model.blocks[0].neurons.register_forward_hook(lambda *_: calls.append(1))
-    theirs.gradient_checkpointing_enable()
+    theirs.activation_checkpointing_enable()
     for expected, found in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(found, expected)
     assert len(calls) == 2  # the second time on the way back
@@ -312,7 +316,8 @@ def test_second_derivatives_by_the_eager_path(exported):
     direction = torch.randn(e.shape, dtype=e.dtype, generator=torch.Generator().manual_seed(0)) * e.std()
 
     def loss(embedded):
-        return theirs(inputs_embeds=embedded, labels=TOKENS[:1], use_cache=False).loss
+        logits = theirs(inputs_embeds=embedded, use_cache=False).logits
+        return F.cross_entropy(logits[0, :-1], TOKENS[0, 1:])  # in double precision, where theirs is in single
 
     def slope(embedded, create_graph=False):
         return torch.autograd.grad(loss(embedded), embedded, create_graph=create_graph)[0]
@@ -449,14 +454,9 @@ def test_biases_that_transformers_has_trained_are_read(tmp_path):
 
 
 def test_the_precision_is_kept(ours, tmp_path):
-    cl.to_huggingface(cl.load(ours_in(tmp_path, ours)).half(), tmp_path / "halves")
+    cl.to_huggingface(copy.deepcopy(ours).half(), tmp_path / "halves")
     assert {tensor.dtype for tensor in load_file(tmp_path / "halves/model.safetensors").values()} == {torch.float16}
     assert load(tmp_path / "halves").dtype == torch.float16
-
-
-def ours_in(folder, model):
-    model.save(folder / "ours")
-    return folder / "ours"
 
 
 def test_random_numbers_go_on_as_if_nothing_was_exported(tmp_path):
@@ -484,8 +484,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(ours, tmp
         cl.to_huggingface(ours, tmp_path)
     with pytest.raises(ValueError, match="not an empty folder: choose another"):
         cl.to_huggingface(ours, tmp_path / "kept")
-    with pytest.raises(TypeError, match="only Crate and Gpt2 have a form in transformers; got Linear"):
-        cl.to_huggingface(FakeModel(), tmp_path / "new")
+    with pytest.raises(TypeError, match="only Crate and Gpt2 have a form in transformers; got Other"):
+        cl.to_huggingface(Other(), tmp_path / "new")
     with pytest.raises(TypeError, match="no tokenizer that can be exported: str"):
         cl.to_huggingface(ours, tmp_path / "new", "gpt2")
     with pytest.raises(ValueError, match="the tokenizer has 4096 tokens, more than the model's 256"):
@@ -496,7 +496,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(ours, tmp
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
 
 
-class FakeModel(cl.Crate.__bases__[0]):
+class Other(cl.LanguageModel):
     def __init__(self):
         torch.nn.Module.__init__(self)
 
