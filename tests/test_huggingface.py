@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -27,14 +28,6 @@ from cratelab.experiments.reference_models import load_reference, load_reference
 
 TOKENS = torch.tensor([[544, 436, 1060, 290, 7, 3, 1200, 17, 2, 4000], [32, 610, 5, 5, 5, 81, 999, 300, 12, 8]])
 PROMPTS = "The function returns", "A list of", "import"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_copies_of_code(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", [*sys.path])
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +91,7 @@ def without_cratelab(folder, home):
         [sys.executable, "-I", "-c", WITHOUT_CRATELAB, str(folder)],
         capture_output=True,
         text=True,
-        env=os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_MODULES_CACHE": str(home), "HF_HUB_OFFLINE": "1"},
     )
     assert not run.returncode, run.stderr
     return run.stdout.splitlines()
@@ -130,6 +123,17 @@ def test_the_configuration_is_ours(exported):
     read = load(exported, AutoConfig)
     assert (read.hidden_size, read.num_hidden_layers, read.num_attention_heads) == (128, 2, 4)
     assert read.max_position_embeddings == 256
+
+
+def test_the_folder_holds_the_code_that_the_model_needs_and_no_more(exported):
+    """Every import is of the folder, or of what a receiver of models has."""
+    code = {file.stem: file.read_text(encoding="utf8") for file in exported.glob("*.py")}
+    imported = {
+        name.split(".")[0] for source in code.values() for name in re.findall(r"^(?:from|import) (\w+)", source, re.M)
+    }
+    assert imported - set(sys.stdlib_module_names) == {"einops", "torch", "transformers"}
+    beside = {name for source in code.values() for name in re.findall(r"^from \.(\w+) import", source, re.M)}
+    assert beside | {"modeling_crate"} == code.keys() and len(code) < 10
 
 
 def test_logits_are_ours(ours, theirs):
@@ -499,6 +503,16 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(ours, tmp
 class Other(cl.LanguageModel):
     def __init__(self):
         torch.nn.Module.__init__(self)
+
+
+def test_a_full_disk_leaves_nothing_behind(ours, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("cratelab.huggingface.export.write_text", fail)
+    with pytest.raises(OSError, match="no space left"):
+        cl.to_huggingface(ours, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_folder_is_filled(tmp_path):
