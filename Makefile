@@ -65,12 +65,14 @@ sync: $(STAMP)
 browse: book
 	$(BIN)/python book/check_pages.py
 
-# tests/interop/TOOL.txt pins what the tool needs, test_TOOL.py tries it: make interop, or make interop-TOOL for one.
+# tests/interop/TOOL.txt pins what the tool needs, TOOL.no-deps what is installed without all that it asks for, and
+# test_TOOL.py tries it: make interop, or make interop-TOOL for one.
 interop: $(patsubst tests/interop/%.txt,interop-%,$(wildcard tests/interop/*.txt))
 
 interop-%: tests/interop/%.txt
 	@test -x .interop/$*/bin/python || $(PYTHON) -m venv .interop/$*
 	.interop/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $< -e .
+	$(if $(wildcard tests/interop/$*.no-deps),.interop/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/$*.no-deps)
 	.interop/$*/bin/python -m pytest -c tests/interop/pytest.ini tests/interop/test_$*.py
 
 clean:
