@@ -11,11 +11,13 @@ import pytest
 import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cratelab.corpora.pydocs import standard_library
 from cratelab.experiments.reference_models import load_reference_tokenizer
 
+OURS_ALONE = TaskManager(include_defaults=False)  # the thousands of its own take half a minute to list
 QUESTIONS = [
     {"question": "Return the number of", "choices": [" bytes", " the", " cats"], "answer": 0},
     {"question": "Raise a ValueError", "choices": [" is", " if the"], "answer": 1},
@@ -63,6 +65,7 @@ def answers(exported, tasks) -> dict:
         device="cpu",
         batch_size=2,
         bootstrap_iters=0,
+        task_manager=OURS_ALONE,
     )
 
 
@@ -139,9 +142,9 @@ def test_without_its_codes_the_model_is_worse(exported, tasks):
     rolling = yaml.safe_load(tasks["rolling"].read_text())
 
     def bits() -> float:
-        return lm_eval.simple_evaluate(asked, tasks=[rolling], bootstrap_iters=0)["results"]["rolling"][
-            "bits_per_byte,none"
-        ]
+        return lm_eval.simple_evaluate(asked, tasks=[rolling], bootstrap_iters=0, task_manager=OURS_ALONE)["results"][
+            "rolling"
+        ]["bits_per_byte,none"]
 
     whole = bits()
     model.model.blocks[1].neurons.register_forward_hook(lambda module, inputs, codes: torch.zeros_like(codes))
