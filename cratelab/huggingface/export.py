@@ -11,9 +11,10 @@ import torch
 from cratelab.crate import Crate
 from cratelab.extras import require
 from cratelab.gpt2 import Gpt2
+from cratelab.huggingface.card import model_card
 from cratelab.huggingface.tokenizer import to_transformers
 from cratelab.language_model import LanguageModel
-from cratelab.storage import replacing
+from cratelab.storage import replacing, write_text
 
 if TYPE_CHECKING:
     import tiktoken
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _ROLES = "bos_token_id", "eos_token_id", "pad_token_id"
 _AUTO_CLASSES = {"AutoConfig": "CrateConfig", "AutoModel": "CrateModel", "AutoModelForCausalLM": "CrateForCausalLM"}
 _MODELING = "huggingface.modeling_crate"
+_NOTICE = "# Copyright (c) 2026 the cratelab authors, MIT licence: https://opensource.org/license/mit\n"
 _OWN_IMPORT = re.compile(r"^from cratelab\.([\w.]+) import", re.MULTILINE)
 
 
@@ -32,6 +34,7 @@ def to_huggingface(
     model: LanguageModel,
     folder: str | Path,
     tokenizer: "tokenizers.Tokenizer | tiktoken.Encoding | WordEncoding | None" = None,
+    card: str | None = None,
 ) -> None:
     """Write a model, whole or not at all, as a folder for `AutoModelForCausalLM` and `AutoTokenizer`.
 
@@ -46,6 +49,8 @@ def to_huggingface(
         folder: new or empty.
         tokenizer: what the model reads; one of `cratelab.corpora.tokenizers`, or of the libraries `tiktoken` or
             `tokenizers`. The folder holds none unless given.
+        card: its README.md, as `cratelab.huggingface.card.model_card` makes it of a run; unless given it says that
+            nothing is known about the training.
 
     Raises:
         ImportError: `transformers` is not installed.
@@ -56,8 +61,7 @@ def to_huggingface(
     """
     require("transformers", "transformers")
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder: choose another")
+    check_new(folder)
     fast = None if tokenizer is None else to_transformers(tokenizer, model.config.context)
     theirs = _as_theirs(model, {role: getattr(fast, role, None) for role in _ROLES})
     if fast is not None:
@@ -67,11 +71,17 @@ def to_huggingface(
         theirs.save_pretrained(part)
         if fast is not None:
             fast.save_pretrained(part)
-        if isinstance(model, Crate):
-            for name, source in _code().items():
-                (part / name).write_text(source, encoding="utf8", newline="\n")
-        if folder.is_dir() and part != folder:
-            folder.rmdir()  # not every system replaces an empty folder
+        for name, source in (_code() if isinstance(model, Crate) else {}).items():
+            write_text(part / name, source)
+        write_text(part / "README.md", card or model_card(model, folder.resolve().name, {}))
+        if folder.is_dir():
+            folder.rmdir()  # it is empty; not every system replaces a folder by another
+
+
+def check_new(folder: Path) -> None:
+    """Raises ValueError unless the folder is empty or not there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder: choose another")
 
 
 def _as_theirs(model: LanguageModel, special: dict[str, int | None]) -> "PreTrainedModel":
@@ -112,5 +122,5 @@ def _code() -> dict[str, str]:
         if file not in code:
             source = files("cratelab").joinpath(*module.split(".")[:-1], file).read_text(encoding="utf8")
             left += _OWN_IMPORT.findall(source)
-            code[file] = _OWN_IMPORT.sub(r"from .\1 import", source)
+            code[file] = _NOTICE + _OWN_IMPORT.sub(r"from .\1 import", source)
     return code

@@ -4,6 +4,7 @@ A `tiktoken.Encoding` holds ranks, a `tokenizers.Tokenizer` merges: the merge th
 token apart with all merges of lower rank, which leaves two pieces. What comes out is compared on odd text.
 """
 
+import re
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,7 @@ def _pre_tokenizer(pattern: str) -> "tokenizers.pre_tokenizers.PreTokenizer":
     of_bytes = library.pre_tokenizers.ByteLevel
     if pattern == GPT2_PATTERN:
         return of_bytes(add_prefix_space=False)
-    end_of_text = pattern.replace("$", r"\z")  # there "$" is the end of a line
-    split = library.pre_tokenizers.Split(library.Regex(end_of_text), "isolated")
+    # There "$" is the end of a line, and "{1,3}+" is not possessive, but as many times one to three as there are.
+    theirs = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern.replace("$", r"\z"))
+    split = library.pre_tokenizers.Split(library.Regex(theirs), "isolated")
     return library.pre_tokenizers.Sequence([split, of_bytes(add_prefix_space=False, use_regex=False)])
