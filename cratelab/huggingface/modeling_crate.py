@@ -74,6 +74,7 @@ class CrateAttention(Mssa):
     def forward(
         self, z: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
+        """From tokens (b, n, d) what attention gives (b, n, d), and where it is plain also its map (b, k, n, n)."""
         w = rearrange(self.projection(z), "b n (k p) -> b k n p", k=self.n_heads)
         keys = w
         if past_key_values is not None:
@@ -91,6 +92,7 @@ class CrateLayer(GradientCheckpointingLayer, CrateBlock):
         self.attention = CrateAttention(config, layer_idx)
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
+        """The layer as cratelab has it, with what `transformers` gives to attention."""
         attended, _ = self.attention(self.attention_norm(x), **kwargs)
         return self.sparsify(x + attended)
 
