@@ -423,7 +423,7 @@ def never(*arguments, **options):
         ("interpret RUN --dry-run --cache FILE", "--cache, --dry-run: only with --explainer language-model"),
         ("interpret RUN --explainer language-model", "needs --endpoint"),
         ("interpret RUN --explainer language-model --endpoint http://localhost/v1", "say by --language-model which"),
-        ("interpret RUN --explainer language-model --endpoint FILE", "--endpoint: file is no folder, and no address"),
+        ("interpret RUN --explainer language-model --endpoint FILE", "--endpoint: file is no folder, no .gguf file"),
         ("interpret RUN --explainer language-model --endpoint OTHER --language-model x", "are for a server"),
         ("interpret RUN --explainer language-model --endpoint OTHER", "other holds no *.safetensors"),
         ("interpret RUN --explainer language-model --endpoint OTHER --cache FILE", "file is no file of answers"),

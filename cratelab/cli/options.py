@@ -125,8 +125,8 @@ class Interpret(TrainedModel):
     explainer: tuple[Literal["token", "suffix", "concept", "language-model"], ...] = ("token", "suffix", "concept")
     """Who explains; each with a row of its own."""
     endpoint: str | None = None
-    """For language-model: a server that speaks OpenAI's API, such as http://localhost:8000/v1, or the folder of a
-    Hugging Face model."""
+    """For language-model: a server that speaks OpenAI's API, such as http://localhost:8000/v1, the folder of a
+    Hugging Face model, or a GGUF file."""
     language_model: str | None = None
     """The server's name for the model that explains and simulates."""
     completions: bool = False
