@@ -16,6 +16,8 @@ import cratelab as cl
 from cratelab.cli import main
 from cratelab.cli.shared import print_table
 from cratelab.corpora.prepare import prepare
+from cratelab.interpret.asking.prompts import EXAMPLE
+from cratelab.interpret.language_models import ECHO
 from cratelab.run_directory import read_metrics
 from cratelab.steering import neuron_maxima
 
@@ -275,6 +277,50 @@ def test_neurons_that_got_no_sentence_are_counted_and_none_at_all_is_an_error(
     main([*options, "--out", str(out)])
     assert " of 6 neurons have no explanation: not JSON (" in capsys.readouterr().out
     assert "not JSON" in json.loads(out.read_text())["rows"][0]["reasons"]
+
+
+def test_places_without_a_number_and_neurons_given_the_prompts_example_stand_in_the_table(
+    run, tmp_path, monkeypatch, capsys
+):
+    """Of two places one has no number; neurons without a sentence have no place, and do not count."""
+
+    class Parrot(Oracle):
+        asked = 0
+
+        def answer(self, request):
+            answer = super().answer(request)
+            if "text" in answer:
+                return {"text": f"{EXAMPLE}."} if self.asked % 2 else answer
+            return {"next": [place if i % 2 else [[" the", 0.0]] for i, place in enumerate(answer["next"])]}
+
+    monkeypatch.setattr("cratelab.cli.interpret.OpenAIEndpoint", Parrot)
+    options = ["interpret", str(run), "--n-tokens", "2000", "--protocols", "random-only", "--neurons", "3"]
+    options += ["--endpoint", "http://127.0.0.1:9/v1", "--language-model", "tiny", "--explainer", "language-model"]
+    main([*options, "token", "--out", str(tmp_path / "scores.json")])
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if "protocol" in line or "random-only" in line]
+    asked, by_rule = json.loads((tmp_path / "scores.json").read_text())["rows"][:2]
+    assert f"{asked['reasons'].count(ECHO)} of 6 neurons have no explanation: {ECHO}" in printed
+    assert 0.5 <= asked["no_number"] < 0.52 and asked["coverage"] < 0.4
+    assert lines[0].endswith("  no number") and lines[1].endswith(f"{asked['no_number']:11.0%}")
+    assert "no_number" not in by_rule and lines[2].endswith(f"{by_rule['undefined']:11.0%}{'':11}")
+
+
+def test_a_gguf_file_is_asked_from_the_command_line(run, packed, tmp_path, capsys):
+    """The random judge of 16 dimensions says nothing of worth; with a context of 20,000 it can read the prompts."""
+    gguf, judge = pytest.importorskip("gguf"), tmp_path / "judge.gguf"
+    judge.write_bytes(packed.read_bytes())
+    (length,) = gguf.GGUFReader(judge, "r+").fields["llama.context_length"].parts[-1:]
+    length[0] = 20_000
+    length.base.flush()
+    options = ["interpret", str(run), "--n-tokens", "2000", "--protocols", "random-only", "--neurons", "2"]
+    options += ["--explainer", "language-model", "--endpoint", str(judge), "--out", str(tmp_path / "scores.json")]
+    main(options)
+    rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert [row["no_number"] for row in rows] == [0, 0] and any(rows[0]["texts"])
+    assert capsys.readouterr().out.count(" 0%\n") == 2
+    with pytest.raises(SystemExit, match="are for a server, and --endpoint is a folder or a file"):
+        main([*options, "--completions"])
 
 
 def test_rules_score_drawn_neurons_as_among_all(run, tmp_path):

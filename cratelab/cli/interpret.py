@@ -7,6 +7,7 @@ from operator import add
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cratelab.cli.checks import check_different, check_writable, model_folder
 from cratelab.cli.options import Interpret, dashed
@@ -87,7 +88,7 @@ def run(options: Interpret) -> None:
 
 
 def _said(evaluation: Evaluation) -> dict:
-    """The sentences, and why there is none; and the share of places where no number came, of neurons that have one.
+    """The sentences, and why there is none; and the share of places where no number came, of those that are judged.
 
     Raises:
         ValueError: no neuron has one, though some were asked for.
@@ -100,8 +101,9 @@ def _said(evaluation: Evaluation) -> dict:
         if not any(explanations.texts):
             raise ValueError(f"{lost}. Does the endpoint answer as it should?")
         say(lost)
-    told = [text is not None for text in explanations.texts]
-    no_number = 1 - float(evaluation.scores.coverage.flatten()[told].mean()) if any(told) else None
+    explained = torch.tensor([text is not None for text in explanations.texts], device="cpu")
+    judged = explained & ~evaluation.scores.dead.flatten()  # those have no place, or nothing to tell at any
+    no_number = 1 - float(evaluation.scores.coverage.flatten()[judged].mean()) if judged.any() else None
     return {"texts": explanations.texts, "reasons": explanations.reasons, "no_number": no_number}
 
 
