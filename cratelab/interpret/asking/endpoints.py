@@ -182,8 +182,8 @@ class OpenAIEndpoint:
         alone = self._read(self._send(first, self.retries), first)
         try:
             reply = self._send(both, min(self.retries, 2))  # a refusal may look like a failure
-            problem = alone.get("problem") or self._differs(alone, self._read(reply, both))
-            if problem and "next" in alone and not self._differs(alone, self._read(reply, both, shift=1)):
+            problem = alone.get("problem") or _differs(alone, self._read(reply, both))
+            if problem and "next" in alone and not _differs(alone, self._read(reply, both, shift=1)):
                 self._shift, problem = 1, None
         except (ValueError, OSError) as error:
             problem = alone.get("problem") or str(error)
@@ -219,16 +219,6 @@ class OpenAIEndpoint:
 
     def __exit__(self, *error) -> None:
         self.close()
-
-    def _differs(self, alone: Answer, echoed: Answer) -> str | None:
-        """Why the first place of a repeated prompt does not say what is likely at the end of the same prompt."""
-        if "problem" in echoed:
-            return echoed["problem"]
-        found, likeliest = dict(echoed["next"][0]), sorted(alone["next"][0], key=lambda pair: -pair[1])
-        sure = [pair for pair in likeliest if pair[0].strip("\ufffd")][:3]  # parts of characters are all spelled alike
-        if len(sure) > 1 and all(abs(found.get(token, -math.inf) - value) < 0.5 for token, value in sure):
-            return None
-        return "they are not those of the same place at the end of a prompt"
 
     def _send(self, request: Request, retries: int) -> "_Reply":
         body = {"model": self.model, "max_tokens": request.max_tokens, "temperature": request.temperature}
@@ -381,6 +371,17 @@ def _loop() -> asyncio.AbstractEventLoop:
 def without_user(url: str) -> str:
     """The address without a user's name and password in it."""
     return re.sub("//.*@", "//", url)
+
+
+def _differs(alone: Answer, echoed: Answer) -> str | None:
+    """Why the first place of a repeated prompt does not say what is likely at the end of the same prompt."""
+    if "problem" in echoed:
+        return echoed["problem"]
+    found, likeliest = dict(echoed["next"][0]), sorted(alone["next"][0], key=lambda pair: -pair[1])
+    sure = [pair for pair in likeliest if pair[0].strip("\ufffd")][:3]  # parts of characters are all spelled alike
+    if len(sure) > 1 and all(abs(found.get(token, -math.inf) - value) < 0.5 for token, value in sure):
+        return None
+    return "they are not those of the same place at the end of a prompt"
 
 
 def _retry_after(header: str | None) -> float:

@@ -48,11 +48,11 @@ class HuggingFaceEndpoint:
         if not is_gguf and not any(self.path.glob("*.safetensors")):
             raise ValueError(f"{self.path} holds no *.safetensors, and nothing is ever unpickled: convert the weights")
         transformers = require("transformers", "interpret")
+        if is_gguf:
+            require("gguf", "interpret")
         try:
             load = self._load_gguf if is_gguf else self._load_folder
             self.tokenizer, (model, loaded) = load(transformers, local_files_only=True, trust_remote_code=False)
-        except ImportError:
-            raise
         except Exception as error:  # of many kinds, and all about the folder or file
             raise ValueError(f"{self.path} is no causal language model that transformers loads: {error}") from error
         if lacking := sorted(loaded["missing_keys"]):
@@ -76,11 +76,12 @@ class HuggingFaceEndpoint:
         return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(self.path, **settings)
 
     def _load_gguf(self, transformers, **settings):
-        tensors = require("gguf", "interpret").GGUFReader(self.path).tensors
+        from gguf import GGUFReader
+
         with TemporaryDirectory() as empty:  # where transformers would look for settings beside the file's own
             settings |= dict(pretrained_model_name_or_path=empty, gguf_file=str(self.path.resolve()))
             config = transformers.AutoConfig.from_pretrained(**settings).to_dict()
-            _check_size(self.path, config, [tensor.shape.tolist() for tensor in tensors])
+            _check_size(self.path, config, [tensor.shape.tolist() for tensor in GGUFReader(self.path).tensors])
             tokenizer = transformers.AutoTokenizer.from_pretrained(**settings)
             if unpacked := getattr(transformers, "GgufConfig", None):  # else it may fetch kernels from the hub
                 settings["quantization_config"] = unpacked(dequantize=True)
