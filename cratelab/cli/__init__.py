@@ -31,11 +31,14 @@ def _main(arguments: list[str] | None) -> None:
         description="Train CRATE, compare it with GPT-2, ask what its neurons mean, and steer them.",
         args=arguments,
     )
+    from cratelab.devices import computing_on
+
     try:
         check_ranges(options)
         command = import_module(f"cratelab.cli.{next(name for name, of in COMMANDS.items() if of is type(options))}")
         command.check(options)
-        command.run(options)
+        with computing_on(options.device):
+            command.run(options)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"cratelab: {printable(str(error))}")
     except (MemoryError, RuntimeError) as error:

@@ -61,7 +61,8 @@ def load_run(
 
 def remembered(command: Train) -> dict:
     """The options that a run remembers."""
-    return {name: value for name, value in asdict(command).items() if name not in ("run_dir", "resume", "dry_run")}
+    of_the_call = "run_dir", "resume", "dry_run", "device"
+    return {name: value for name, value in asdict(command).items() if name not in of_the_call}
 
 
 def read_command(folder: Path) -> Train:
