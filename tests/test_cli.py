@@ -12,9 +12,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+from test_crate import official_weights
 
 import cratelab as cl
 from cratelab.cli import COMMANDS, main
+from cratelab.cli.options import Layerwise
+from cratelab.cli.runs import load_run
 from cratelab.cli.shared import print_table
 from cratelab.corpora.prepare import prepare
 from cratelab.devices import CHOSEN, best_device
@@ -411,6 +414,8 @@ def never(*arguments, **options):
         ("reproduce chapter-9 --text OTHER", "--text is for reference"),
         ("reproduce chapter-9 --out FILE", "--out must be a folder"),
         ("interpret RUN --n-tokens -5", "--n-tokens must be at least 1"),
+        ("layerwise RUN --eps 0", "--eps must be at least 1e-6"),
+        ("layerwise RUN --n-tokens 0", "--n-tokens must be at least 1"),
         ("interpret RUN --n-tokens 0", "--n-tokens must be at least 1"),
         ("interpret RUN --protocols", "--protocols must name at least one"),
         ("interpret RUN --protocols random-only random-only", "and none twice"),
@@ -757,7 +762,7 @@ def test_a_missing_extra_is_named_with_what_to_install(package, essays, tmp_path
     fails(["train", "--corpus", corpus, *options, *run_dir], f"'{package}'", "pip install 'cratelab[corpora]'")
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["interpret"], ["steer"], ["reproduce"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 @pytest.mark.parametrize(("columns", "encoding"), [("20", "ascii"), ("40", "cp1252"), ("80", "ascii")])
 def test_help_is_plain_text_on_narrow_terminals(command, columns, encoding, monkeypatch):
     seen = io.TextIOWrapper(io.BytesIO(), encoding)
@@ -767,6 +772,29 @@ def test_help_is_plain_text_on_narrow_terminals(command, columns, encoding, monk
         main([*command, "--help"])
     text = seen.buffer.getvalue().decode(encoding)
     assert not stopped.value.code and "--help" in text and "\\u" not in text and "\\x" not in text
+
+
+def test_layerwise_gives_the_rates_of_an_official_checkpoint(tmp_path, capsys):
+    args = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=512, block_size=65)
+    torch.save({"model": official_weights(args), "model_args": args}, tmp_path / "ckpt.pt")
+    main(["layerwise", str(tmp_path / "ckpt.pt"), "--corpus", "tinyworld", "--n-tokens", "650", "--eps", "0.1"])
+    printed = capsys.readouterr().out
+    kept = json.loads((tmp_path / "layerwise.json").read_text())
+    model, corpus = load_run(Layerwise(tmp_path / "ckpt.pt", corpus="tinyworld"))
+    tokens = torch.from_numpy(corpus.validation.validation_windows(65, 10))
+    with torch.no_grad():  # of the first layer by hand
+        block, z = model.blocks[0], model.token_embedding(tokens) + model.position_embedding.weight
+        seen = block.attention_norm(z)
+        eps = 0.1 * seen.norm(dim=-1).mean()
+        sides = seen, block.attention_norm(z + block.attention(seen))
+        before, after = (cl.coding_rate(each, float(eps)).mean() for each in sides)
+    assert kept["eps"][0] == pytest.approx(float(eps), rel=1e-4)
+    assert kept["layers"]["R before"][0] == pytest.approx(float(before), rel=1e-4)
+    assert kept["layers"]["R after"][0] == pytest.approx(float(after), rel=1e-4)
+    assert f"{float(before):.3g} → {float(after):.3g}" in printed and len(kept["layers"]["R^c random after"]) == 2
+    reading = ["--corpus", "tinyworld", "--n-tokens", "2000", "--explainer", "token"]
+    main(["interpret", str(tmp_path / "ckpt.pt"), *reading])
+    assert (tmp_path / "interpret.json").is_file()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -111,7 +111,7 @@ class Compare(OnDevice, CorpusOptions, RecipeOptions):
 @dataclass
 class TrainedModel(OnDevice):
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run or of a model."""
+    """Folder of a run or of a model, or a checkpoint of the official training code."""
     corpus: str | None = None
     """What it reads, as for train; a run's own validation text unless given."""
     tokenizer: str | None = None
@@ -183,6 +183,23 @@ class Steer(TrainedModel):
     """Validation tokens over which maxima and effects are taken."""
     seed: int = 0
     """Of sampling."""
+
+
+@dataclass
+class Layerwise(TrainedModel):
+    """Does each layer do its job? Coding rates before and after its attention, with controls, and active neurons.
+
+    Example: cratelab layerwise ckpt.pt --corpus wikitext --tokenizer gpt2
+    """
+
+    n_tokens: int = 16_384
+    """Validation tokens to read at most."""
+    eps: float = 1 / 16
+    """Precision of the rates, as a share of the mean length of what a layer's subspaces see."""
+    seed: int = 0
+    """Of the random subspaces."""
+    out: Path | None = None
+    """Where all rates go; layerwise.json beside the model unless given."""
 
 
 @dataclass
