@@ -774,13 +774,14 @@ def test_help_is_plain_text_on_narrow_terminals(command, columns, encoding, monk
     assert not stopped.value.code and "--help" in text and "\\u" not in text and "\\x" not in text
 
 
-def test_layerwise_gives_the_rates_of_an_official_checkpoint(tmp_path, capsys):
-    args = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=512, block_size=65)
+def test_layerwise_gives_the_rates_of_an_official_checkpoint(essays, tmp_path, capsys):
+    args = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=257, block_size=65)
     torch.save({"model": official_weights(args), "model_args": args}, tmp_path / "ckpt.pt")
-    main(["layerwise", str(tmp_path / "ckpt.pt"), "--corpus", "tinyworld", "--n-tokens", "650", "--eps", "0.1"])
+    checkpoint, reading = tmp_path / "ckpt.pt", ["--corpus", str(essays), "--tokenizer", "bytes"]
+    main(["layerwise", str(checkpoint), *reading, "--n-tokens", "650", "--eps", "0.1"])
     printed = capsys.readouterr().out
     kept = json.loads((tmp_path / "layerwise.json").read_text())
-    model, corpus = load_run(Layerwise(tmp_path / "ckpt.pt", corpus="tinyworld"))
+    model, corpus = load_run(Layerwise(checkpoint, corpus=str(essays), tokenizer="bytes"))
     tokens = torch.from_numpy(corpus.validation.validation_windows(65, 10))
     with torch.no_grad():  # of the first layer by hand
         block, z = model.blocks[0], model.token_embedding(tokens) + model.position_embedding.weight
@@ -792,8 +793,7 @@ def test_layerwise_gives_the_rates_of_an_official_checkpoint(tmp_path, capsys):
     assert kept["layers"]["R before"][0] == pytest.approx(float(before), rel=1e-4)
     assert kept["layers"]["R after"][0] == pytest.approx(float(after), rel=1e-4)
     assert f"{float(before):.3g} → {float(after):.3g}" in printed and len(kept["layers"]["R^c random after"]) == 2
-    reading = ["--corpus", "tinyworld", "--n-tokens", "2000", "--explainer", "token"]
-    main(["interpret", str(tmp_path / "ckpt.pt"), *reading])
+    main(["interpret", str(checkpoint), *reading, "--n-tokens", "2000", "--explainer", "token"])
     assert (tmp_path / "interpret.json").is_file()
 
 
