@@ -163,6 +163,8 @@ class RunDirectory:
             except (ValueError, OSError) as error:
                 raise ValueError(f"{error}; {self._way_on(folder)}") from error
             load_state(folder, model, optimizer)
+            if self.accelerator.scaler is not None and "scaler" in sums:
+                self.accelerator.scaler.load_state_dict(sums["scaler"])
         self.accelerator.wait_for_everyone()
         file = self.path / "metrics.jsonl"
         lines = file.read_bytes().splitlines(keepends=True)[:step] if step and file.is_file() else []
@@ -189,8 +191,10 @@ class RunDirectory:
                 with self._writing():
                     with (self.path / "metrics.jsonl").open("a") as metrics:
                         os.fsync(metrics.fileno())  # no checkpoint is on the disk before the steps up to it
-                    sum_of_metrics = digest_of_file(self.path / "metrics.jsonl")
-                    write_checkpoint(folder, self.model, *state, run=self.digest, step=step, metrics=sum_of_metrics)
+                    told = dict(run=self.digest, step=step, metrics=digest_of_file(self.path / "metrics.jsonl"))
+                    if self.accelerator.scaler is not None:
+                        told["scaler"] = self.accelerator.scaler.state_dict()
+                    write_checkpoint(folder, self.model, *state, **told)
                 for path in list(self.checkpoints().values())[:-2]:
                     remove_checkpoint(path)
         self.accelerator.wait_for_everyone()

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import TextIO
 
-PLAIN = str.maketrans({"±": "+-", "×": "x", "•": "*", "…": "..."})  # for terminals that do not know them
+# for terminals that do not know them
+# for terminals that do not know them
+PLAIN = str.maketrans({"±": "+-", "×": "x", "•": "*", "…": "...", "→": "->", "ε": "eps"})
 
 
 class Output:

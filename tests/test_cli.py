@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,15 @@ from typing import ClassVar
 
 import pytest
 import torch
+from test_crate import official_weights
 
 import cratelab as cl
-from cratelab.cli import main
+from cratelab.cli import COMMANDS, main
+from cratelab.cli.options import Layerwise
+from cratelab.cli.runs import load_run
 from cratelab.cli.shared import print_table
 from cratelab.corpora.prepare import prepare
+from cratelab.devices import CHOSEN, best_device
 from cratelab.interpret.asking.prompts import EXAMPLE
 from cratelab.interpret.language_models import ECHO
 from cratelab.run_directory import read_metrics
@@ -455,6 +460,8 @@ def never(*arguments, **options):
         ("reproduce chapter-9 --text OTHER", "--text is for reference"),
         ("reproduce chapter-9 --out FILE", "--out must be a folder"),
         ("interpret RUN --n-tokens -5", "--n-tokens must be at least 1"),
+        ("layerwise RUN --eps 0", "--eps must be at least 1e-6"),
+        ("layerwise RUN --n-tokens 0", "--n-tokens must be at least 1"),
         ("interpret RUN --n-tokens 0", "--n-tokens must be at least 1"),
         ("interpret RUN --protocols", "--protocols must name at least one"),
         ("interpret RUN --protocols random-only random-only", "and none twice"),
@@ -722,7 +729,10 @@ def test_a_pipe_that_is_closed_costs_neither_scores_nor_status(run, tmp_path, mo
     assert len(json.loads((tmp_path / "scores.json").read_text())["rows"]) == 2
 
 
-def test_compare_keeps_table_and_plot_on_a_terminal_that_knows_only_ascii(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("encoding", "interval"), [("ascii", "1.500 +- 6.353"), ("cp1252", "1.500 ± 6.353")])
+def test_compare_keeps_table_and_plot_on_a_terminal_that_knows_few_characters(
+    encoding, interval, tmp_path, monkeypatch
+):
     def compared(*arguments):
         return [
             {"model": model, "preset": "toy", "parameters": 9, "validation_loss": 1.0 + seed, "curve": [(1, 1.5)]}
@@ -731,11 +741,11 @@ def test_compare_keeps_table_and_plot_on_a_terminal_that_knows_only_ascii(tmp_pa
         ]
 
     monkeypatch.setattr("cratelab.cli.compare.compare", compared)
-    seen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    seen = io.TextIOWrapper(io.BytesIO(), encoding)
     monkeypatch.setattr(sys, "stdout", seen)
     main(["compare", "--seeds", "2", "--out", str(tmp_path), *SHORT])
     assert (tmp_path / "compare.png").is_file() and (tmp_path / "compare.json").is_file()
-    assert b"1.500 +- 6.353" in seen.buffer.getvalue()
+    assert interval in seen.buffer.getvalue().decode(encoding)
 
 
 def test_control_characters_of_a_corpus_do_not_reach_the_terminal(run, monkeypatch, capsys):
@@ -798,16 +808,83 @@ def test_a_missing_extra_is_named_with_what_to_install(package, essays, tmp_path
     fails(["train", "--corpus", corpus, *options, *run_dir], f"'{package}'", "pip install 'cratelab[corpora]'")
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["interpret"], ["steer"], ["reproduce"]])
-@pytest.mark.parametrize("columns", ["20", "40", "80"])
-def test_help_is_plain_text_on_narrow_terminals(command, columns, monkeypatch):
-    seen = io.TextIOWrapper(io.BytesIO(), "ascii")
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+@pytest.mark.parametrize(("columns", "encoding"), [("20", "ascii"), ("40", "cp1252"), ("80", "ascii")])
+def test_help_is_plain_text_on_narrow_terminals(command, columns, encoding, monkeypatch):
+    seen = io.TextIOWrapper(io.BytesIO(), encoding)
     monkeypatch.setattr(sys, "stdout", seen)
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
-    text = seen.buffer.getvalue().decode()
+    text = seen.buffer.getvalue().decode(encoding)
     assert not stopped.value.code and "--help" in text and "\\u" not in text and "\\x" not in text
+
+
+def test_layerwise_gives_the_rates_of_an_official_checkpoint(essays, tmp_path, capsys):
+    args = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=257, block_size=65)
+    torch.save({"model": official_weights(args), "model_args": args}, tmp_path / "ckpt.pt")
+    checkpoint, reading = tmp_path / "ckpt.pt", ["--corpus", str(essays), "--tokenizer", "bytes"]
+    main(["layerwise", str(checkpoint), *reading, "--n-tokens", "650", "--eps", "0.1"])
+    printed = capsys.readouterr().out
+    kept = json.loads((tmp_path / "layerwise.json").read_text())
+    model, corpus = load_run(Layerwise(checkpoint, corpus=str(essays), tokenizer="bytes"))
+    tokens = torch.from_numpy(corpus.validation.validation_windows(65, 10))
+    with torch.no_grad():  # of the first layer by hand
+        block, z = model.blocks[0], model.token_embedding(tokens) + model.position_embedding.weight
+        seen = block.attention_norm(z)
+        eps = 0.1 * seen.norm(dim=-1).mean()
+        sides = seen, block.attention_norm(z + block.attention(seen))
+        before, after = (cl.coding_rate(each, float(eps)).mean() for each in sides)
+    assert kept["eps"][0] == pytest.approx(float(eps), rel=1e-4)
+    assert kept["layers"]["R before"][0] == pytest.approx(float(before), rel=1e-4)
+    assert kept["layers"]["R after"][0] == pytest.approx(float(after), rel=1e-4)
+    assert f"{float(before):.3g} → {float(after):.3g}" in printed and len(kept["layers"]["R^c random after"]) == 2
+    main(["interpret", str(checkpoint), *reading, "--n-tokens", "2000", "--explainer", "token"])
+    assert (tmp_path / "interpret.json").is_file()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example_that_can_be_typed(name, run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    (example,) = re.findall(r"^Example: (cratelab .*)$", capsys.readouterr().out, re.MULTILINE)
+    parsed = []
+    command = f"cratelab.cli.{name}"
+    monkeypatch.setattr(f"{command}.check", parsed.append)
+    monkeypatch.setattr(f"{command}.run", parsed.append)
+    main(shlex.split(example)[1:])
+    assert isinstance(parsed[0], COMMANDS[name]) and len(parsed) == 2
+
+
+def test_a_shell_completes_commands_options_and_choices(tmp_path):
+    """As typed in bash with a tab at its end, after the line that `README.md` gives."""
+    (line,) = re.findall(r"^eval .*bash.*$", (Path(__file__).parents[1] / "README.md").read_text(), re.MULTILINE)
+    tried = [["cratelab", "inter"], ["cratelab", "steer", "--neu"], ["cratelab", "train", "--preset", ""]]
+    each = "COMP_WORDS=({}); COMP_CWORD={}; COMPREPLY=(); _tyro_cratelab; echo ${{COMPREPLY[@]}}; "
+    asked = "".join(each.format(shlex.join(words), len(words) - 1) for words in tried)
+    done = shell(f"{line}\n{asked}", tmp_path)
+    assert done.stdout.decode().split("\n")[:3] == ["interpret", "--neuron", "toy 1L 2L 3L S B"], done.stderr
+
+
+def test_a_device_is_chosen_by_name(run, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as where it would be taken
+    monkeypatch.setattr("cratelab.cli.steer.run", lambda options: print(best_device()))
+    main(["steer", str(run), "--device", "cpu"])
+    assert capsys.readouterr().out == "cpu\n" and best_device().type == "cuda"
+    fails(["steer", str(run), "--device", "hip:7"], "nothing can be computed on 'hip:7' here")
+    # Accelerate obeys the same variable, so that training is there, too
+    script = "from accelerate import Accelerator; print(Accelerator().device)"
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {CHOSEN: "meta"}, capture_output=True)
+    assert done.stdout == b"meta\n", done.stderr
+
+
+@pytest.mark.parametrize("corpus", [r"C:\texts\a.txt", "a:b*c?.txt"])
+def test_the_usual_run_directory_has_a_name_that_every_system_allows(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(corpus).write_text("One sentence after another, and no two alike but these. " * 2000)
+    main(["train", "--corpus", corpus, "--tokenizer", "bytes", *TINY])
+    (run_dir,) = Path("runs").iterdir()
+    assert (run_dir / "model").is_dir() and not set(run_dir.name) & set('<>:"/\\|?*')
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,21 @@ from importlib import import_module
 
 import tyro
 
-from cratelab.cli.options import Compare, Interpret, Reproduce, Steer, Train, check_ranges
+from cratelab.cli.options import Compare, Interpret, Layerwise, Reproduce, Steer, Train, check_ranges
 from cratelab.terminal import plain_warnings, printable, unfailing_output
 
-COMMANDS = {"train": Train, "compare": Compare, "interpret": Interpret, "steer": Steer, "reproduce": Reproduce}
+COMMANDS = {
+    "train": Train,
+    "compare": Compare,
+    "interpret": Interpret,
+    "steer": Steer,
+    "layerwise": Layerwise,
+    "reproduce": Reproduce,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`cratelab train | compare | interpret | steer | reproduce`.
+    """`cratelab train | compare | interpret | steer | layerwise | reproduce`.
 
     Raises:
         SystemExit: with a message, which is status 1, where a command cannot do what it is asked; status 2 where it
@@ -28,14 +35,17 @@ def _main(arguments: list[str] | None) -> None:
     options = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="cratelab",
-        description="Train CRATE, compare it with GPT-2, ask what its neurons mean, and steer them.",
+        description="Train CRATE, compare it with GPT-2, ask what its neurons mean, steer them, measure its layers.",
         args=arguments,
     )
+    from cratelab.devices import computing_on
+
     try:
         check_ranges(options)
         command = import_module(f"cratelab.cli.{next(name for name, of in COMMANDS.items() if of is type(options))}")
         command.check(options)
-        command.run(options)
+        with computing_on(options.device):
+            command.run(options)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"cratelab: {printable(str(error))}")
     except (MemoryError, RuntimeError) as error:

@@ -118,7 +118,8 @@ def _say_row(row: dict, wide: int, asking: bool) -> None:
 
 
 def _out(options: Interpret) -> Path:
-    return options.out or options.model / "interpret.json"
+    folder = options.model if options.model.is_dir() else options.model.parent
+    return options.out or folder / "interpret.json"
 
 
 def _cache(options: Interpret) -> Path:

@@ -22,6 +22,12 @@ Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]
 ScoringProtocol = Literal["top-and-random", "random-only", "anthropic"]
 
 
+@dataclass(kw_only=True)
+class OnDevice:
+    device: str | None = None
+    """Where to compute, such as cpu or cuda:1; a GPU if there is one unless given."""
+
+
 @dataclass
 class RecipeOptions:
     """Options of the recipe; what is not given comes from the preset."""
@@ -63,8 +69,11 @@ class CorpusOptions:
 
 
 @dataclass
-class Train(CorpusOptions, RecipeOptions):
-    """Train one model. A run that was stopped goes on with --resume DIR, or with the same command again."""
+class Train(OnDevice, CorpusOptions, RecipeOptions):
+    """Train one model. A run that was stopped goes on with --resume DIR, or with the same command again.
+
+    Example: cratelab train --preset toy --steps 200 --run-dir runs/mine
+    """
 
     preset: Preset = "toy"
     """Size: toy for a laptop, the others as in the paper."""
@@ -83,8 +92,11 @@ class Train(CorpusOptions, RecipeOptions):
 
 
 @dataclass
-class Compare(CorpusOptions, RecipeOptions):
-    """Train CRATE and GPT-2 on equal tokens under several seeds: a table and a plot. Start it again to go on."""
+class Compare(OnDevice, CorpusOptions, RecipeOptions):
+    """Train CRATE and GPT-2 on equal tokens under several seeds: a table and a plot. Start it again to go on.
+
+    Example: cratelab compare --presets toy --seeds 3 --out runs/compare
+    """
 
     presets: tuple[Preset, ...] = ("toy",)
     """Sizes."""
@@ -97,9 +109,9 @@ class Compare(CorpusOptions, RecipeOptions):
 
 
 @dataclass
-class TrainedModel:
+class TrainedModel(OnDevice):
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run or of a model."""
+    """Folder of a run or of a model, or a checkpoint of the official training code."""
     corpus: str | None = None
     """What it reads, as for train; a run's own validation text unless given."""
     tokenizer: str | None = None
@@ -114,6 +126,8 @@ class Interpret(TrainedModel):
 
     With --explainer language-model every token of the validating excerpts is a question. What it costs is said before
     any is asked, answers are kept, and the same command asks none twice.
+
+    Example: cratelab interpret runs/mine --n-tokens 50000
     """
 
     n_tokens: int = 200_000
@@ -146,7 +160,10 @@ class Interpret(TrainedModel):
 
 @dataclass
 class Steer(TrainedModel):
-    """Edit one neuron of a trained model: which tokens this raises and lowers, and a text with and without it."""
+    """Edit one neuron of a trained model: which tokens this raises and lowers, and a text with and without it.
+
+    Example: cratelab steer runs/mine --layer 1 --neuron 7 --prompt the
+    """
 
     layer: int | None = None
     """Counted from 0; the last unless given."""
@@ -169,8 +186,28 @@ class Steer(TrainedModel):
 
 
 @dataclass
-class Reproduce:
-    """Make again what the package carries. Start it again to go on."""
+class Layerwise(TrainedModel):
+    """Does each layer do its job? Coding rates before and after its attention, with controls, and active neurons.
+
+    Example: cratelab layerwise ckpt.pt --corpus wikitext --tokenizer gpt2
+    """
+
+    n_tokens: int = 16_384
+    """Validation tokens to read at most."""
+    eps: float = 1 / 16
+    """Precision of the rates, as a share of the mean length of what a layer's subspaces see."""
+    seed: int = 0
+    """Of the random subspaces."""
+    out: Path | None = None
+    """Where all rates go; layerwise.json beside the model unless given."""
+
+
+@dataclass
+class Reproduce(OnDevice):
+    """Make again what the package carries. Start it again to go on.
+
+    Example: cratelab reproduce toys --seeds 1 --steps 100
+    """
 
     what: Annotated[Literal["rates", "toys", "chapter-9", "reference"], tyro.conf.Positional]
     """rates: at which learning rate each model learns most, on TinyWorld. toys: the package's own, at these rates.

@@ -1,5 +1,6 @@
 """`cratelab train`: one model."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from cratelab.training import train
 
 def check(options: Train) -> None:
     given = [option for option, value in vars(options).items() if value != getattr(Train, option)]
-    ignored = [dashed(option) for option in given if option not in ("resume", "dry_run")]
+    ignored = [dashed(option) for option in given if option not in ("resume", "dry_run", "device")]
     if options.resume and ignored:
         raise ValueError(f"--resume takes all options from the run: leave out {', '.join(ignored)}")
     check_context(options.context, options.characters)
@@ -41,7 +42,7 @@ def run(options: Train) -> None:
     if options.dry_run:
         say(str(estimate(type(model), model.config, recipe)))
         return
-    name = command.corpus.replace("/", "_")
+    name = re.sub(r'[<>:"/\\|?*]', "_", command.corpus)  # none of which Windows allows in a name
     run_dir = run_dir or Path("runs") / f"{command.model}-{command.preset}-{name}-{command.seed}"
     check_same_run(run_dir, {"model": {"model": model.kind, **asdict(model.config)}, "recipe": asdict(recipe)})
     corpus = prepare_corpus(command, recipe, model.config.context)
