@@ -30,7 +30,7 @@ torch.set_default_dtype(torch.float64)
 # - **Time:** 15 minutes
 #
 # Where `defined` is false a neuron has no score, and whatever stands at its place in `scores` means nothing. With `drop` such neurons leave their layer's mean; without it they count as 0. With `last` all layers count; without it the last one is left out. Every layer has a neuron with a score.
-# Before you open the solution: can dropping raise the lower of two networks above the higher? Make up a network of ten neurons in which it does.
+# Before you run the last cell of this exercise: can dropping raise the lower of two networks above the higher?
 
 
 # %%
@@ -53,12 +53,10 @@ check.mean_and_variance(mean_and_variance)
 # %% [markdown] tags=["hint"]
 # The mean is one of *layers*: a layer of two live neurons weighs as much as one of two hundred. And what does torch's `var` divide by if it is not told?
 
-# %% [markdown] tags=["solution"]
-# The layers are all that there is of this network, not a sample of some larger set of layers, so (9.1) divides by $L$. With few layers that matters: at two, dividing by $L-1$ doubles the variance.
-#
-# The two conventions matter more. Dropping multiplies a layer's mean by $1/(1-u)$, $u$ being the share of its neurons without a score, and so it helps the network with more silent neurons. Below are two made-up networks: in B three neurons in ten are silent, and its last layer is bad. Of four ways to write the same table three say that B leads, and one says A; and B's layers are either all alike or not at all.
+# %% [markdown]
+# Two made-up networks of three layers. In A every neuron has the score 0.5; in B three neurons in ten are silent, the others have 0.8, but in the last layer 0.4. Which of the two leads?
 
-# %% tags=["solution"]
+# %%
 all_alive, some_alive = torch.ones(3, 10, dtype=torch.bool), torch.arange(10).expand(3, 10) < 7
 A = torch.tensor([[0.5], [0.5], [0.5]]).expand(3, 10)
 B = torch.tensor([[0.8], [0.8], [0.4]]).expand(3, 10)
@@ -67,6 +65,11 @@ for last in (True, False):
         a, b = (mean_and_variance(x, d, last, drop) for x, d in ((A, all_alive), (B, some_alive)))
         cells = f"A {a[0]:.0f} (variance {a[1]:.0f}), B {b[0]:.0f} (variance {b[1]:.0f})"
         print(f"{'all layers' if last else 'without the last':17} {'dropped' if drop else 'as zero':8} {cells}")
+
+# %% [markdown] tags=["solution"]
+# The layers are all that there is of this network, not a sample of some larger set of layers, so (9.1) divides by $L$. With few layers that matters: at two, dividing by $L-1$ doubles the variance.
+#
+# The two conventions matter more. Dropping multiplies a layer's mean by $1/(1-u)$, $u$ being the share of its neurons without a score, and so it helps the network with more silent neurons. Of the four ways above to write one table three say that B leads, and one says A; and B's layers are either all alike or not at all.
 
 # %% [markdown]
 # ## Exercise 9.B: Seed by seed
