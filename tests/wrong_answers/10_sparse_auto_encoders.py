@@ -306,7 +306,7 @@ WRONG = {
     "10.E": {message: in_place_of("measurement", answer) for message, answer in MEASURED.items()}
     | {
         "4 of 7 right.* `reasons=True`": at_first(lambda: FAULTS | {"B": "none", "D": "lengths", "E": "few"}),
-        "(?s)5 of 7 right.*C is .price.*the rest is λ.*G is .rate": on_request(
+        "(?s)5 of 7 right.*C is .price.*that is λ Σ f.*G is .rate": on_request(
             lambda: FAULTS | {"C": "rate", "G": "price"}
         ),
         "each fault has one run; none stands twice": lambda: FAULTS | {"E": "none"},
