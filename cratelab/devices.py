@@ -2,9 +2,14 @@
 
 import math
 import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def best_device() -> torch.device:
@@ -12,6 +17,16 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def processes() -> "PartialState":
+    """The processes that torchrun or `accelerate launch` has started, this one among them; its device is then set.
+
+    They wait for each other for a week: one may be slower, or score while the others have nothing to do.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=best_device().type == "cpu", timeout=timedelta(days=7))
 
 
 WITHOUT_FLOAT64 = ("mps",)
