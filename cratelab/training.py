@@ -28,6 +28,7 @@ with warnings.catch_warnings():  # in notebooks it asks for widgets, which our p
 
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import Tokenizer, fingerprint
+from cratelab.devices import best_device
 from cratelab.language_model import LanguageModel
 from cratelab.losses import Diverged, next_token_loss, validation_loss
 from cratelab.reading import check_vocabulary
@@ -78,6 +79,7 @@ def train(
     _check_corpora(model, training, validation, tokenizer)
     precision = _precision(recipe)
     accelerator = Accelerator(
+        cpu=best_device().type == "cpu",  # else several processes on a machine without a GPU would not know each other
         mixed_precision=None if is_initialized() else precision,  # a process has one for good: it is ours that counts
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.accumulate),
     )

@@ -53,7 +53,7 @@ def run(options: Interpret) -> None:
     text, neurons = corpus.validation, _draw(options, model)
     explainers = {name: _explainer(name, options, corpus, endpoint) for name in options.explainer if main}
     asking, rows = explainers.get(ASKED), []
-    wide = max(11, *(len(name) + 1 for name in explainers))
+    wide = max(11, *(len(name) + 1 for name in options.explainer))
     asked = dict(as_published=options.official, n_tokens=options.n_tokens, seed=options.seed, folder=_passes(options))
     columns = f"{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}"
     head = f"{'':10}{'protocol':16}{'explainer':{wide}}{columns}"
