@@ -80,8 +80,8 @@ def run(options: Interpret) -> None:
             _say_row(row, wide)
     if not main:
         return
-    forget(_passes(options))
     if options.dry_run:
+        forget(_passes(options))
         return
     if asking and (problems := asking.simulator.problems):
         often = "; ".join(f"{reason} ({n:,})" for reason, n in problems.most_common(3))
@@ -91,6 +91,7 @@ def run(options: Interpret) -> None:
     out = _out(options)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"provenance": facts, "rows": rows} | ({"neurons": neurons[1].tolist()} if neurons else {}))
+    forget(_passes(options))
     say(f"{out} has them layer by layer")
 
 
