@@ -388,6 +388,17 @@ def test_processes_share_the_reading_of_interpret_and_one_scores_and_writes(copy
     assert started(2, "steer", str(copy), "--n-new", "3").count("without: ") == 1
 
 
+def test_what_is_work_for_one_process_is_refused_to_several_and_errors_have_their_number(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, name in ("0", "cratelab"), ("1", "cratelab, process 1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            main(["reproduce", "rates"])
+        assert stopped.value.code.startswith(f"{name}: reproduce is work for one process")
+        main(["train", "--dry-run"])
+        assert bool(capsys.readouterr().out) == (rank == "0")
+
+
 def never(*arguments, **options):
     raise AssertionError("work has begun before the options were checked")
 
