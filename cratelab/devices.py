@@ -4,9 +4,14 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 CHOSEN = "ACCELERATE_TORCH_DEVICE"  # Accelerate's own variable, so that training obeys it too
 
@@ -43,6 +48,16 @@ def computing_on(name: str | None) -> Iterator[None]:
         os.environ.pop(CHOSEN)
         if before is not None:
             os.environ[CHOSEN] = before
+
+
+def processes() -> "PartialState":
+    """The processes that torchrun or `accelerate launch` has started, this one among them; its device is then set.
+
+    They wait for each other for a week: one may be slower, or score while the others have nothing to do.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=best_device().type == "cpu", timeout=timedelta(days=7))
 
 
 WITHOUT_FLOAT64 = ("mps",)

@@ -1,6 +1,7 @@
 """What a training run leaves on disk, so that a kill at any moment, a full disk or a lost loss costs little.
 
     run.json          model, recipe, tokenizer and corpora (sizes and hashes), provenance, written before the first step
+                      and, each time that it goes on, from which step and by how many processes
     tokenizer.json    what made the corpora, where it is known
     metrics.jsonl     one line a step, flushed
     checkpoint-1000   a state: see `cratelab.checkpoints`
@@ -128,6 +129,11 @@ class RunDirectory:
                     if not file.is_file():
                         about = {"command": command, "provenance": provenance(processes=accelerator.num_processes)}
                         write_json(file, facts | {"start": start} | about)
+                    elif (step := run.latest_step()) < recipe.steps:
+                        begun = read_json(file)
+                        before = begun["went_on"] if isinstance(begun.get("went_on"), list) else []
+                        now = {"step": step, "processes": accelerator.num_processes}
+                        write_json(file, begun | {"went_on": [*before, now]})
                     if tokenizer and not (run.path / "tokenizer.json").is_file():
                         tokenizers.save(tokenizer, run.path / "tokenizer.json")
             accelerator.wait_for_everyone()

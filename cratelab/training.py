@@ -80,6 +80,7 @@ def train(
     _check_corpora(model, training, validation, tokenizer)
     precision = _precision(recipe)
     accelerator = Accelerator(
+        cpu=best_device().type == "cpu",  # else several processes on a machine without a GPU would not know each other
         mixed_precision=None if is_initialized() else precision,  # a process has one for good: it is ours that counts
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.accumulate),
     )

@@ -399,13 +399,21 @@ def test_errors_are_one_line_without_a_traceback(arguments, message, tmp_path, m
     assert str(stopped.value).startswith(message)
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    train = ["-m", "cratelab", "train", "--precision", "no", *SHORT, "--checkpoint-every", "2", "--run-dir"]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    for command in [*train, str(tmp_path / "one")], [*launch, *train, str(tmp_path / "two")]:
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+def started(processes: int, *arguments: str) -> str:
+    """What `cratelab` with these arguments prints when so many processes are started."""
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
+    command = [sys.executable, *(launch if processes > 1 else []), "-m", "cratelab", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch_and_one_speaks(tmp_path):
+    options = ["train", "--precision", "no", *SHORT, "--checkpoint-every", "2", "--run-dir"]
+    printed = [started(n, *options, str(tmp_path / name)) for n, name in ((1, "one"), (2, "two"))]
+    words = [re.sub(r"\d+\.\d+", "#", text) for text in printed]
+    assert words[0].replace(str(tmp_path / "one"), str(tmp_path / "two")) == words[1]
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["provenance"]["processes"] == 2
     assert len(one) == len(two) == 4
@@ -416,6 +424,30 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
     alone, together = (cl.load(tmp_path / name / "model").state_dict() for name in ("one", "two"))
     apart = sum(float((alone[name] - together[name]).square().sum()) for name in alone) ** 0.5
     assert apart < 1e-3 * sum(float(tensor.square().sum()) for tensor in alone.values()) ** 0.5
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    main([*options, str(tmp_path / "two")])
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["went_on"] == [{"step": 2, "processes": 1}]
+
+
+def test_processes_share_the_reading_of_interpret_and_one_scores_and_writes(copy, tmp_path):
+    options = ["interpret", str(copy), "--n-tokens", "2000", "--protocols", "top-and-random", "--out"]
+    printed = [started(n, *options, str(tmp_path / f"{n}.json")) for n in (1, 3)]
+    assert printed[0].replace("1.json", "3.json") == printed[1] and printed[0].count("untrained") == 3
+    rows = [json.loads((tmp_path / f"{n}.json").read_text())["rows"] for n in (1, 3)]
+    assert rows[0] == rows[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "3.json", "run"]
+    assert started(2, "steer", str(copy), "--n-new", "3").count("without: ") == 1
+
+
+def test_what_is_work_for_one_process_is_refused_to_several_and_errors_have_their_number(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, name in ("0", "cratelab"), ("1", "cratelab, process 1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            main(["reproduce", "rates"])
+        assert stopped.value.code.startswith(f"{name}: reproduce is work for one process")
+        main(["train", "--dry-run"])
+        assert bool(capsys.readouterr().out) == (rank == "0")
 
 
 def never(*arguments, **options):

@@ -1,12 +1,14 @@
 """The command line. What a command needs is imported when it runs, so that `cratelab --help` is there at once."""
 
+import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 import tyro
 
 from cratelab.cli.options import Compare, Interpret, Layerwise, Reproduce, Steer, Train, check_ranges
-from cratelab.terminal import plain_warnings, printable, unfailing_output
+from cratelab.terminal import is_main_process, plain_warnings, printable, unfailing_output
 
 COMMANDS = {
     "train": Train,
@@ -47,16 +49,16 @@ def _main(arguments: list[str] | None) -> None:
         with computing_on(options.device):
             command.run(options)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"cratelab: {printable(str(error))}")
+        _stop(printable(str(error)))
     except (MemoryError, RuntimeError) as error:
         from cratelab.losses import Diverged
 
         if isinstance(error, Diverged):
-            sys.exit(f"cratelab: {printable(str(error))}")
+            _stop(printable(str(error)))
         if not _is_out_of_memory(error):
             raise
-        sys.exit(
-            "cratelab: there is not enough memory: take a smaller model, context or batch "
+        _stop(
+            "there is not enough memory: take a smaller model, context or batch "
             f"({printable(str(error)) or 'MemoryError'})"
         )
     except KeyboardInterrupt:
@@ -65,6 +67,12 @@ def _main(arguments: list[str] | None) -> None:
             file=sys.stderr,
         )
         sys.exit(130)
+
+
+def _stop(message: str) -> NoReturn:
+    """End with a message; those of several processes are told apart."""
+    name = "cratelab" if is_main_process() else f"cratelab, process {os.environ['RANK']}"
+    sys.exit(f"{name}: {message}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from cratelab.cli.options import Interpret, dashed
 from cratelab.cli.runs import load_run
 from cratelab.cli.shared import defined
 from cratelab.corpora.prepare import PreparedCorpus
+from cratelab.devices import processes
 from cratelab.interpret.asking.answers import AnswerCache
 from cratelab.interpret.asking.endpoints import Endpoint, OpenAIEndpoint, without_user
 from cratelab.interpret.asking.local_endpoint import HuggingFaceEndpoint, is_gguf_file
@@ -22,6 +23,7 @@ from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
 from cratelab.interpret.evaluation import Evaluation, collect_for_protocols, evaluate
 from cratelab.interpret.explainers import ConceptExplainer, Explainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.language_models import NEVER_ACTIVE, LanguageModelExplainer, TextExplanations
+from cratelab.interpret.running_records import forget
 from cratelab.interpret.scores import split
 from cratelab.language_model import LanguageModel
 from cratelab.models import untrained
@@ -46,19 +48,23 @@ def check(options: Interpret) -> None:
 
 
 def run(options: Interpret) -> None:
-    endpoint = _endpoint(options)
+    main = processes().is_main_process  # which scores and writes; the others help to read
+    endpoint = _endpoint(options) if main else None
     model, corpus = load_run(options, lambda model: _draw(options, model))
     text, neurons = corpus.validation, _draw(options, model)
-    explainers = {name: _explainer(name, options, corpus, endpoint) for name in options.explainer}
+    explainers = {name: _explainer(name, options, corpus, endpoint) for name in options.explainer if main}
     asking, rows = explainers.get(ASKED), []
-    wide = max(11, *(len(name) + 1 for name in explainers))
-    asked = dict(as_published=options.official, n_tokens=options.n_tokens, seed=options.seed)
-    columns = f"{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}" + f"{'no number':>11}" * bool(asking)
+    wide = max(11, *(len(name) + 1 for name in options.explainer))
+    asked = dict(as_published=options.official, n_tokens=options.n_tokens, seed=options.seed, folder=_passes(options))
+    columns = f"{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}"
+    columns += f"{'no number':>11}" if ASKED in options.explainer else ""
     head = f"{'':10}{'protocol':16}{'explainer':{wide}}{columns}"
     if not asking:
         say(head)
     for name, each in ("trained", model), ("untrained", untrained(model, options.seed)):
         records = collect_for_protocols(each, text, options.protocols, **asked)
+        if not main:
+            continue
         if neurons:
             records = {protocol: held.neurons(*neurons) for protocol, held in records.items()}
         if asking:
@@ -74,7 +80,10 @@ def run(options: Interpret) -> None:
                 say(head)  # below the cost, and no sooner than there is something to put under it
             rows.append(row)
             _say_row(row, wide, asking=bool(asking))
+    if not main:
+        return
     if options.dry_run:
+        forget(_passes(options))
         return
     if asking and (problems := asking.simulator.problems):
         often = "; ".join(f"{reason} ({n:,})" for reason, n in problems.most_common(3))
@@ -84,6 +93,7 @@ def run(options: Interpret) -> None:
     out = _out(options)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"provenance": facts, "rows": rows} | ({"neurons": neurons[1].tolist()} if neurons else {}))
+    forget(_passes(options))
     say(f"{out} has them layer by layer")
 
 
@@ -120,6 +130,10 @@ def _say_row(row: dict, wide: int, asking: bool) -> None:
 def _out(options: Interpret) -> Path:
     folder = options.model if options.model.is_dir() else options.model.parent
     return options.out or folder / "interpret.json"
+
+
+def _passes(options: Interpret) -> Path:
+    return _out(options).with_suffix(".passes")
 
 
 def _cache(options: Interpret) -> Path:

@@ -12,7 +12,7 @@ from cratelab.cli.shared import defined
 from cratelab.layerwise import layer_statistics
 from cratelab.provenance import provenance
 from cratelab.storage import write_json
-from cratelab.terminal import say
+from cratelab.terminal import is_main_process, say
 
 RATES = {"R": ("R before", "R after"), "R^c": ("R^c orthonormal before", "R^c orthonormal after")}
 CONTROLS = {
@@ -30,6 +30,8 @@ def check(options: Layerwise) -> None:
 
 
 def run(options: Layerwise) -> None:
+    if not is_main_process():
+        return  # a few thousand tokens are work for one
     model, corpus = load_run(options)
     text = corpus.validation
     length = min(model.config.context, len(text))

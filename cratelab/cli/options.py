@@ -125,7 +125,7 @@ class Interpret(TrainedModel):
     """Explain and score neurons of a trained model: all by rule, or some by asking a language model too.
 
     With --explainer language-model every token of the validating excerpts is a question. What it costs is said before
-    any is asked, answers are kept, and the same command asks none twice.
+    any is asked, answers are kept, and the same command asks none twice. Several processes share the reading.
 
     Example: cratelab interpret runs/mine --n-tokens 50000
     """
@@ -156,6 +156,8 @@ class Interpret(TrainedModel):
     """Of the random excerpts, of the untrained model and of the drawn neurons."""
     out: Path | None = None
     """Where the scores go; interpret.json in the model's folder unless given."""
+
+    goes_on: ClassVar = True
 
 
 @dataclass

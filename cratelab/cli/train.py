@@ -16,7 +16,7 @@ from cratelab.cli.shared import defined, new_recipe, prepare_corpus, report, use
 from cratelab.corpora.prepare import vocabulary_size
 from cratelab.models import new_model
 from cratelab.run_directory import check_same_run
-from cratelab.terminal import say
+from cratelab.terminal import is_main_process, say
 from cratelab.training import train
 
 
@@ -50,6 +50,8 @@ def run(options: Train) -> None:
     say(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}")
     kept = remembered(command)
     metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, report, kept, corpus.tokenizer)
+    if not is_main_process():
+        return
     plots.save_loss_curve(metrics, run_dir / "loss.png", corpus.floor)
     floor = f"; the floor is {corpus.floor:.3f}" if corpus.floor else ""
     say(f"validation loss {defined(metrics[-1]['validation_loss'], 3)} nats a token{floor}")
