@@ -11,6 +11,7 @@ from .coding_rate import (
 from .crate import Crate, CrateConfig
 from .devices import best_device
 from .gpt2 import Gpt2, Gpt2Config
+from .huggingface import to_huggingface
 from .ista import Ista, ista, ista_complete, lasso_objective, soft_threshold
 from .language_model import LanguageModel, LanguageModelConfig
 from .models import load
@@ -53,4 +54,5 @@ __all__ = [
     "sparse_rate_reduction",
     "subspace_rate",
     "subspace_rate_gradient",
+    "to_huggingface",
 ]

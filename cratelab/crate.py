@@ -1,19 +1,14 @@
-"""CRATE, the language model whose blocks are one step of MSSA and two of ISTA (chapter 5).
+"""CRATE, the language model whose blocks are one step of MSSA and two of ISTA (chapter 5)."""
 
-A block turns tokens Z into Z^{½} = Z + MSSA(LN(Z)), codes A = ISTA(LN(Z^{½})) and new tokens D A. There is no residual
-around ISTA: the next layer sees nothing but atoms that fired. The codes pass through `block.neurons`.
-"""
-
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
 
-from torch import Tensor, nn
+from torch import nn
 
-from cratelab.ista import Ista
+from cratelab.crate_block import CrateBlock
 from cratelab.language_model import LanguageModel, LanguageModelConfig
-from cratelab.mssa import Mssa
-from cratelab.storage import read_tensors
+from cratelab.storage import read_json, read_tensors
 from cratelab.weights import drop_tied_head, renamed
 
 
@@ -39,24 +34,6 @@ class CrateConfig(LanguageModelConfig):
             raise ValueError(f"ISTA needs step_size > 0 and lam >= 0; got step_size={self.step_size}, lam={self.lam}")
         if self.n_steps > 1000:
             raise ValueError(f"n_steps must be at most 1000, since every token takes them all; got {self.n_steps}")
-
-
-class CrateBlock(nn.Module):
-    """One layer (eq-05-1): (b, n, d) to (b, n, d)."""
-
-    def __init__(self, config: CrateConfig):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = Mssa(config.width, config.n_heads, span=config.span)
-        self.ista_norm = nn.LayerNorm(config.width)
-        self.ista = Ista(config.width, config.expansion, config.step_size, config.lam, config.n_steps)
-        self.neurons = nn.Identity()
-        self.ista_residual = config.ista_residual
-
-    def forward(self, x: Tensor, cache: Tensor | None = None, position: int = 0) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache, position)
-        atoms = self.ista.decode(self.neurons(self.ista.encode(self.ista_norm(x))))
-        return x + atoms if self.ista_residual else atoms
 
 
 class Crate(LanguageModel):
@@ -116,6 +93,29 @@ class Crate(LanguageModel):
         weights = renamed(checkpoint["model"], _own_name, path)
         drop_tied_head(weights, path)
         return cls.with_weights(config, weights, path)
+
+    @classmethod
+    def from_huggingface(cls, path: str | Path) -> Self:
+        """The model in a folder that `cratelab.to_huggingface` wrote, or `transformers` after it, in evaluation mode.
+
+        Args:
+            path: folder with config.json and model.safetensors.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the configuration is not CRATE's, or the weights do not fit it, each misfit by name.
+        """
+        folder = Path(path)
+        foreign, file = read_json(folder / "config.json"), folder / "model.safetensors"
+        if foreign.get("model_type") != "crate":
+            raise ValueError(f"{folder} describes a model of type {foreign.get('model_type')!r}; expected 'crate'")
+        try:
+            config = CrateConfig(**{own.name: foreign[own.name] for own in fields(CrateConfig) if own.name in foreign})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / 'config.json'} does not fit Crate: {error}") from error
+        weights = renamed(read_tensors(file), lambda key: key.removeprefix("model."), file)
+        drop_tied_head(weights, file)
+        return cls.with_weights(config, weights, file)
 
 
 _OFFICIAL_NAMES = {

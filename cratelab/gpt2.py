@@ -143,7 +143,43 @@ class Gpt2(LanguageModel):
             if name.endswith(_STORED_AS_IN_OUT) and weights[name].ndim == 2:
                 weights[name] = weights[name].mT
         drop_tied_head(weights, file)
+        if not config.bias:
+            biases = {name: weights.pop(name) for name in list(weights) if name.endswith(".bias")}
+            if any(bias.any() for bias in biases.values()):  # trained since they were written as 0
+                config, weights = replace(config, bias=True), weights | biases
         return cls.with_weights(config, weights, file)
+
+    def huggingface_config(self) -> dict:
+        """The settings with which `transformers.GPT2Config` describes this model.
+
+        Raises:
+            ValueError: the model has a `span` or `top_k`, which are not in Hugging Face's `gpt2`.
+        """
+        c = self.config
+        if c.span is not None or c.top_k is not None:
+            raise ValueError(f"Hugging Face's gpt2 has neither span nor top_k; got span={c.span}, top_k={c.top_k}")
+        return {
+            "n_layer": c.n_layers,
+            "n_head": c.n_heads,
+            "n_embd": c.width,
+            "n_inner": c.n_neurons,
+            "vocab_size": c.vocab_size,
+            "n_positions": c.context,
+            "activation_function": c.activation,
+            "layer_norm_epsilon": c.norm_eps,
+            "bias": c.bias,  # read by `from_huggingface` alone
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        }
+
+    def huggingface_weights(self) -> dict[str, Tensor]:
+        """The weights under the names of Hugging Face's `gpt2`, with biases of 0 where this model has none."""
+        weights = {}
+        for name, tensor in self.state_dict().items():
+            weights[f"transformer.{_foreign_name(name)}"] = tensor.mT if name.endswith(_STORED_AS_IN_OUT) else tensor
+        for name in [name for name in weights if ".h." in name or "ln_f" in name]:
+            bias = f"{name.rpartition('.')[0]}.bias"
+            weights.setdefault(bias, weights[name].new_zeros(weights[name].shape[-1]))
+        return weights
 
 
 def _config_from_huggingface(file: Path) -> Gpt2Config:
@@ -169,7 +205,7 @@ def _config_from_huggingface(file: Path) -> Gpt2Config:
             vocab_size=foreign["vocab_size"],
             context=foreign.get("n_positions", 1024),
             activation=foreign.get("activation_function", "gelu_new"),
-            bias=True,
+            bias=foreign.get("bias", True),
             norm_eps=foreign.get("layer_norm_epsilon", 1e-5),
         )
         if hidden is None:
@@ -206,3 +242,9 @@ def _own_name(key: str) -> str | None:
     for foreign, own in _HUGGINGFACE_NAMES.items():
         key = key.replace(foreign, own)
     return key
+
+
+def _foreign_name(key: str) -> str:
+    for foreign, own in sorted(_HUGGINGFACE_NAMES.items(), key=lambda names: -len(names[1])):  # "norm." ends others
+        key = key.replace(own, foreign)
+    return key.replace("blocks.", "h.")

@@ -1,4 +1,4 @@
-"""CRATE and GPT-2 by name: with fresh weights, or those that `save` has written."""
+"""CRATE and GPT-2 by name: with fresh weights, or those that a folder holds."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -61,7 +61,10 @@ def _fresh(model_class: type[LanguageModel], config: LanguageModelConfig, seed: 
 
 
 def load(folder: str | Path) -> LanguageModel:
-    """The model that `save` wrote into `folder`, on the CPU, in evaluation mode and in float32 whatever the file holds.
+    """The model in `folder`, on the CPU, in evaluation mode and in float32 whatever the file holds.
+
+    Args:
+        folder: written by `save`, by `to_huggingface`, or by `transformers` from the latter or from its own GPT-2.
 
     Raises:
         FileNotFoundError: `folder` holds no config.json or model.safetensors.
@@ -72,6 +75,10 @@ def load(folder: str | Path) -> LanguageModel:
         hint = f": give {folder / 'model'}" if (folder / "model" / "config.json").is_file() else ""
         raise FileNotFoundError(f"{folder} holds no model, since there is no config.json in it{hint}")
     config = read_json(folder / "config.json")
+    if config.get("model_type") == "gpt2":
+        return Gpt2.from_huggingface(folder)
+    if config.get("model_type") == "crate":
+        return Crate.from_huggingface(folder)
     name = config.pop("model", None)
     # not those of `MODELS` alone: a reader's own model comes back too, once its class is defined
     classes = {subclass.__name__: subclass for subclass in LanguageModel.__subclasses__()}

@@ -21,7 +21,16 @@ import torch
 
 from cratelab.devices import best_device
 
-SPEAKS = "cli", "viewers", "checks", "plots", "colours", "terminal", "provenance"  # rooms that move no number
+SPEAKS = (
+    "cli",
+    "viewers",
+    "checks",
+    "plots",
+    "colours",
+    "terminal",
+    "provenance",
+    "huggingface",
+)  # rooms that move no number
 
 _SECRET = r"(?:key|token|secret|password|passwd|passphrase|pwd|credentials?|auth|authorization)"
 

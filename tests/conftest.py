@@ -1,10 +1,15 @@
 import importlib
+import os
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 
 from cratelab.devices import best_device
+
+_CODE_OF_MODELS = tempfile.TemporaryDirectory()  # into which transformers copies what comes with a model
+os.environ["HF_MODULES_CACHE"] = _CODE_OF_MODELS.name
 
 pytest_plugins = ["language_model_server"]  # its fixtures
 

@@ -936,3 +936,49 @@ def test_files_are_written_whatever_becomes_of_the_output(command, status, run, 
         assert len(json.loads((tmp_path / "scores.json").read_text())["rows"]) == 6
     if "train" in command:
         assert isinstance(cl.load(tmp_path / "new/model"), cl.Crate) and (tmp_path / "new/loss.png").is_file()
+
+
+def test_export_writes_what_transformers_loads_and_a_card_that_says_where_it_comes_from(run, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    main(["export", str(run), "--to", str(tmp_path / "out")])
+    assert "trust_remote_code=True) is the model" in capsys.readouterr().out
+    ours = cl.load(run / "model")
+    again = cl.load(tmp_path / "out")
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in ours.state_dict().items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    kept = cl.corpora.tokenizers.load(run / "tokenizer.json")
+    assert tokenizer("the cat").input_ids == kept.encode_ordinary("the cat")
+    card, facts = (tmp_path / "out/README.md").read_text(), json.loads((run / "run.json").read_text())
+    (made,) = re.findall(r"```json\n(.*?)\n```", card, re.DOTALL)
+    assert json.loads(made) == {
+        part: facts[part] for part in ("recipe", "tokenizer", "training", "validation", "provenance")
+    }
+    loss = read_metrics(run)[-1]["validation_loss"]
+    assert f"Text: `tinyworld`. Loss on held-out text: {loss:.3f} nats a token" in card
+    assert "\n# out\n" in card and "## Licence\n\nUnknown" in card and "MIT" in card
+    settings = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert settings["eos_token_id"] == kept.eot_token
+    assert settings["suppress_tokens"] == list(range(kept.n_vocab, ours.config.vocab_size))
+
+
+def test_export_of_a_packaged_model_whose_training_is_unknown(tmp_path):
+    reference = Path(cl.__file__).parent / "reference"
+    options = ["--to", str(tmp_path / "out"), "--tokenizer", str(reference / "tokenizer.json")]
+    main(["export", str(reference / "gpt2-1L-0"), *options])
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Nothing is known about its training" in card and "trust_remote_code" not in card
+    assert isinstance(cl.load(tmp_path / "out"), cl.Gpt2)
+
+
+def test_export_refuses_before_it_loads_anything(run, copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("cratelab.cli.export.load", None)
+    to = ["--to", str(tmp_path / "out")]
+    fails(["export", str(run), "--to", str(run)], "is not an empty folder: choose another")
+    fails(["export", str(run), "--to", str(run / "run.json")], "is not an empty folder: choose another")
+    fails(["export", str(tmp_path / "nothing"), *to], "does not exist: give the folder of a run or of a model")
+    (copy / "tokenizer.json").unlink()
+    fails(["export", str(copy), *to], f"there is no tokenizer {copy / 'tokenizer.json'}: give --tokenizer FILE")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    fails(["export", str(run), *to], "pip install 'cratelab[transformers]'")
+    assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import tyro
 
-from cratelab.cli.options import Compare, Interpret, Layerwise, Reproduce, Steer, Train, check_ranges
+from cratelab.cli.options import Compare, Export, Interpret, Layerwise, Reproduce, Steer, Train, check_ranges
 from cratelab.terminal import is_main_process, plain_warnings, printable, unfailing_output
 
 COMMANDS = {
@@ -16,12 +16,13 @@ COMMANDS = {
     "interpret": Interpret,
     "steer": Steer,
     "layerwise": Layerwise,
+    "export": Export,
     "reproduce": Reproduce,
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`cratelab train | compare | interpret | steer | layerwise | reproduce`.
+    """`cratelab train | compare | interpret | steer | layerwise | export | reproduce`.
 
     Raises:
         SystemExit: with a message, which is status 1, where a command cannot do what it is asked; status 2 where it
@@ -37,7 +38,7 @@ def _main(arguments: list[str] | None) -> None:
     options = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="cratelab",
-        description="Train CRATE, compare it with GPT-2, ask what its neurons mean, steer them, measure its layers.",
+        description="Train CRATE, compare it with GPT-2, ask what its neurons mean, steer them, and take it elsewhere.",
         args=arguments,
     )
     from cratelab.devices import computing_on
@@ -46,7 +47,7 @@ def _main(arguments: list[str] | None) -> None:
         check_ranges(options)
         command = import_module(f"cratelab.cli.{next(name for name, of in COMMANDS.items() if of is type(options))}")
         command.check(options)
-        with computing_on(options.device):
+        with computing_on(getattr(options, "device", None)):  # export computes nothing
             command.run(options)
     except (ValueError, OSError, ImportError) as error:
         _stop(printable(str(error)))

@@ -205,6 +205,23 @@ class Layerwise(TrainedModel):
 
 
 @dataclass
+class Export:
+    """Write a trained model as a folder for Hugging Face transformers, with its tokenizer, code and model card.
+
+    Example: cratelab export runs/mine --to my-crate
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run or of a model."""
+    to: Path
+    """Folder to make."""
+    tokenizer: Path | None = None
+    """File such as a run's tokenizer.json; the run's own unless given."""
+
+    goes_on: ClassVar = False
+
+
+@dataclass
 class Reproduce(OnDevice):
     """Make again what the package carries. Start it again to go on.
 

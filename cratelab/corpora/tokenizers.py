@@ -188,8 +188,7 @@ def from_library(tokenizer: "tokenizers.Tokenizer", name: str) -> "tiktoken.Enco
         ValueError: the tokenizer is none of that kind.
     """
     model = json.loads(tokenizer.to_str())["model"]
-    alphabet = require("tokenizers").pre_tokenizers.ByteLevel.alphabet()
-    byte_of = dict(zip(sorted(alphabet), _bytes_in_gpt2_order(), strict=True))
+    byte_of = {character: byte for byte, character in byte_characters().items()}
     tokens = sorted(model["vocab"].keys() - {END_OF_TEXT}, key=model["vocab"].get)
     merged = ["".join(pair) for pair in model["merges"]]
     if tokens[256:] != merged or [model["vocab"][token] for token in tokens] != list(range(len(tokens))):
@@ -353,7 +352,8 @@ def _encoding(name: str, pattern: str, tokens: list[bytes]) -> "tiktoken.Encodin
     )
 
 
-def _bytes_in_gpt2_order() -> list[int]:
-    """The byte of each character of GPT-2's alphabet: printable ones for themselves, then the others in order."""
+def byte_characters() -> dict[int, str]:
+    """The character of each byte in `tokenizers`: printable ones stand for themselves, the others follow in order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return printable + [value for value in range(256) if value not in printable]
+    in_order = printable + [value for value in range(256) if value not in printable]
+    return dict(zip(in_order, sorted(require("tokenizers").pre_tokenizers.ByteLevel.alphabet()), strict=True))
