@@ -42,7 +42,7 @@ def random_sae(d_in: int = WIDTH, expansion: float = 2, kind: str = "relu", **co
     with torch.no_grad():
         sae.b_enc.normal_(std=0.3)
         sae.b_dec.normal_(std=0.3)
-        if kind != "relu":
+        if sae.architecture.has_threshold:
             sae.threshold.uniform_(0, 0.5)
     return sae
 
@@ -100,7 +100,8 @@ def test_rows_start_at_unit_length_and_the_encoder_as_their_transpose():
 @pytest.mark.parametrize(
     "config, complaint",
     [
-        (dict(d_in=8, kind="topk"), "kind must be one of relu, batchtopk, jumprelu; got 'topk'"),
+        (dict(d_in=8, kind="gated"), "kind must be one of relu, batchtopk, jumprelu, topk; got 'gated'"),
+        (dict(d_in=8, kind="topk", k=129), "k must be 1 to 128, the number of features; got 129"),
         (dict(d_in=0), "d_in=0"),
         (dict(d_in=8, expansion=0.01), "0 features"),
         (dict(d_in=8, l1=float("nan")), "l1=nan"),
@@ -428,7 +429,7 @@ def test_what_is_no_auto_encoder_is_named():
 # Files
 
 
-@pytest.mark.parametrize("kind", ["relu", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("kind", ["relu", "batchtopk", "jumprelu", "topk"])
 @pytest.mark.parametrize("expansion", [2, 1.3])
 def test_what_is_saved_comes_back(tmp_path, kind, expansion):
     sae = random_sae(24, expansion, kind, l1=0.5, k=3)
@@ -455,6 +456,44 @@ def test_one_that_does_not_subtract_the_bias_does_the_same_here(tmp_path):
     torch.testing.assert_close(Sae.load(tmp_path).encode(x), torch.relu(x @ sae.W_enc + sae.b_enc))
 
 
+@torch.no_grad()
+def code_of_the_largest(pre, k):
+    """The code of pre-activations (n, m), token by token and feature by feature."""
+    code = torch.zeros_like(pre)
+    for token, row in enumerate(pre.tolist()):
+        for feature in sorted(range(len(row)), key=row.__getitem__)[-k:]:
+            code[token, feature] = max(row[feature], 0)
+    return code
+
+
+def test_a_topk_keeps_the_k_largest_of_each_token():
+    sae, x = random_sae(24, 2, "topk", k=20), torch.randn(4, 5, 24)
+    pre = (x.flatten(0, 1) - sae.b_dec) @ sae.W_enc + sae.b_enc
+    expected = code_of_the_largest(pre, 20)
+    assert (expected > 0).sum(1).min() < 20  # those that are negative count nothing
+    torch.testing.assert_close(sae.encode(x).flatten(0, 1), expected)
+
+
+def test_a_topk_that_ranks_by_the_decoders_lengths_does_the_same_here(tmp_path):
+    sae, x = random_sae(24, 2, "topk", k=3), torch.randn(50, 24)
+    sae.W_dec.data *= torch.rand(48, 1) * 3 + 0.1
+    sae.save(tmp_path)
+    rewrite(tmp_path, rescale_acts_by_decoder_norm=True)
+    lengths = sae.W_dec.square().sum(1).sqrt()
+    expected = code_of_the_largest(((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * lengths, 3)
+    assert not (expected > 0).equal(sae.encode(x) > 0)  # the lengths matter
+    again = Sae.load(tmp_path)
+    torch.testing.assert_close(again.encode(x), expected)
+    torch.testing.assert_close(again(x), (expected / lengths) @ sae.W_dec + sae.b_dec)
+
+
+def test_a_topk_whose_file_names_two_numbers_is_refused(tmp_path):
+    random_sae(24, 2, "topk", k=3).save(tmp_path)
+    rewrite(tmp_path, k=4)
+    with pytest.raises(ValueError, match=r"contradicts itself: .*k=3.*'k': 4"):
+        Sae.load(tmp_path)
+
+
 def test_half_precision_comes_back_in_single(tmp_path):
     sae = random_sae(24)
     sae.save(tmp_path)
@@ -466,7 +505,14 @@ def test_half_precision_comes_back_in_single(tmp_path):
 @pytest.mark.parametrize(
     "weights, changes, complaint",
     [
-        ({}, dict(architecture="topk"), "cfg.json has the architecture 'topk'; this reads standard and jumprelu"),
+        (
+            {},
+            dict(architecture="gated"),
+            "cfg.json has the architecture 'gated'; this reads standard and jumprelu and topk",
+        ),
+        ({}, dict(architecture="topk", metadata={}), "describes no auto-encoder: k must be a number"),
+        ({}, dict(architecture="topk", metadata={}, k=49), "describes no auto-encoder: k must be 1 to 48"),
+        ({}, dict(architecture="topk", k=3), "cfg.json contradicts itself"),
         ({}, dict(architecture=["standard"]), "cfg.json has the architecture"),
         ({}, dict(architecture="jumprelu"), "cfg.json contradicts itself"),
         ({}, dict(architecture="jumprelu", metadata={}), "weights.safetensors holds .* it should hold .*'threshold'"),
@@ -549,7 +595,7 @@ ODD = None, True, 0, -1, 1.5, 1e308, 10**30, "", "x", [], [1], {}, {"k": 1}
 def test_whatever_a_folder_holds_only_errors_that_name_it_come_out(tmp_path):
     """Settings of odd values, bytes flipped, files cut short: seeded, and each is loaded right or refused by name."""
     draw, folder, whole, refused = random.Random(0), tmp_path / "an auto-encoder", [], 0
-    for kind in "relu", "batchtopk", "jumprelu":
+    for kind in "relu", "batchtopk", "jumprelu", "topk":
         random_sae(4, 2, kind, k=2).save(folder)
         whole.append({file: file.read_bytes() for file in folder.iterdir()})
     for trial in range(150):
@@ -611,32 +657,3 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         random_sae(24).save(tmp_path)
     assert Sae.load(tmp_path).W_enc.equal(old.W_enc)
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("kind, theirs", [("relu", "standard"), ("batchtopk", "jumprelu"), ("jumprelu", "jumprelu")])
-def test_saelens_reads_ours_and_we_read_theirs(tmp_path, kind, theirs):
-    sae_lens = pytest.importorskip("sae_lens")
-    sae, x = random_sae(24, 2, kind, k=3), torch.randn(50, 24)
-    sae.save(tmp_path / "ours", model_name="toy", hook_name="blocks.0.neurons")
-    read = sae_lens.SAE.load_from_disk(str(tmp_path / "ours"))
-    assert read.cfg.architecture() == theirs and read.cfg.metadata.hook_name == "blocks.0.neurons"
-    torch.testing.assert_close(read.encode(x), sae.encode(x), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(read(x), sae(x), atol=1e-5, rtol=1e-5)
-    read.save_model(tmp_path / "theirs")
-    ours = Sae.load(tmp_path / "theirs")
-    assert ours.config == sae.config
-    for name, tensor in sae.state_dict().items():
-        assert ours.state_dict()[name].equal(tensor), name
-
-    build = {"standard": sae_lens.StandardSAE, "jumprelu": sae_lens.JumpReLUSAE}[theirs]
-    config = {"standard": sae_lens.StandardSAEConfig, "jumprelu": sae_lens.JumpReLUSAEConfig}[theirs]
-    for subtracts in True, False:
-        foreign = build(config(d_in=7, d_sae=11, apply_b_dec_to_input=subtracts))
-        with torch.no_grad():
-            for parameter in foreign.parameters():
-                parameter.normal_()
-        foreign.save_model(tmp_path / f"foreign-{subtracts}")
-        ours, x = Sae.load(tmp_path / f"foreign-{subtracts}"), torch.randn(50, 7)
-        torch.testing.assert_close(ours.encode(x), foreign.encode(x), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ours(x), foreign(x), atol=1e-5, rtol=1e-5)

@@ -703,10 +703,10 @@ def test_impossible_recipes_are_refused(changes):
         SaeRecipe(**changes)
 
 
-class TopK(architectures.JumpRelu):
+class Largest(architectures.JumpRelu):
     """A new architecture: the k largest of each token, in training and in use."""
 
-    saelens, trained, has_threshold = "topk", True, False
+    saelens, trained, has_threshold = "largest", True, False
 
     def code(self, pre, threshold):
         largest = pre.topk(self.config.k, -1)
@@ -715,13 +715,13 @@ class TopK(architectures.JumpRelu):
 
 def test_a_new_architecture_is_one_class(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="kind must be one of"):
-        SaeConfig(WIDTH, 2, "topk", k=3)
-    monkeypatch.setitem(architectures.ARCHITECTURES, "topk", TopK)
-    model, topk = talkative(), SaeConfig(WIDTH, 2, "topk", k=3)
-    trained = train_saes(model, corpus(), corpus(200), topk, [1], recipe(), tmp_path)
+        SaeConfig(WIDTH, 2, "largest", k=3)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "largest", Largest)
+    model, config = talkative(), SaeConfig(WIDTH, 2, "largest", k=3)
+    trained = train_saes(model, corpus(), corpus(200), config, [1], recipe(), tmp_path)
     assert trained.curve[-1]["explained_variance"] > trained.curve[0]["explained_variance"]
     loaded = Sae.load(tmp_path / "layer-1")
-    assert loaded.config == topk
+    assert loaded.config == config
     x = torch.randn(5, WIDTH)
     torch.testing.assert_close(loaded(x.cpu()), trained.saes[1](x).cpu())
     assert ((loaded.encode(x.cpu()) > 0).sum(1) <= 3).all() and evaluate_sae(model, corpus(200), {1: loaded})[1].l0 <= 3

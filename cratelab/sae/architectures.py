@@ -7,6 +7,7 @@ for what `Architecture` says.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,11 +20,12 @@ class SaeConfig:
         d_in: neurons that it reads.
         expansion: m / d_in, features per neuron; 16 in the paper.
         kind: "relu", trained with an L1 penalty (the paper's); "batchtopk", trained to have k active features a token
-            on average, and used with a threshold; "jumprelu", a threshold for each feature, read from files only.
+            on average, and used with a threshold; "jumprelu", a threshold for each feature, and "topk", of each token
+            the k largest, which are read from files only.
         l1: λ, the weight of the penalty Σ|f|; for "relu". The paper's 8e-5 goes with errors averaged over 512 neurons
             and divided by ‖x‖; ours are summed and divided by ‖x‖², so that 1e-2 stands for about the same.
-        k: active features a token; for "batchtopk". In use the threshold decides, the same for all features: the
-            largest value that training dropped, averaged over its batches with a rate of 0.01.
+        k: active features a token; for "batchtopk" and "topk". Of the former in use the threshold decides, the same
+            for all features: the largest value that training dropped, averaged over its batches with a rate of 0.01.
 
     Raises:
         ValueError: a value is of another type, not finite or out of range.
@@ -63,11 +65,13 @@ class Architecture:
         saelens: what SAELens calls it in use.
         trained: whether `train_saes` can.
         has_threshold: whether its files hold one.
+        has_k: whether k decides, in use as in training, so that its files hold it.
     """
 
     saelens: ClassVar[str]
     trained: ClassVar[bool] = True
     has_threshold: ClassVar[bool] = False
+    has_k: ClassVar[bool] = False
 
     def __init__(self, config: SaeConfig):
         self.config = config
@@ -118,14 +122,42 @@ class BatchTopK(JumpRelu):
 
     def __init__(self, config: SaeConfig):
         super().__init__(config)
-        if not 1 <= config.k <= config.n_features:
-            raise ValueError(f"k must be 1 to {config.n_features}, the number of features; got {config.k}")
+        _check_k(config)
 
     def code_in_training(self, pre: Tensor, threshold: Tensor) -> Tensor:
         return keep_largest(F.relu(pre), self.config.k, threshold)
 
 
-ARCHITECTURES: dict[str, type[Architecture]] = {"relu": Relu, "batchtopk": BatchTopK, "jumprelu": JumpRelu}
+class TopK(Architecture):
+    """Of each token's code the k largest entries count.
+
+    Source: Gao et al. (2024).
+    """
+
+    saelens = "topk"
+    trained = False
+    has_k = True
+
+    def __init__(self, config: SaeConfig):
+        super().__init__(config)
+        _check_k(config)
+
+    def code(self, pre: Tensor, threshold: Tensor) -> Tensor:
+        largest = pre.topk(self.config.k, -1)
+        return torch.zeros_like(pre).scatter(-1, largest.indices, F.relu(largest.values))
+
+
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "relu": Relu,
+    "batchtopk": BatchTopK,
+    "jumprelu": JumpRelu,
+    "topk": TopK,
+}
+
+
+def _check_k(config: SaeConfig) -> None:
+    if not 1 <= config.k <= config.n_features:
+        raise ValueError(f"k must be 1 to {config.n_features}, the number of features; got {config.k}")
 
 
 def keep_largest(code: Tensor, k: int, threshold: Tensor) -> Tensor:

@@ -100,6 +100,11 @@ class Sae(nn.Module):
         sae.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
         if not cfg.get("apply_b_dec_to_input", True):
             sae.b_enc.data += sae.b_dec.data @ sae.W_enc.data  # what we subtract is added beforehand
+        if cfg.get("rescale_acts_by_decoder_norm"):
+            lengths = sae.W_dec.data.norm(dim=1)  # SAELens ranks and gives out features times these
+            sae.W_enc.data *= lengths
+            sae.b_enc.data *= lengths
+            sae.W_dec.data /= lengths[:, None]
         if bad := [name for name, tensor in sae.state_dict().items() if not tensor.isfinite().all()]:
             raise ValueError(f"{file} is damaged: not all numbers in {', '.join(bad)} are finite")
         return sae

@@ -47,8 +47,9 @@ def shapes(config: SaeConfig) -> dict[str, tuple[int, ...]]:
 
 def facts(config: SaeConfig, dtype: torch.dtype, metadata: dict) -> dict:
     """What SAELens 6 wants to know, and in its `metadata` our own configuration and whatever else is to be said."""
+    architecture = ARCHITECTURES[config.kind]
     return {
-        "architecture": ARCHITECTURES[config.kind].saelens,
+        "architecture": architecture.saelens,
         "d_in": config.d_in,
         "d_sae": config.n_features,
         "device": "cpu",
@@ -58,7 +59,7 @@ def facts(config: SaeConfig, dtype: torch.dtype, metadata: dict) -> dict:
         "metadata": {"sae_lens_version": "6.0.0", "cratelab": asdict(config)} | metadata,
         "normalize_activations": "none",
         "reshape_activations": "none",
-    }
+    } | ({"k": config.k} if architecture.has_k else {})
 
 
 def read_config(file: Path, cfg: dict) -> SaeConfig:
@@ -72,26 +73,29 @@ def read_config(file: Path, cfg: dict) -> SaeConfig:
     architecture, d_in, d_sae = (cfg.get(name) for name in ("architecture", "d_in", "d_sae"))
     if str(architecture) not in kinds:
         raise ValueError(f"{file} has the architecture {architecture!r}; this reads {' and '.join(kinds)}")
-    if changed := _not_honoured(cfg):
+    of_k = {"k": cfg.get("k")} if ARCHITECTURES[kinds[architecture]].has_k else {}
+    if changed := _not_honoured(cfg, of_k):
         raise ValueError(f"{file} asks for what this auto-encoder does not do: {', '.join(changed)}")
     if not all(type(size) is int and size > 0 for size in (d_in, d_sae)):
         raise ValueError(f"{file} must give d_in and d_sae as positive integers; got {d_in!r} and {d_sae!r}")
     metadata = cfg.get("metadata")
     ours = metadata.get("cratelab") if isinstance(metadata, dict) else None
     try:
-        config = SaeConfig(**ours) if ours else SaeConfig(d_in, d_sae / d_in, kinds[architecture])
+        config = SaeConfig(**ours) if ours else SaeConfig(d_in, d_sae / d_in, kinds[architecture], **of_k)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} describes no auto-encoder: {error}") from error
-    if (config.d_in, config.n_features, ARCHITECTURES[config.kind].saelens) != (d_in, d_sae, architecture):
-        raise ValueError(f"{file} contradicts itself: {config} and {architecture}, d_in={d_in}, d_sae={d_sae}")
+    described = config.d_in, config.n_features, ARCHITECTURES[config.kind].saelens, of_k.get("k", config.k)
+    if described != (d_in, d_sae, architecture, config.k):
+        raise ValueError(f"{file} contradicts itself: {config} and {architecture}, d_in={d_in}, d_sae={d_sae}, {of_k}")
     return config
 
 
-def _not_honoured(cfg: dict) -> list[str]:
+def _not_honoured(cfg: dict, of_k: dict) -> list[str]:
     """The settings that change what is computed in a way that we do not follow."""
     if "hook_z" in str(cfg.get("hook_name")) and "reshape_activations" not in cfg:
         cfg = cfg | {"reshape_activations": "hook_z"}  # as SAELens takes it
-    honoured = {name: [json.dumps(value) for value in values] for name, values in _HONOURED.items()}  # 0 is not false
+    values = _HONOURED | ({"k": [of_k["k"]], "rescale_acts_by_decoder_norm": [False, True]} if of_k else {})
+    honoured = {name: [json.dumps(value) for value in each] for name, each in values.items()}  # 0 is not false
     return [
         f"{name}={value!r}"
         for name, value in cfg.items()

@@ -41,8 +41,9 @@ def printed(tmp_path, monkeypatch) -> Callable[[str], dict]:
         common, *sections = re.split(r"^### ", part, flags=re.MULTILINE)
         (section,) = (each for each in sections if each.split("\n")[0] == tool)
         blocks = re.findall(r"^```python\n(.*?)^```", common + section, re.DOTALL | re.MULTILINE)
-        names = {"__name__": "printed"}
-        exec(compile("\n".join(blocks), f"{PAGE}: {tool}", "exec"), names)
+        script, names = tmp_path / "printed.py", {"__name__": "printed"}
+        script.write_text("\n".join(blocks), encoding="utf8")  # nnsight reads the source of what it runs
+        exec(compile(script.read_text(encoding="utf8"), script, "exec"), names)
         return names
 
     return run
