@@ -100,7 +100,7 @@ def estimate(
         windows=recipe.batch // (recipe.accumulate * processes),
         tokens=recipe.steps * recipe.batch * config.context,
         matmul_rate=measure_matmul_rate(device),
-        device=torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
     )
 
 

@@ -2,16 +2,62 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+CHOSEN = "ACCELERATE_TORCH_DEVICE"  # Accelerate's own variable, so that training obeys it too
+
 
 def best_device() -> torch.device:
-    """CUDA where there is one, else Apple's MPS, else the CPU."""
+    """The one that was chosen (`computing_on`), else CUDA where there is one, else Apple's MPS, else the CPU."""
+    if chosen := os.environ.get(CHOSEN):
+        return torch.device(chosen)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def computing_on(name: str | None) -> Iterator[None]:
+    """Inside the block `best_device` is the one of this name, such as "cpu" or "cuda:1"; as before if there is no name.
+
+    Raises:
+        ValueError: nothing can be computed on such a device here.
+    """
+    if name is None:
+        yield
+        return
+    try:
+        torch.ones(1, device=name).cpu()
+    except Exception as error:  # every backend has errors of its own for a device that is not there
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"nothing can be computed on {name!r} here, but on {best_device()}: {reason}") from error
+    before = os.environ.get(CHOSEN)
+    os.environ[CHOSEN] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(CHOSEN)
+        if before is not None:
+            os.environ[CHOSEN] = before
+
+
+def processes() -> "PartialState":
+    """The processes that torchrun or `accelerate launch` has started, this one among them; its device is then set.
+
+    They wait for each other for a week: one may be slower, or score while the others have nothing to do.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=best_device().type == "cpu", timeout=timedelta(days=7))
 
 
 WITHOUT_FLOAT64 = ("mps",)

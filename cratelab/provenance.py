@@ -47,6 +47,8 @@ def provenance(**facts) -> dict:
         is not installed. `library` is `library_code()`.
     """
     device = best_device()
+    is_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_cuda else f"{device.type} ({platform.machine()})"
     return {
         "command": " ".join([*(Path(name).name for name in sys.argv[:1]), *_without_secrets(sys.argv[1:])]),
         "commit": _commit(),
@@ -55,7 +57,7 @@ def provenance(**facts) -> dict:
         "torch": version("torch"),
         "cratelab": _installed(),
         "library": library_code(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "device": name,
         "threads": torch.get_num_threads(),
         **facts,
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
+from itertools import count, islice
 from numbers import Integral
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ def texts(
     by_document: bool = True,
     n_tokens: int | None = None,
     ahead: int | None = 1,
+    wanted: Callable[[int], bool] = lambda number: True,
 ) -> Iterator["Text"]:
     """Read a corpus in pieces that the model can take, a batch at a time.
 
@@ -54,6 +55,7 @@ def texts(
         n_tokens: read this many tokens at most.
         ahead: read so many batches ahead and sort their pieces by length, which leaves less padding; 1 keeps the order,
             None reads all batches ahead.
+        wanted: which of the batches to read, counted from 0; the others are passed over.
 
     Raises:
         ValueError: the corpus has no token, or some that the model does not know; or `batch`, `window`, `n_tokens` or
@@ -63,12 +65,14 @@ def texts(
         check_whole(name, value)
     total = tokens_to_read(corpus, n_tokens)
     check_vocabulary(model, corpus)
-    pieces = pieces_of(corpus, model.config.context, by_document, total)
+    pieces, numbers = pieces_of(corpus, model.config.context, by_document, total), count()
     while some := list(islice(pieces, ahead and batch * ahead)):
         if ahead != 1:
             some.sort(key=lambda piece: piece[0] - piece[1])  # the longest first
         for first in range(0, len(some), batch):
-            text = Text(corpus, some[first : first + batch], window, model.token_embedding.weight.device)
+            if not wanted(number := next(numbers)):
+                continue
+            text = Text(corpus, some[first : first + batch], window, model.token_embedding.weight.device, number)
             if (largest := int(text.tokens.max())) >= model.config.vocab_size:
                 raise ValueError(f"the corpus holds token {largest}, the model knows {model.config.vocab_size}")
             yield text
@@ -83,6 +87,7 @@ def watch_neurons(
     by_document: bool = True,
     n_tokens: int | None = None,
     ahead: int | None = 1,
+    wanted: Callable[[int], bool] = lambda number: True,
 ) -> Iterator[tuple["Text", list[Tensor]]]:
     """Read a corpus piece by piece, and yield what the neurons do.
 
@@ -92,7 +97,7 @@ def watch_neurons(
 
     Args:
         model: any whose blocks have a `neurons` site, on any device.
-        corpus, batch, window, by_document, n_tokens, ahead: what is read and how; see `texts`.
+        corpus, batch, window, by_document, n_tokens, ahead, wanted: what is read and how; see `texts`.
 
     Yields:
         A batch of text, and each layer's activations (b, n, h); where `Text.present` is false they mean nothing. The
@@ -109,7 +114,7 @@ def watch_neurons(
             raise _AllSeen
 
     with hooked(*((block.neurons, note) for block in model.blocks)):
-        for text in texts(model, corpus, batch, window, by_document, n_tokens, ahead):
+        for text in texts(model, corpus, batch, window, by_document, n_tokens, ahead, wanted):
             activations.clear()
             with suppress(_AllSeen):
                 model(text.tokens.clamp(min=0))
@@ -240,21 +245,34 @@ class Text:
         full: whether that is everywhere.
         starts: (b,) place of each piece's first token in the corpus.
         window_starts: (b, n) where in its piece the window around each token begins.
+        number: of the batch, counted from 0.
+        n_tokens: in all its pieces.
     """
 
-    def __init__(self, corpus: TokenizedCorpus, pieces: list[tuple[int, int]], window: int, device: torch.device):
+    def __init__(
+        self,
+        corpus: TokenizedCorpus,
+        pieces: list[tuple[int, int]],
+        window: int,
+        device: torch.device,
+        number: int = 0,
+    ):
         lengths = np.array([stop - start for start, stop in pieces])
         tokens = np.full((len(pieces), lengths.max()), NO_TOKEN, np.int64)
         for row, (start, stop) in zip(tokens, pieces, strict=True):
             row[: stop - start] = corpus[start:stop]
-        self.pieces, self.window = pieces, window
+        self.pieces, self.window, self.number = pieces, window, number
         self.tokens = torch.from_numpy(tokens).to(device)
         self.starts = torch.tensor([start for start, _ in pieces], device=device)
         self.present = self.tokens != NO_TOKEN
-        self.full = bool((lengths == lengths.max()).all())
+        self.n_tokens, self.full = int(lengths.sum()), bool((lengths == lengths.max()).all())
         places = torch.arange(tokens.shape[1], device=device)
         last = torch.from_numpy(lengths - window).to(device).clamp(min=0)
         self.window_starts = (places - window // 2).clamp(min=0).minimum(last[:, None])  # (b, n)
+
+    def arrival(self, piece: Tensor, at: Tensor) -> Tensor:
+        """(m,) int64 that grow from batch to batch and in it from token to token."""
+        return self.number * 2**32 + piece * self.tokens.shape[1] + at
 
     def around(self, piece: Tensor, at: Tensor) -> Windows:
         """The windows around the tokens at places `at` (m,) of the pieces (m,)."""

@@ -1,6 +1,7 @@
 """What a training run leaves on disk, so that a kill at any moment, a full disk or a lost loss costs little.
 
     run.json          model, recipe, tokenizer and corpora (sizes and hashes), provenance, written before the first step
+                      and, each time that it goes on, from which step and by how many processes
     tokenizer.json    what made the corpora, where it is known
     metrics.jsonl     one line a step, flushed
     checkpoint-1000   a state: see `cratelab.checkpoints`
@@ -128,6 +129,11 @@ class RunDirectory:
                     if not file.is_file():
                         about = {"command": command, "provenance": provenance(processes=accelerator.num_processes)}
                         write_json(file, facts | {"start": start} | about)
+                    elif (step := run.latest_step()) < recipe.steps:
+                        begun = read_json(file)
+                        before = begun["went_on"] if isinstance(begun.get("went_on"), list) else []
+                        now = {"step": step, "processes": accelerator.num_processes}
+                        write_json(file, begun | {"went_on": [*before, now]})
                     if tokenizer and not (run.path / "tokenizer.json").is_file():
                         tokenizers.save(tokenizer, run.path / "tokenizer.json")
             accelerator.wait_for_everyone()
@@ -163,6 +169,8 @@ class RunDirectory:
             except (ValueError, OSError) as error:
                 raise ValueError(f"{error}; {self._way_on(folder)}") from error
             load_state(folder, model, optimizer)
+            if self.accelerator.scaler is not None and "scaler" in sums:
+                self.accelerator.scaler.load_state_dict(sums["scaler"])
         self.accelerator.wait_for_everyone()
         file = self.path / "metrics.jsonl"
         lines = file.read_bytes().splitlines(keepends=True)[:step] if step and file.is_file() else []
@@ -189,8 +197,10 @@ class RunDirectory:
                 with self._writing():
                     with (self.path / "metrics.jsonl").open("a") as metrics:
                         os.fsync(metrics.fileno())  # no checkpoint is on the disk before the steps up to it
-                    sum_of_metrics = digest_of_file(self.path / "metrics.jsonl")
-                    write_checkpoint(folder, self.model, *state, run=self.digest, step=step, metrics=sum_of_metrics)
+                    told = dict(run=self.digest, step=step, metrics=digest_of_file(self.path / "metrics.jsonl"))
+                    if self.accelerator.scaler is not None:
+                        told["scaler"] = self.accelerator.scaler.state_dict()
+                    write_checkpoint(folder, self.model, *state, **told)
                 for path in list(self.checkpoints().values())[:-2]:
                     remove_checkpoint(path)
         self.accelerator.wait_for_everyone()

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import TextIO
 
-PLAIN = str.maketrans({"±": "+-", "×": "x", "•": "*", "…": "..."})  # for terminals that do not know them
+# for terminals that do not know them
+# for terminals that do not know them
+PLAIN = str.maketrans({"±": "+-", "×": "x", "•": "*", "…": "...", "→": "->", "ε": "eps"})
 
 
 class Output:
@@ -54,9 +56,16 @@ def _encodable(text: str, encoding: str) -> str:
         return text.translate(PLAIN).encode(encoding, "backslashreplace").decode(encoding)
 
 
+def is_main_process() -> bool:
+    """Whether it is this process that speaks and writes, of those that torchrun or `accelerate launch` has started."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def unfailing_output() -> Iterator[Output]:
     """Inside the block what goes to standard output and error, progress and warnings included, goes through `Output`.
+
+    Of several processes that do the same work, the main one alone is heard.
 
     Yields:
         Standard output.
@@ -65,7 +74,9 @@ def unfailing_output() -> Iterator[Output]:
         pass
     os.close(descriptor)
     with open(os.devnull, "w") as nowhere:
-        output, errors = (Output(stream if _is_open(stream) else nowhere) for stream in (sys.stdout, sys.stderr))
+        output, errors = (
+            Output(stream if is_main_process() and _is_open(stream) else nowhere) for stream in (sys.stdout, sys.stderr)
+        )
         with redirect_stdout(output), redirect_stderr(errors):
             yield output
 

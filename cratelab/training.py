@@ -28,6 +28,7 @@ with warnings.catch_warnings():  # in notebooks it asks for widgets, which our p
 
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import Tokenizer, fingerprint
+from cratelab.devices import best_device
 from cratelab.language_model import LanguageModel
 from cratelab.losses import Diverged, next_token_loss, validation_loss
 from cratelab.reading import check_vocabulary
@@ -66,6 +67,7 @@ def train(
     Returns:
         One dict a step, with step (from 1), loss and gradient_norm before its update, learning_rate, tokens so far,
         seconds of the step, and where there was a validation, validation_loss after the update. Losses in nats a token.
+        gradient_norm is None where float16, which only `accelerate launch` asks for, overflowed: nothing was updated.
 
     Raises:
         ValueError: model, corpora and recipe do not fit one another, `run_dir` holds another run or is damaged, or
@@ -78,6 +80,7 @@ def train(
     _check_corpora(model, training, validation, tokenizer)
     precision = _precision(recipe)
     accelerator = Accelerator(
+        cpu=best_device().type == "cpu",  # else several processes on a machine without a GPU would not know each other
         mixed_precision=None if is_initialized() else precision,  # a process has one for good: it is ours that counts
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.accumulate),
     )
@@ -170,6 +173,9 @@ class _Loop:
                 if accelerator.sync_gradients:  # after the last part
                     norm = float(accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip))
                     mean_loss = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+                    # float16's scaler skips an update whose gradient overflows, and takes a smaller scale for the next
+                    if accelerator.scaler is not None and not math.isfinite(norm):
+                        norm = None
                     self.check_progress(step, mean_loss, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -190,9 +196,9 @@ class _Loop:
             raise self.diverged(step, f"the validation loss after it is {loss}")
         return loss
 
-    def check_progress(self, step: int, loss: float, norm: float) -> None:
+    def check_progress(self, step: int, loss: float, norm: float | None) -> None:
         """Raises Diverged if the step has no finite gradient, or the last 20 are worse than the untrained model."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not (math.isfinite(loss) and (norm is None or math.isfinite(norm))):
             raise self.diverged(step, f"the loss is {loss}, the norm of its gradient {norm}")
         recent = [row["loss"] for row in self.metrics[-19:]] + [loss]
         if len(recent) == 20 and not sum(recent) / 20 < self.metrics[0]["loss"] + 1:
@@ -225,7 +231,7 @@ def _precision(recipe: Recipe) -> str:
     """The recipe's, or what `accelerate launch` was told, or what the device can do."""
     if recipe.precision != "auto":
         return recipe.precision
-    able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    able = best_device().type == "cuda" and torch.cuda.is_bf16_supported()
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if able else "no").lower()
 
 

@@ -14,7 +14,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from cratelab import plots
+from cratelab.checks import own_sentence
 from cratelab.checks import scoring_a_neuron as check
+from cratelab.experiments.reference_models import load_reference
+from cratelab.interpret.records import collect_records
+from cratelab.reading import watch_neurons
 
 plots.use_style()
 torch.set_num_threads(1)
@@ -128,7 +132,12 @@ for name, over in [
 # - **Time:** 30 minutes
 #
 # Excerpts are windows of `width` tokens. The one for place $c$ starts at $c-\lfloor\text{width}/2\rfloor$, and is *moved*, whole, into the text where it would stick out. Of ten strongest places, by falling activation, ranks 0, 2, 4, 6, 8 explain; the others validate, and so do five random places.
-# A token that stands in $E$ is taken out of all windows of $V$; the rest of such a window stays. Somebody wrote a function that counts how often each of the `n` tokens of a text stands in $E$, and in $V$. Its test passes, and it is wrong in three places.
+# A token that stands in $E$ is taken out of all windows of $V$; the rest of such a window stays.
+#
+# **By hand.** A text of ten tokens, windows of four, and of the strongest places only three, 1, 9 and 5, by falling activation. The window of place 1 would start at $1-2=-1$; moved, it is 0 to 3. That of place 9 would start at 7 and end behind the text; moved, it is 6 to 9. That of place 5 is 3 to 6.
+# Ranks 0 and 2, the places 1 and 5, explain: in $E$ the ten tokens stand $1, 1, 1, 2, 1, 1, 1, 0, 0, 0$ times, token 3 in both windows. Rank 1, place 9, validates. Of its tokens 6, 7, 8, 9 the first stands in $E$ and is taken out: in $V$ they stand $0, 0, 0, 0, 0, 0, 0, 1, 1, 1$ times.
+#
+# Somebody wrote a function that counts how often each of the `n` tokens of a text stands in $E$, and in $V$. Its test passes, and it is wrong in three places.
 
 
 # %%
@@ -195,6 +204,14 @@ check.mended_split(mended_split, exposing)
 # `top[:5]` explains from the five best and validates on the next five: the neuron is then explained where it is strongest and tested where it is weaker, while alternate ranks give both sets nearly the same range. A negative start counts from the end, so `counts[0, -2:6]` is empty, and a strong place at the beginning of a document is lost without an error.
 # The author's own places show the first bug: only sums were looked at, and no right answer was beside them. And nobody took $E$'s tokens out of $V$. The author's test could not see this, because its random places keep clear of the strong ones; real ones fall where they fall.
 #
+# The example by hand, by machine:
+
+# %% tags=["solution"]
+by_hand = mended_split(torch.tensor([1, 9, 5]), torch.tensor([], dtype=torch.long), 4, 10)
+assert by_hand.tolist() == [[1, 1, 1, 2, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]]
+print(by_hand.long())
+
+# %% [markdown] tags=["solution"]
 # How much does a leak matter? A neuron of pure noise means nothing, so its score should be 0. Here every word occurs once, so that the table knows noise by heart, and only that which leaks can be foretold.
 
 # %% tags=["solution"]
@@ -220,6 +237,16 @@ for name, values in scores.items():
 #
 # Of each of $h$ neurons there are $k$ excerpts of at most $w$ tokens. The places that hold text are `present`; at the others activation and simulation are 0, which does not count. A neuron's score is one correlation over all its excerpts. It has none if its activations or its simulation are constant on $V$.
 # Return the mean over the neurons that have a score, the mean over all with 0 for those that have none, and the share of those that have none. At least one neuron has a score. No `pearsonr`, no `corrcoef`.
+#
+# **By hand.** Three neurons, two excerpts of at most two tokens; the second excerpt has one, and a dot stands where there is no text.
+#
+# | neuron | activations | simulation | strung together | score |
+# |---|---|---|---|--:|
+# | 0 | 1 2, 3 · | 2 4, 6 · | (1, 2, 3) with (2, 4, 6) | 1 |
+# | 1 | 0 2, 1 · | 1 0, 2 · | (0, 2, 1) with (1, 0, 2), centred (−1, 1, 0) with (0, −1, 1) | $-1/(\sqrt2\sqrt2)=-0.5$ |
+# | 2 | 0 1, 0 · | 3 3, 3 · | the simulation is constant | none |
+#
+# So the answer is $\frac{1-0.5}2=0.25$, then $\frac{1-0.5+0}3=0.17$, then a share of $\frac13$. With the dots as zeros neuron 1 would have −0.09, and neuron 2 would have a score.
 
 
 # %%
@@ -245,6 +272,19 @@ check.layer_score(layer_score)
 
 # %% [markdown] tags=["hint"]
 # What is `torch.full((1000,), 0.1)` minus its mean, in floating point? A test for "constant" that does not need a mean is safer.
+
+# %% [markdown] tags=["solution"]
+# The example by hand, by machine:
+
+# %% tags=["solution"]
+activations = torch.tensor([[[1.0, 2], [3, 0]], [[0, 2], [1, 0]], [[0, 1], [0, 0]]])
+simulated = torch.tensor([[[2.0, 4], [6, 0]], [[1, 0], [2, 0]], [[3, 3], [3, 0]]])
+text = torch.tensor([[True, True], [True, False]]).expand(3, 2, 2)
+by_hand = layer_score(activations, simulated, text)
+torch.testing.assert_close(torch.tensor(by_hand), torch.tensor([1 / 4, 1 / 6, 1 / 3]))
+print("defined {:.2f}, with zeros {:.2f}, without a score {:.2f}".format(*by_hand))
+wrong = layer_score(activations, simulated, torch.ones_like(text))
+print("with the dots as zeros: {:.2f}, {:.2f}, {:.2f}".format(*wrong))
 
 # %% [markdown] tags=["solution"]
 # Stringing together first is not a matter of taste. Within a strong excerpt the simulation has to tell the strong tokens from the weak; between excerpts it has to tell strong excerpts from random ones. Mean correlations of single excerpts ask only for the first. Below, the simulation knows which excerpts are strong, and nothing about
@@ -323,3 +363,105 @@ for starts, height, color, name in [
 ax.set(xlabel="token", ylabel="activation", ylim=(None, 1.9 * float(smooth.max())))
 ax.legend(ncols=2, loc="upper right")
 plt.show()
+
+# %% [markdown]
+# ## Exercise 8.F: Your own sentence
+#
+# - **Goal:** explain a neuron of a trained network in your own words, and have the sentence tested on text that nobody has seen.
+# - **Difficulty:** 4 of 5
+# - **Time:** 30 minutes
+#
+# Below are eight of the strongest excerpts of a neuron, and four at random places: neuron 152 in the second layer of a CRATE that the package carries (layers and neurons are counted from 0). The text is TinyWorld's, of documents on which the network was not trained. In brackets behind a word stands the neuron's activation there, in tenths of its maximum, rounded down; a word without brackets leaves it silent.
+# Read them, write down in one sentence *when* the neuron is active, and then the same sentence as a function that says, from a word and the words of the document before it, how active the neuron is, from 0 to 10. (True and False count as 10 and 0.)
+#
+# The check reads your function on the text shown, and on a fresh text only when it holds there: each look at a text makes it less fresh. Its score is $\rho$ with *all* of a text for $V$, some 20,000 tokens. **It has to reach 0.55.** The bar was fixed beforehand: no table of words gets more than 0.51 on this neuron, so that 0.55 needs something of what stands before the word.
+# Beside your score stand what tables and the frequencies of words reach, and the same sentence said of other neurons, and of a network that was never trained.
+
+
+# %%
+crate = load_reference("crate", "toy", seed=1)
+records = collect_records(crate, own_sentence.text(seed=1).corpus(), window=32, n_top=8, n_random=4)
+vocabulary = own_sentence.text(seed=1).vocabulary
+
+
+def show(layer, neuron):
+    """Print a neuron's excerpts: the strongest, by falling activation, then those at random places."""
+    for title, excerpts in (("strongest", records.top), ("at random", records.random)):
+        for i, (words, activations) in enumerate(
+            zip(excerpts.tokens[layer, neuron], excerpts.activations[layer, neuron], strict=True)
+        ):
+            tenths = (10 * activations / records.maximum[layer, neuron]).floor().long().tolist()
+            said = [
+                vocabulary[word].replace("\n", "\\n") + (f"[{tenth}]" if a > 0 else "")
+                for word, tenth, a in zip(words.tolist(), tenths, activations.tolist(), strict=True)
+                if word >= 0
+            ]
+            print(f"{title} {i}:", *said)
+
+
+show(1, 152)
+
+
+# %%
+def sentence():
+    """When is the neuron active? One sentence, of 4 to 60 words."""
+    # BEGIN SOLUTION
+    return (
+        "The full stop in a text that counts things: strong after a sum or a list, weak where the sum is still to come."
+    )
+    # END SOLUTION
+
+
+def activation(before, word):
+    """0 to 10: how active the neuron is at `word`; `before` is the list of the document's words before it."""
+    # BEGIN SOLUTION
+    if word != "." or not {"count", "number", "make", "leaves"} & {*before}:
+        return 0
+    return 1 if before[-1] == "more" else 9
+    # END SOLUTION
+
+
+# %% tags=["check"]
+own_sentence.activation(activation, sentence)
+
+# %% [markdown] tags=["hint"]
+# On which word does the neuron have its large values? Write the function that says 10 on this word and 0 elsewhere, and let the check tell what is wrong with it.
+
+# %% [markdown] tags=["hint"]
+# Then look for the same word where the neuron is silent: in the random excerpts, and in the strongest ones at values of 0 and 1. What kind of text is it in, and what stands just before? `before` holds all words of the document so far, so `"apple" in before` asks what the text is about, and `before[-1]` is the word just before.
+
+# %% [markdown] tags=["hint"]
+# It is the full stop, in texts of one domain: those in which things are counted. The words `count`, `make`, `leaves` and `number` give these texts away. Two refinements may be tried: is a number the word before? And what of "gets three more ."?
+
+# %% [markdown] tags=["solution"]
+# "A full stop" has 0.51, and no more can be had from any list of words. That another neuron fits this sentence better, with 0.71, is the second control's way of saying that it is not about ours. "A full stop in a text that counts" has 0.73, "a full stop after a number" 0.64, both on text that neither the network nor you had seen, where the untrained network has nothing above 0.3.
+#
+# What is the neuron for? After such a full stop a new sum begins, and everything is open again; after "gets three more" the next word is known to be "now". So the neuron may say "a new sentence of this kind starts here". The excerpts cannot tell: they show when a neuron is active, not what for. And more than two fifths of its variance, $1-\rho^2$, have not been foretold, although the sentence sounds complete. A good score is not a full explanation; look at what the neuron does in dialogues, where it is a third as active at full stops.
+#
+# One caution about the other row: of the other 511 neurons one fits the sentence as well, nearly. A network has several neurons for one thing, so an explanation can be right and not be *this* neuron's alone.
+
+# %% [markdown]
+# **A second neuron, if you like.** Neuron 0 of the same layer was chosen by its number. Below are its excerpts, and what your function for the other neuron is worth on it. Write a second function for it, and put it in the place of `activation`. There is no bar: the best that one can do here may be to say that no sentence will.
+
+# %%
+show(1, 0)
+own_sentence.scores(activation, 1, 0)
+
+# %% [markdown] tags=["solution"]
+# The honest answer is "it is not one thing". All of its strongest excerpts are from stories, and most of their large values are on full stops: "the full stop in a story" is the sentence that they ask for, and it sounds as good as the first neuron's. It has less than 0.4. The random excerpts said so: there the neuron is active in a piece of code.
+# Below is where its activity is, by domain. Less than half is in stories; a quarter is in code, and a fifth in news of the markets. The eight strongest excerpts come from the one domain where it is strongest, and whoever reads these alone writes a good sentence about less than half of the neuron. An explainer that has to write a sentence writes one; that is why $V$ has random excerpts.
+
+
+# %% tags=["solution"]
+def full_stop_in_a_story(before, word):
+    return word == "." and bool({"secret", "friend", "rode", "walked", "ran", "kept"} & {*before})
+
+
+own_sentence.scores(full_stop_in_a_story, 1, 0)
+world = own_sentence.text(seed=2)
+activity = dict.fromkeys(sorted(set(world.domain.tolist())), 0.0)
+documents = watch_neurons(crate, world.corpus(), batch=1)  # one after another
+for domain, (_, layers) in zip(world.domain.tolist(), documents, strict=True):
+    activity[domain] += float(layers[1][..., 0].sum())
+for domain, value in activity.items():
+    print(f"{domain:10}{100 * value / sum(activity.values()):4.0f} % of its activity")

@@ -15,6 +15,7 @@ from scipy.stats import t as student
 
 from cratelab import plots
 from cratelab.checks import crate_against_gpt2 as check
+from cratelab.checks import drawn_curves
 
 plots.use_style()
 torch.set_num_threads(1)
@@ -52,12 +53,10 @@ check.mean_and_variance(mean_and_variance)
 # %% [markdown] tags=["hint"]
 # The mean is one of *layers*: a layer of two live neurons weighs as much as one of two hundred. And what does torch's `var` divide by if it is not told?
 
-# %% [markdown] tags=["solution"]
-# The layers are all that there is of this network, not a sample of some larger set of layers, so (9.1) divides by $L$. With few layers that matters: at two, dividing by $L-1$ doubles the variance.
-#
-# The two conventions matter more. Dropping multiplies a layer's mean by $1/(1-u)$, $u$ being the share of its neurons without a score, and so it helps the network with more silent neurons. Below are two made-up networks: in B three neurons in ten are silent, and its last layer is bad. Of four ways to write the same table three say that B leads, and one says A; and B's layers are either all alike or not at all.
+# %% [markdown]
+# Two made-up networks of three layers. In A every neuron has the score 0.5; in B three neurons in ten are silent, the others have 0.8, but in the last layer 0.4. Which of the two leads?
 
-# %% tags=["solution"]
+# %%
 all_alive, some_alive = torch.ones(3, 10, dtype=torch.bool), torch.arange(10).expand(3, 10) < 7
 A = torch.tensor([[0.5], [0.5], [0.5]]).expand(3, 10)
 B = torch.tensor([[0.8], [0.8], [0.4]]).expand(3, 10)
@@ -66,6 +65,11 @@ for last in (True, False):
         a, b = (mean_and_variance(x, d, last, drop) for x, d in ((A, all_alive), (B, some_alive)))
         cells = f"A {a[0]:.0f} (variance {a[1]:.0f}), B {b[0]:.0f} (variance {b[1]:.0f})"
         print(f"{'all layers' if last else 'without the last':17} {'dropped' if drop else 'as zero':8} {cells}")
+
+# %% [markdown] tags=["solution"]
+# The layers are all that there is of this network, not a sample of some larger set of layers, so (9.1) divides by $L$. With few layers that matters: at two, dividing by $L-1$ doubles the variance.
+#
+# The two conventions matter more. Dropping multiplies a layer's mean by $1/(1-u)$, $u$ being the share of its neurons without a score, and so it helps the network with more silent neurons. Of the four ways above to write one table three say that B leads, and one says A; and B's layers are either all alike or not at all.
 
 # %% [markdown]
 # ## Exercise 9.B: Seed by seed
@@ -211,3 +215,77 @@ ax.legend()
 plt.show()
 estimates = torch.stack([training_variance(network) for network in scores])
 print(f"training: mean of the estimates {100 * estimates.mean().clamp(min=0).sqrt():.1f} points, put in 2.0")
+
+# %% [markdown]
+# ## Exercise 9.E: Draw before you plot
+#
+# - **Goal:** say what a curve will look like before it is measured, and see where you were wrong.
+# - **Difficulty:** 4 of 5
+# - **Time:** 20 minutes
+#
+# Long explanations should score higher than short ones. How much higher? Take a CRATE that the package carries, with two layers of 256 neurons, which has read TinyWorld, and give each neuron chapter 8's table of words, of which only the $k$ words with the highest means are kept; at all other words the simulation says 0. Draw the mean score over neurons, times 100, for $k=1,2,4,8,16,32$, five times:
+#
+# - `trained`: under top-and-random,
+# - `random-only`: the same explanations, on random excerpts alone,
+# - `untrained`: a CRATE with random weights that has read nothing, with its own tables, under top-and-random,
+# - `another`: the trained network, each neuron simulated by the $k$ words of *another* neuron of its layer, under top-and-random,
+# - `within`: the score within tokens (9.5) of the trained network and its own tables, under top-and-random.
+#
+# Seven features are graded, not the numbers: the *direction* of the first three curves, their *bend* (which doublings of $k$ bring more, the first or the last ones?), the *ceiling* where `trained` ends, the *order* of `trained` and `random-only`, what the *control* `untrained` reaches beside `trained`, what `another` has by *chance*, and what `within` finds of *context*. A curve that passes within 8 points of 0 everywhere counts as 0.
+# Draw all five before you ask. The check then says how many features are right, and below it both drawings stand in one figure.
+
+
+# %%
+def curves():
+    """{"trained": six numbers, for 1, 2, 4, 8, 16 and 32 words, "random-only": …, "untrained": …, …}"""
+    # BEGIN SOLUTION
+    return {
+        "trained": [30, 40, 50, 57, 62, 65],
+        "random-only": [15, 22, 28, 33, 37, 40],
+        "untrained": [20, 28, 36, 43, 48, 51],
+        "another": [0, 0, 0, 0, 0, 0],
+        "within": [0, 0, 0, 0, 0, 0],
+    }
+    # END SOLUTION
+
+
+# %% tags=["check"]
+drawn_curves.curves(curves)
+
+# %% [markdown] tags=["hint"]
+# Two of the five need no idea of the network at all. What does a table of words say of two occurrences of one word, and what is left of it when the mean over these occurrences has been taken away? And which of chapter 8's controls was near 0, whatever the protocol?
+
+# %% [markdown] tags=["hint"]
+# The words come by falling strength, the strongest first. Which of them moves a correlation most, when deviations enter squared? Where do the words of the table stand, in the strong excerpts of $V$ or in the random ones? And can anything that says one number a word come near 100?
+
+# %% [markdown] tags=["hint"]
+# `trained` and `untrained` rise steeply and then flatten; `trained` ends at chapter 8's score of whole tables, near 65, and `untrained` at seven tenths of that or so. `random-only` lies below `trained` for every $k$. `another` and `within` are 0 throughout.
+
+# %%
+drawn, found = curves(), drawn_curves.measured()
+fig, ax = plt.subplots(figsize=(6.4, 3.6))
+for i, name in enumerate(drawn_curves.CURVES):
+    ax.plot(drawn_curves.N_WORDS, found[name], "o-", color=plots.PALETTE[i], label=name)
+    ax.plot(drawn_curves.N_WORDS, drawn[name], "--", color=plots.PALETTE[i], lw=1)
+ax.plot([], [], "--", color="0.4", lw=1, label="drawn by you")
+ax.set(xscale="log", xlabel="words kept of each table", ylabel="mean score × 100", xticks=drawn_curves.N_WORDS)
+ax.set_xticklabels(drawn_curves.N_WORDS)
+ax.minorticks_off()
+ax.legend(bbox_to_anchor=(1, 1))
+plt.show()
+
+# %% [markdown] tags=["solution"]
+# Half of what a whole table scores comes from a single word, and eight words have most of it: a sentence with room for "any of eight words" loses little. That is a reason why short explanations do well with this score. It is none for calling them complete, since the squares in a correlation see the strong places before all else.
+#
+# The untrained network starts lower and catches up: with one word it has half of the trained score, with all of them seven tenths. Its neurons are random functions of the token, so no few words stand out; trained neurons are concentrated on fewer. A *short* table therefore tells a network that has learned from one that has not better than a long one does. That could not be known from the published scores, which have one length each.
+#
+# And no number of words gets `within` off the ground. It is zero by construction, not by failure of these neurons: exercise 8.F has a sentence on one of them that reads what came before, and it scores 0.7 there.
+
+# %% tags=["solution"]
+others = drawn_curves.measured("gpt2")
+print("words kept" + "".join(f"{n:>5}" for n in drawn_curves.N_WORDS))
+for label, values in (("CRATE", found["trained"]), ("GPT-2", others["trained"]), ("untrained", found["untrained"])):
+    print(f"{label:10}" + "".join(f"{value:5.0f}" for value in values))
+short, long = (found["untrained"][k] / found["trained"][k] for k in (0, -1))
+assert short < 0.6 < long - 0.05
+print(f"untrained / trained: {short:.1f} with one word, {long:.1f} with {drawn_curves.N_WORDS[-1]}")

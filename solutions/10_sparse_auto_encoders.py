@@ -10,10 +10,13 @@
 # $$
 
 # %%
+import matplotlib.pyplot as plt
 import torch
 
+from cratelab import plots
 from cratelab.checks import sparse_auto_encoders as check
 
+plots.use_style()
 torch.set_num_threads(1)
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -204,3 +207,99 @@ for _ in range(5):
         V = V - 0.1 * gradient_of_rows(torch.randn(50, 8), V)
     lengths.append(round(float(V.norm(dim=1).mean()), 1))
 print("mean length after 100, 200, … steps:", lengths)
+
+# %% [markdown]
+# ## Exercise 10.E: Seven runs, six of them broken
+#
+# - **Goal:** read a training run from its curves, and measure what curves do not show.
+# - **Difficulty:** 4 of 5
+# - **Time:** 35 to 45 minutes
+#
+# The next cell trains seven auto-encoders of 512 features on the second layer of a packaged GPT-2, a toy on TinyWorld; that takes about half a minute. All are "relu" and pay the price $\lambda\sum_j f_j$. One run is sound. Each of the others has one fault:
+#
+# | name | what is wrong |
+# |---|---|
+# | `"none"` | nothing |
+# | `"rate"` | the learning rate is ten times too high |
+# | `"price"` | $\lambda$ is far too large |
+# | `"lengths"` | the rows of $W_{\text{dec}}$ are not normalised |
+# | `"hook"` | the hook that splices the reconstruction in forgets to return it |
+# | `"order"` | the text is not shuffled: it comes domain by domain |
+# | `"few"` | it is trained on the same 256 tokens again and again, and its curves are measured on these |
+#
+# The loss is that of training, with the price; all other curves are measured on a text of the run's own. "Nats lost" is the cross-entropy with the reconstruction spliced in, less the clean one. `runs["A"].sae` is the auto-encoder of run A, `runs["A"].seen` are the activations on which its curves were measured, and
+# `runs["A"].fresh` are activations on a text with which no run has anything to do.
+
+# %% tags=["nbval-ignore-output"]
+runs = check.broken_runs()
+fig, axs = plt.subplots(5, 7, figsize=(11, 7), sharex=True, sharey="row")
+for column, (letter, run) in zip(axs.T, runs.items(), strict=True):
+    column[0].set_title(letter)
+    column[0].plot(run.losses, color="black", lw=0.8)
+    for ax, name in zip(column[1:], ["L0", "dead", "explained", "nats lost"], strict=True):
+        ax.plot(run.curves["step"], run.curves[name], marker=".", color="black")
+for ax, name in zip(axs[:, 0], ["loss", "L0", "dead", "explained", "nats lost"], strict=True):
+    ax.set_ylabel(name)
+axs[0, 0].set(ylim=(0.1, 1.8))
+axs[3, 0].set(ylim=(-0.3, 1))
+axs[4, 0].set(ylim=(-0.1, 1.2))
+fig.supxlabel("step")
+plt.show()
+print("loss from the first step to the last, the rest from step 30 to 240:")
+for letter, run in runs.items():
+    ends = ", ".join(f"{name} {values[0]:.2f} → {values[-1]:.2f}" for name, values in list(run.curves.items())[1:])
+    print(f"{letter}: loss {run.losses[0]:.1f} → {run.losses[-1]:.1f}, {ends}")
+
+# %% [markdown]
+# Three runs look well. Curves alone cannot tell you which of them has learned its few tokens by heart, so measure it. Write a number that lies elsewhere for such a run than for a sound one, even for a sound one that was stopped half-way. The check tries it on runs that you have not seen, and then applies it to your seven.
+
+
+# %%
+def measurement(sae, seen, fresh):
+    """A number; seen and fresh are (n, 256) activations, and sae(x) is the reconstruction of x."""
+    # BEGIN SOLUTION
+    with torch.no_grad():
+        on_seen, on_fresh = (1 - (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum() for x in (seen, fresh))
+    return float(on_seen - on_fresh)
+    # END SOLUTION
+
+
+# %% tags=["check", "nbval-ignore-output"]
+check.measurement(measurement)
+
+# %% [markdown]
+# Now say which run has which fault. Each name stands once. The check tells you how many are right, and not which.
+
+
+# %%
+def diagnosis():
+    """The name of the fault for each run, "A" to "G"."""
+    # BEGIN SOLUTION
+    return {"A": "order", "B": "few", "C": "price", "D": "none", "E": "lengths", "F": "hook", "G": "rate"}
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.diagnosis(diagnosis)
+
+# %% [markdown] tags=["hint"]
+# Begin with what a fault *must* do. The loss holds the price: where does it begin if $\lambda$ is far too large? Which curve takes no notice of training if nothing is spliced in? What does the loss do each time that a text of another kind begins?
+
+# %% [markdown] tags=["hint"]
+# For the measurement: how good a run is depends on how long it was trained, so neither number alone will do. What has learned by heart is good on one of the two texts and not on the other; a sound run, however bad, is the same on both.
+
+# %% [markdown] tags=["hint"]
+# Of the runs that look well, one is left that your measurement does not name. Exercise 10.D has told what is kept at 1, and the chapter what happens if it is not: look at `runs["D"].sae.W_dec.norm(dim=1)`, for each of them.
+
+# %% [markdown] tags=["solution"]
+# A sound run has no curve that looks better than all others. The run that has learned by heart has the lowest loss, the fewest active features among those that work and the highest explained variance; and the run whose rows grow looks a little better than the sound one, too. Both are better at what is *plotted*. This is why a curve of training belongs beside one on a text
+# that training has not seen, and why a library normalises the rows and does not leave it to its user.
+#
+# The measurement is a difference, or a ratio, of the same quantity on two texts: 0.3 or more for what was learned by heart, next to 0 for all the rest. A level, such as the explained variance on fresh text, would tell these two runs apart as well, but it would accuse every run that was stopped early, or is bad for another reason.
+#
+# Two curves look alike where the causes differ: with a price far too large and with a rate far too high most features are dead. The *first* number tells them apart. A large price shows at once, in the loss, before anything is learned. And the surest sign of a broken hook is perfection: a splice that costs nothing at all, though a fifth of the variance is not explained.
+# It is the most dangerous fault of the six, since it makes the headline number of a paper, the loss recovered, exactly 100 %.
+
+# %% tags=["solution"]
+for letter in "BDE":
+    print(f"{letter}: half of the rows are longer than 1.2:", bool(runs[letter].sae.W_dec.norm(dim=1).median() > 1.2))

@@ -172,6 +172,15 @@ for name, z in zip(["without error term", "with"], spliced(x, A, c, W, b, 0, 0.0
 #
 # Of each of $m$ neurons the lift and the cost are known with nothing steered (the first row) and at rising strengths (the others). Between two rows both are linear. Return the cost where each neuron *first* reaches the lift `level`: that of the first row if it is reached there already, which an auto-encoder without
 # error term may do, and infinity if it is reached in no row. Lift need not rise all the way.
+#
+# Four neurons as an example, with four rows each and the level 1:
+#
+# | lift, row by row | cost, row by row | the level is first reached | its cost |
+# |---|---|---|---|
+# | 0, 0.5, 1.5, 2 | 0, 0.1, 0.5, 0.9 | between the second row and the third, half-way | $0.1+\tfrac12\cdot0.4=0.3$ |
+# | 0, 0.8, 0.3, 1.7 | 0, 0.1, 0.2, 0.9 | between the last two, half-way: what was before the dip does not count | $0.2+\tfrac12\cdot0.7=0.55$ |
+# | 1.2, 0.4, 0.6, 1.1 | 0.05, 0.1, 0.3, 0.6 | in the first row | $0.05$ |
+# | 0, 0.6, 0.4, 0.9 | 0, 0.1, 0.4, 0.8 | never | $\infty$ |
 
 
 # %%
@@ -195,6 +204,13 @@ def cost_at(lift, cost, level):
 
 # %% tags=["check"]
 check.cost_at(cost_at)
+
+# %%
+lift_rows = [[0, 0.5, 1.5, 2], [0, 0.8, 0.3, 1.7], [1.2, 0.4, 0.6, 1.1], [0, 0.6, 0.4, 0.9]]
+cost_rows = [[0, 0.1, 0.5, 0.9], [0, 0.1, 0.2, 0.9], [0.05, 0.1, 0.3, 0.6], [0, 0.1, 0.4, 0.8]]
+of_example = torch.as_tensor(cost_at(torch.tensor(lift_rows).T, torch.tensor(cost_rows).T, 1.0))
+torch.testing.assert_close(of_example, torch.tensor([0.3, 0.55, 0.05, torch.inf]))
+print("the example's four costs:", *(f"{float(cost):.2f}" for cost in of_example))
 
 # %% [markdown] tags=["hint"]
 # For one neuron: let $i$ be the first row with a lift of at least `level`. Which share of the way from row $i-1$ to row $i$ is needed? The same share of the way is needed of the cost.
@@ -221,7 +237,76 @@ for level in (1.0, 2.0, 4.0):
     )
 
 # %% [markdown]
-# ## Exercise 11.E: An experiment of your own: does a good explanation tell how to steer?
+# ## Exercise 11.E: Draw it before you plot it
+#
+# - **Goal:** say what a curve must look like, from the formulas, before anything is measured.
+# - **Difficulty:** 3 of 5
+# - **Time:** 25 to 30 minutes
+#
+# A neuron in the second layer of a toy is pushed: $s$ times its own maximum is added to its activation, at all tokens, with $s$ from $-64$ to 64. The targets are the ten words that its atom raises most. How do the lift $L$ and the divergence $K$ go with $s$, in CRATE and in GPT-2? Of both take the median over thirty neurons.
+# Before the push $-\log p(T)$ is between 10 and 11.5 nats, for the median neuron: these ten words are rarely said.
+#
+# Draw four curves, with pencil and paper first, and then as numbers, one for each strength, typed in or by a formula. Values are not asked for; what is, are seven features. Are the curves what they must be if nothing is added (`rest`)? Which signs have they to the left and to the right (`sign`)? What becomes of each if a small push is halved (`small`), or turned
+# round (`mirror`)? What does the push of 64 add to that of 8 (`strong`)? Is there a height that no curve of the lift can pass (`ceiling`)? Which model does the push of 1 move further (`model`)?
+
+
+# %%
+def drawn(strengths):
+    """{"lift, CRATE": [...], "lift, GPT-2": [...], "off target, CRATE": [...], "off target, GPT-2": [...]}
+
+    strengths is (-64, -8, -1, -0.1, -0.05, 0, 0.05, 0.1, 1, 8, 64), and each curve has as many numbers.
+    """
+    # BEGIN SOLUTION
+    s = np.array(strengths)
+    return {
+        "lift, CRATE": 10 * np.tanh(0.3 * s),
+        "lift, GPT-2": 10 * np.tanh(0.2 * s),
+        "off target, CRATE": 7 * s**2 / (s**2 + 100),
+        "off target, GPT-2": 7 * s**2 / (s**2 + 200),
+    }
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.drawn(drawn)
+
+# %% tags=["nbval-ignore-output"]
+measured, _ = check.push_curves()
+mine = drawn(check.STRENGTHS)
+fig, axs = plt.subplots(1, 2, figsize=(9.6, 3.2))
+for ax, what in zip(axs, ["lift", "off target"], strict=True):
+    for label, colour in [("CRATE", plots.CRATE), ("GPT-2", plots.GPT2)]:
+        key = f"{what}, {label}"
+        ax.plot(check.STRENGTHS, measured[key], "o-", color=colour, label=f"{label}, measured")
+        ax.plot(check.STRENGTHS, mine[key], "--", color=colour, alpha=0.6, label=f"{label}, drawn")
+    ax.set_xscale("symlog", linthresh=0.05)
+    ax.set(xlabel="strength, multiples of the maximum", ylabel=f"{what}, nats")
+axs[0].legend(fontsize=8)
+plt.show()
+
+# %% [markdown] tags=["hint"]
+# Near no push a smooth curve is a straight line, unless it has a minimum there. Which of the two curves has its minimum at 0, whatever the model?
+
+# %% [markdown] tags=["hint"]
+# Far out: the last LayerNorm divides $z+\delta d$ by its standard deviation. What is left of it when $\delta$ is so large that $z$ no longer counts, and what does a further factor of eight change? And how large can $p'(T)$ become?
+
+# %% [markdown] tags=["hint"]
+# In GPT-2 the second layer adds what its neurons say to a stream that holds all that came before. In CRATE ISTA's code times the dictionary *is* the new state. In which of them is one atom more a larger part of what there is?
+
+# %% [markdown] tags=["solution"]
+# None of the seven asks for a measurement. At rest nothing has changed. For a small push $L$ is linear and $K$ quadratic, which is why a little steering looks free: halve the push, and you lose half of the lift and three quarters of the damage. (On logarithmic axes, a slope of 1 and one of 2.) Far out LayerNorm ends it, $z+\delta d\to\delta d$ and the length of that is taken away again, so
+# from 8 to 64 times the maximum the lift hardly moves. It comes near its ceiling, $-\log p(T)$, because by then the atom's favourite words are nearly all that is said.
+#
+# The divergence is still on its way at 64, slower than in proportion. It has a ceiling as well, where the atom alone speaks, but it depends on the words that are no targets, and the more unlikely ones get there late. What nobody was asked is worth a look: the lift down is *not* the mirror image of the lift up once pushes are strong. The same atom,
+# turned round, makes other words likely, and how far it takes the targets down is a matter of these. A formula with $\tanh$ is symmetric and passes, since only the small pushes are bound to be so.
+
+# %% tags=["solution"]
+measured, _ = check.push_curves()
+up, down = (abs(measured["lift, CRATE"][check.STRENGTHS.index(s)]) for s in (64, -64))
+print("strong pushes up lift more than pushes down lower, by more than a third:", bool(up > down * 4 / 3))
+
+# %% [markdown]
+# ## Exercise 11.F: An experiment of your own: does a good explanation tell how to steer?
 #
 # - **Goal:** put a claim about neurons to a test that it could fail.
 # - **Difficulty:** 5 of 5

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,17 @@ from typing import ClassVar
 
 import pytest
 import torch
+from test_crate import official_weights
 
 import cratelab as cl
-from cratelab.cli import main
+from cratelab.cli import COMMANDS, main
+from cratelab.cli.options import Layerwise
+from cratelab.cli.runs import load_run
 from cratelab.cli.shared import print_table
 from cratelab.corpora.prepare import prepare
+from cratelab.devices import CHOSEN, best_device
+from cratelab.interpret.asking.prompts import EXAMPLE
+from cratelab.interpret.language_models import ECHO
 from cratelab.run_directory import read_metrics
 from cratelab.steering import neuron_maxima
 
@@ -277,6 +284,50 @@ def test_neurons_that_got_no_sentence_are_counted_and_none_at_all_is_an_error(
     assert "not JSON" in json.loads(out.read_text())["rows"][0]["reasons"]
 
 
+def test_places_without_a_number_and_neurons_given_the_prompts_example_stand_in_the_table(
+    run, tmp_path, monkeypatch, capsys
+):
+    """Of two places one has no number; neurons without a sentence have no place, and do not count."""
+
+    class Parrot(Oracle):
+        asked = 0
+
+        def answer(self, request):
+            answer = super().answer(request)
+            if "text" in answer:
+                return {"text": f"{EXAMPLE}."} if self.asked % 2 else answer
+            return {"next": [place if i % 2 else [[" the", 0.0]] for i, place in enumerate(answer["next"])]}
+
+    monkeypatch.setattr("cratelab.cli.interpret.OpenAIEndpoint", Parrot)
+    options = ["interpret", str(run), "--n-tokens", "2000", "--protocols", "random-only", "--neurons", "3"]
+    options += ["--endpoint", "http://127.0.0.1:9/v1", "--language-model", "tiny", "--explainer", "language-model"]
+    main([*options, "token", "--out", str(tmp_path / "scores.json")])
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if "protocol" in line or "random-only" in line]
+    asked, by_rule = json.loads((tmp_path / "scores.json").read_text())["rows"][:2]
+    assert f"{asked['reasons'].count(ECHO)} of 6 neurons have no explanation: {ECHO}" in printed
+    assert 0.5 <= asked["no_number"] < 0.52 and asked["coverage"] < 0.4
+    assert lines[0].endswith("  no number") and lines[1].endswith(f"{asked['no_number']:11.0%}")
+    assert "no_number" not in by_rule and lines[2].endswith(f"{by_rule['undefined']:11.0%}{'':11}")
+
+
+def test_a_gguf_file_is_asked_from_the_command_line(run, packed, tmp_path, capsys):
+    """The random judge of 16 dimensions says nothing of worth; with a context of 20,000 it can read the prompts."""
+    gguf, judge = pytest.importorskip("gguf"), tmp_path / "judge.gguf"
+    judge.write_bytes(packed.read_bytes())
+    (length,) = gguf.GGUFReader(judge, "r+").fields["llama.context_length"].parts[-1:]
+    length[0] = 20_000
+    length.base.flush()
+    options = ["interpret", str(run), "--n-tokens", "2000", "--protocols", "random-only", "--neurons", "2"]
+    options += ["--explainer", "language-model", "--endpoint", str(judge), "--out", str(tmp_path / "scores.json")]
+    main(options)
+    rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert [row["no_number"] for row in rows] == [0, 0] and any(rows[0]["texts"])
+    assert capsys.readouterr().out.count(" 0%\n") == 2
+    with pytest.raises(SystemExit, match="are for a server, and --endpoint is a folder or a file"):
+        main([*options, "--completions"])
+
+
 def test_rules_score_drawn_neurons_as_among_all(run, tmp_path):
     options = ["interpret", str(run), "--n-tokens", "2000", "--protocols", "random-only", "--explainer", "token"]
     main([*options, "--neurons", "32", "--out", str(tmp_path / "drawn.json")])
@@ -348,13 +399,21 @@ def test_errors_are_one_line_without_a_traceback(arguments, message, tmp_path, m
     assert str(stopped.value).startswith(message)
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    train = ["-m", "cratelab", "train", "--precision", "no", *SHORT, "--checkpoint-every", "2", "--run-dir"]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    for command in [*train, str(tmp_path / "one")], [*launch, *train, str(tmp_path / "two")]:
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+def started(processes: int, *arguments: str) -> str:
+    """What `cratelab` with these arguments prints when so many processes are started."""
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
+    command = [sys.executable, *(launch if processes > 1 else []), "-m", "cratelab", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch_and_one_speaks(tmp_path):
+    options = ["train", "--precision", "no", *SHORT, "--checkpoint-every", "2", "--run-dir"]
+    printed = [started(n, *options, str(tmp_path / name)) for n, name in ((1, "one"), (2, "two"))]
+    words = [re.sub(r"\d+\.\d+", "#", text) for text in printed]
+    assert words[0].replace(str(tmp_path / "one"), str(tmp_path / "two")) == words[1]
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "run.json").read_text())["provenance"]["processes"] == 2
     assert len(one) == len(two) == 4
@@ -365,6 +424,30 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
     alone, together = (cl.load(tmp_path / name / "model").state_dict() for name in ("one", "two"))
     apart = sum(float((alone[name] - together[name]).square().sum()) for name in alone) ** 0.5
     assert apart < 1e-3 * sum(float(tensor.square().sum()) for tensor in alone.values()) ** 0.5
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    main([*options, str(tmp_path / "two")])
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["went_on"] == [{"step": 2, "processes": 1}]
+
+
+def test_processes_share_the_reading_of_interpret_and_one_scores_and_writes(copy, tmp_path):
+    options = ["interpret", str(copy), "--n-tokens", "2000", "--protocols", "top-and-random", "--out"]
+    printed = [started(n, *options, str(tmp_path / f"{n}.json")) for n in (1, 3)]
+    assert printed[0].replace("1.json", "3.json") == printed[1] and printed[0].count("untrained") == 3
+    rows = [json.loads((tmp_path / f"{n}.json").read_text())["rows"] for n in (1, 3)]
+    assert rows[0] == rows[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.json", "3.json", "run"]
+    assert started(2, "steer", str(copy), "--n-new", "3").count("without: ") == 1
+
+
+def test_what_is_work_for_one_process_is_refused_to_several_and_errors_have_their_number(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, name in ("0", "cratelab"), ("1", "cratelab, process 1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            main(["reproduce", "rates"])
+        assert stopped.value.code.startswith(f"{name}: reproduce is work for one process")
+        main(["train", "--dry-run"])
+        assert bool(capsys.readouterr().out) == (rank == "0")
 
 
 def never(*arguments, **options):
@@ -409,6 +492,8 @@ def never(*arguments, **options):
         ("reproduce chapter-9 --text OTHER", "--text is for reference"),
         ("reproduce chapter-9 --out FILE", "--out must be a folder"),
         ("interpret RUN --n-tokens -5", "--n-tokens must be at least 1"),
+        ("layerwise RUN --eps 0", "--eps must be at least 1e-6"),
+        ("layerwise RUN --n-tokens 0", "--n-tokens must be at least 1"),
         ("interpret RUN --n-tokens 0", "--n-tokens must be at least 1"),
         ("interpret RUN --protocols", "--protocols must name at least one"),
         ("interpret RUN --protocols random-only random-only", "and none twice"),
@@ -423,7 +508,7 @@ def never(*arguments, **options):
         ("interpret RUN --dry-run --cache FILE", "--cache, --dry-run: only with --explainer language-model"),
         ("interpret RUN --explainer language-model", "needs --endpoint"),
         ("interpret RUN --explainer language-model --endpoint http://localhost/v1", "say by --language-model which"),
-        ("interpret RUN --explainer language-model --endpoint FILE", "--endpoint: file is no folder, and no address"),
+        ("interpret RUN --explainer language-model --endpoint FILE", "--endpoint: file is no folder, no .gguf file"),
         ("interpret RUN --explainer language-model --endpoint OTHER --language-model x", "are for a server"),
         ("interpret RUN --explainer language-model --endpoint OTHER", "other holds no *.safetensors"),
         ("interpret RUN --explainer language-model --endpoint OTHER --cache FILE", "file is no file of answers"),
@@ -676,7 +761,10 @@ def test_a_pipe_that_is_closed_costs_neither_scores_nor_status(run, tmp_path, mo
     assert len(json.loads((tmp_path / "scores.json").read_text())["rows"]) == 2
 
 
-def test_compare_keeps_table_and_plot_on_a_terminal_that_knows_only_ascii(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("encoding", "interval"), [("ascii", "1.500 +- 6.353"), ("cp1252", "1.500 ± 6.353")])
+def test_compare_keeps_table_and_plot_on_a_terminal_that_knows_few_characters(
+    encoding, interval, tmp_path, monkeypatch
+):
     def compared(*arguments):
         return [
             {"model": model, "preset": "toy", "parameters": 9, "validation_loss": 1.0 + seed, "curve": [(1, 1.5)]}
@@ -685,11 +773,11 @@ def test_compare_keeps_table_and_plot_on_a_terminal_that_knows_only_ascii(tmp_pa
         ]
 
     monkeypatch.setattr("cratelab.cli.compare.compare", compared)
-    seen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    seen = io.TextIOWrapper(io.BytesIO(), encoding)
     monkeypatch.setattr(sys, "stdout", seen)
     main(["compare", "--seeds", "2", "--out", str(tmp_path), *SHORT])
     assert (tmp_path / "compare.png").is_file() and (tmp_path / "compare.json").is_file()
-    assert b"1.500 +- 6.353" in seen.buffer.getvalue()
+    assert interval in seen.buffer.getvalue().decode(encoding)
 
 
 def test_control_characters_of_a_corpus_do_not_reach_the_terminal(run, monkeypatch, capsys):
@@ -752,16 +840,83 @@ def test_a_missing_extra_is_named_with_what_to_install(package, essays, tmp_path
     fails(["train", "--corpus", corpus, *options, *run_dir], f"'{package}'", "pip install 'cratelab[corpora]'")
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["interpret"], ["steer"], ["reproduce"]])
-@pytest.mark.parametrize("columns", ["20", "40", "80"])
-def test_help_is_plain_text_on_narrow_terminals(command, columns, monkeypatch):
-    seen = io.TextIOWrapper(io.BytesIO(), "ascii")
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+@pytest.mark.parametrize(("columns", "encoding"), [("20", "ascii"), ("40", "cp1252"), ("80", "ascii")])
+def test_help_is_plain_text_on_narrow_terminals(command, columns, encoding, monkeypatch):
+    seen = io.TextIOWrapper(io.BytesIO(), encoding)
     monkeypatch.setattr(sys, "stdout", seen)
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
-    text = seen.buffer.getvalue().decode()
+    text = seen.buffer.getvalue().decode(encoding)
     assert not stopped.value.code and "--help" in text and "\\u" not in text and "\\x" not in text
+
+
+def test_layerwise_gives_the_rates_of_an_official_checkpoint(essays, tmp_path, capsys):
+    args = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=257, block_size=65)
+    torch.save({"model": official_weights(args), "model_args": args}, tmp_path / "ckpt.pt")
+    checkpoint, reading = tmp_path / "ckpt.pt", ["--corpus", str(essays), "--tokenizer", "bytes"]
+    main(["layerwise", str(checkpoint), *reading, "--n-tokens", "650", "--eps", "0.1"])
+    printed = capsys.readouterr().out
+    kept = json.loads((tmp_path / "layerwise.json").read_text())
+    model, corpus = load_run(Layerwise(checkpoint, corpus=str(essays), tokenizer="bytes"))
+    tokens = torch.from_numpy(corpus.validation.validation_windows(65, 10))
+    with torch.no_grad():  # of the first layer by hand
+        block, z = model.blocks[0], model.token_embedding(tokens) + model.position_embedding.weight
+        seen = block.attention_norm(z)
+        eps = 0.1 * seen.norm(dim=-1).mean()
+        sides = seen, block.attention_norm(z + block.attention(seen))
+        before, after = (cl.coding_rate(each, float(eps)).mean() for each in sides)
+    assert kept["eps"][0] == pytest.approx(float(eps), rel=1e-4)
+    assert kept["layers"]["R before"][0] == pytest.approx(float(before), rel=1e-4)
+    assert kept["layers"]["R after"][0] == pytest.approx(float(after), rel=1e-4)
+    assert f"{float(before):.3g} → {float(after):.3g}" in printed and len(kept["layers"]["R^c random after"]) == 2
+    main(["interpret", str(checkpoint), *reading, "--n-tokens", "2000", "--explainer", "token"])
+    assert (tmp_path / "interpret.json").is_file()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_an_example_that_can_be_typed(name, run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    (example,) = re.findall(r"^Example: (cratelab .*)$", capsys.readouterr().out, re.MULTILINE)
+    parsed = []
+    command = f"cratelab.cli.{name}"
+    monkeypatch.setattr(f"{command}.check", parsed.append)
+    monkeypatch.setattr(f"{command}.run", parsed.append)
+    main(shlex.split(example)[1:])
+    assert isinstance(parsed[0], COMMANDS[name]) and len(parsed) == 2
+
+
+def test_a_shell_completes_commands_options_and_choices(tmp_path):
+    """As typed in bash with a tab at its end, after the line that `README.md` gives."""
+    (line,) = re.findall(r"^eval .*bash.*$", (Path(__file__).parents[1] / "README.md").read_text(), re.MULTILINE)
+    tried = [["cratelab", "inter"], ["cratelab", "steer", "--neu"], ["cratelab", "train", "--preset", ""]]
+    each = "COMP_WORDS=({}); COMP_CWORD={}; COMPREPLY=(); _tyro_cratelab; echo ${{COMPREPLY[@]}}; "
+    asked = "".join(each.format(shlex.join(words), len(words) - 1) for words in tried)
+    done = shell(f"{line}\n{asked}", tmp_path)
+    assert done.stdout.decode().split("\n")[:3] == ["interpret", "--neuron", "toy 1L 2L 3L S B"], done.stderr
+
+
+def test_a_device_is_chosen_by_name(run, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # as where it would be taken
+    monkeypatch.setattr("cratelab.cli.steer.run", lambda options: print(best_device()))
+    main(["steer", str(run), "--device", "cpu"])
+    assert capsys.readouterr().out == "cpu\n" and best_device().type == "cuda"
+    fails(["steer", str(run), "--device", "hip:7"], "nothing can be computed on 'hip:7' here")
+    # Accelerate obeys the same variable, so that training is there, too
+    script = "from accelerate import Accelerator; print(Accelerator().device)"
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {CHOSEN: "meta"}, capture_output=True)
+    assert done.stdout == b"meta\n", done.stderr
+
+
+@pytest.mark.parametrize("corpus", [r"C:\texts\a.txt", "a:b*c?.txt"])
+def test_the_usual_run_directory_has_a_name_that_every_system_allows(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(corpus).write_text("One sentence after another, and no two alike but these. " * 2000)
+    main(["train", "--corpus", corpus, "--tokenizer", "bytes", *TINY])
+    (run_dir,) = Path("runs").iterdir()
+    assert (run_dir / "model").is_dir() and not set(run_dir.name) & set('<>:"/\\|?*')
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import FullyShardedDataParallelPlugin
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -424,6 +425,24 @@ def test_load_reads_the_same_weights(ours, exported, tmp_path):
     assert type(again) is cl.Crate and again.config == ours.config and not again.training
     assert again.state_dict().keys() == ours.state_dict().keys()
     assert all(torch.equal(again.state_dict()[name], weight) for name, weight in ours.state_dict().items())
+
+
+def test_load_reads_what_others_stored_with_its_head_and_names_what_does_not_fit(ours, exported, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    weights = load_file(exported / "model.safetensors")
+    head = weights["model.token_embedding.weight"].clone()
+    save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors")
+    torch.testing.assert_close(cl.load(folder)(TOKENS), ours(TOKENS))
+    save_file(weights | {"lm_head.weight": head + 1}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="differs from the token embedding"):
+        cl.load(folder)
+    (folder / "config.json").write_text((exported / "config.json").read_text().replace('"n_heads": 4', '"n_heads": 3'))
+    with pytest.raises(ValueError, match="does not fit Crate: the width must be a multiple of the heads"):
+        cl.load(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="of type 'llama'; expected 'crate'"):
+        cl.Crate.from_huggingface(folder)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new"])

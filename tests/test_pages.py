@@ -7,9 +7,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from check_chapters import equation_labels
-from notebooks import BOOK, repository_url
+from matplotlib.image import imread
+from notebooks import BOOK, address_problem, repository_url
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,34 @@ def test_every_equation_is_listed_with_the_functions_that_cite_it(html):
     assert all(link[:2] == link[2:] for link in shown)  # what a page prints is what the code says
     (row,) = (row for row in page.split("<tr") if "#equation-eq-01-4" in row)
     assert "api/coding_rate.html#cratelab.coding_rate.coding_rate" in row
+
+
+def test_every_notebook_is_opened_in_colab_and_on_github_by_its_own_page(html):
+    chapters = [path.stem for path in BOOK.glob("[0-9]*.ipynb")]
+    assert len(chapters) > 10
+    for stem in chapters:
+        page = (html / f"{stem}.html").read_text(encoding="utf8")
+        links = re.findall(r'href="(https://(?:colab\.research\.google|github)\.com/[^"#?]*\.ipynb)"', page)
+        opened = {link.split("/blob/main/")[1] for link in links if "colab" in link}
+        assert f"book/{stem}.ipynb" in opened, stem
+        assert not [link for link in links if address_problem(link)]
+
+
+def test_figures_can_be_read_on_a_dark_page(html):
+    """They bring their own ground, and the theme's dark filter leaves text and axes a contrast of 7 (WCAG AAA)."""
+    css = "".join(path.read_text(encoding="utf8") for path in html.rglob("_static/**/*.css"))
+    filters = set(re.findall(r"html\[data-theme=dark\] [^{}]*img[^{}]*\{filter:([^;}]*)", css))
+    assert filters == {"brightness(.8) contrast(1.2)"}
+    figures = {path.name: imread(path) for path in (html / "_images").glob("*.png")}
+    assert len(figures) > 30
+    for name, pixels in figures.items():
+        rgb, alpha = pixels[..., :3].reshape(-1, 3).astype(float), pixels[..., 3:]
+        assert (alpha == 1).all(), f"{name} is transparent"
+        dimmed = np.clip((0.8 * rgb - 0.5) * 1.2 + 0.5, 0, 1)
+        linear = np.where(dimmed <= 0.04045, dimmed / 12.92, ((dimmed + 0.055) / 1.055) ** 2.4)
+        luminance = np.sort(linear @ [0.2126, 0.7152, 0.0722])
+        text, ground = luminance[len(luminance) // 1000], np.median(luminance)
+        assert (ground + 0.05) / (text + 0.05) > 7, name
 
 
 def test_pages_in_a_browser(html, check_pages):

@@ -308,6 +308,30 @@ def test_scores_are_those_of_brute_force(model, kind):
         assert abs(count - inside.sum()) <= (np.isclose(live, 10**low) | np.isclose(live, 10**high)).sum()
 
 
+def test_the_first_token_of_a_piece_can_be_left_out(model):
+    sae, text = random_sae(), corpus(400)
+    with torch.no_grad():
+        model.position_embedding.weight[0] *= 100
+    rest = []
+    for batch, layers in watch_neurons(model, text):
+        inside = batch.present.clone()
+        inside[:, 0] = False
+        rest.append(layers[1][inside])
+    x = torch.cat(rest)
+    back = sae(x).detach().double()
+    left = 1 - float((x - back).square().sum() / (x.double() - x.double().mean(0)).square().sum())
+    whole, without = (evaluate_sae(model, text, {1: sae}, first=first)[1] for first in (True, False))
+    assert without.explained_variance == pytest.approx(left, rel=1e-4) and without.n_tokens == len(x) < whole.n_tokens
+    assert without.l0 == pytest.approx(float((sae.encode(x) > 0).sum(1).double().mean()), rel=1e-3)
+    assert abs(whole.explained_variance - left) > 0.01
+    assert (whole.ce_clean, whole.ce_spliced, whole.ce_zero) == (without.ce_clean, without.ce_spliced, without.ce_zero)
+
+
+def test_the_more_text_is_read_the_fewer_features_are_dead(model):
+    dead = [evaluate_sae(model, corpus(400), {1: random_sae()}, n_tokens=n)[1].dead for n in (2, 20, 400)]
+    assert dead[0] > dead[1] > dead[2]
+
+
 def test_an_auto_encoder_that_returns_the_mean_explains_nothing_and_a_perfect_one_all():
     model, text = talkative(), corpus(400)
     neurons = [[] for _ in model.blocks]

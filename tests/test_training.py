@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import cratelab as cl
@@ -214,6 +215,31 @@ def test_precision_is_the_recipes_whatever_accelerator_the_process_has():
     fine, coarse = losses_at_each_precision()
     assert json.loads(done.stdout) == [pytest.approx(fine, abs=1e-6), pytest.approx(coarse, abs=1e-6)]
     assert abs(fine - coarse) > 1e-5
+
+
+class InFloat16(Accelerator):
+    """What `accelerate launch --mixed_precision fp16` gives on a GPU, here on a CPU, from a scale that overflows."""
+
+    mixed_precision = "fp16"
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.native_amp, self.scaler = True, torch.amp.GradScaler(self.device.type, init_scale=2.0**40)
+
+
+def test_float16_skips_what_overflows_and_goes_on_at_the_scale_it_had(tmp_path, monkeypatch):
+    monkeypatch.setattr("cratelab.training.Accelerator", InFloat16)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    settings = dict(steps=60, precision="auto", checkpoint_every=55)
+    whole = new_model()
+    rows = train(whole, corpus(), corpus(seed=1), recipe(**settings))
+    skipped = [row["step"] for row in rows if row["gradient_norm"] is None]
+    assert skipped[:15] == list(range(1, 16)) and len(skipped) < 40
+    assert rows[-1]["validation_loss"] < rows[0]["loss"]
+    fails(new_model(), recipe=recipe(**settings), run_dir=tmp_path, on_step=stop_after(56))
+    resumed = new_model()
+    train(resumed, corpus(), corpus(seed=1), recipe(**settings), tmp_path)
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
 def test_gradients_from_before_do_not_count():

@@ -13,7 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cratelab.checks import watching
-from cratelab.checks.grading import CheckFailed, call, grade, random
+from cratelab.checks.broken_runs import FAULT_OF, broken_runs, train
+from cratelab.checks.grading import CheckFailed, call, grade, number, predict, random
+from cratelab.checks.hunting import judge
+from cratelab.sae import Sae
 
 
 def _sae(n: int, h: int, m: int, seed: int) -> tuple:
@@ -420,3 +423,77 @@ def gradient_of_rows(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     }
     rules = [watching.no_automatic_differentiation(ROWS[0])]
     grade(function, ROWS, small_steps, "small steps of every entry", mistakes, rtol=1e-6, atol=1e-7, rules=rules)
+
+
+def measurement(function: Callable[[Sae, Tensor, Tensor], float]) -> None:
+    """Exercise 10.E, first part: a number that tells runs that have learned by heart from honest ones.
+
+    Of two seeds each: one that has learned `seen` by heart, and an honest one, whole and after half of its steps, given
+    the same activations.
+    """
+    name = function.__name__
+
+    def measured(sae: Sae, seen: Tensor, fresh: Tensor) -> float:
+        value = number(call(function, sae, seen, fresh), name)
+        if not np.isfinite(value):
+            raise CheckFailed(f"{name} is {value} for a run; a finite number is needed")
+        if number(call(function, sae, seen, fresh), name) != value:
+            raise CheckFailed(f"{name} gives another number when it is asked again: draw nothing at random")
+        return value
+
+    heart, whole, half = [], [], []
+    for seed in (0, 1):
+        few, honest = train("few", seed), train("none", seed)
+        for values, sae in (heart, few.sae), (whole, honest.sae), (half, honest.halfway):
+            values.append(measured(sae, few.seen, few.fresh))
+    shown = "; ".join(
+        f"{what} {values[0]:.3g} and {values[1]:.3g}"
+        for what, values in {"by heart": heart, "honest": whole, "honest, half-way": half}.items()
+    )
+    if np.allclose(heart, whole, rtol=1e-6, atol=1e-9):
+        raise CheckFailed(
+            f"{name} gives the same whatever the auto-encoder has learned ({shown}): let it reconstruct the activations"
+        )
+    if not _apart(heart, whole):
+        raise CheckFailed(
+            f"{name} does not tell runs that have learned by heart from honest ones ({shown}): on which of the two "
+            "texts would they differ?"
+        )
+    if not _apart(heart, whole + half):
+        raise CheckFailed(
+            f"{name} tells them apart at the end, but takes an honest run half-way for another ({shown}): how good a "
+            "run is says nothing; compare the two texts"
+        )
+    print(f"{name}: tells them apart, in two runs of each kind that you have not seen ({shown}). Your seven runs:")
+    for letter, run in broken_runs().items():
+        print(f"{letter}: {measured(run.sae, run.seen, run.fresh):.3g}")
+
+
+def _apart(by_heart: list[float], honest: list[float]) -> bool:
+    """Whether those lie farther from these than three times what these are wide."""
+    gap = max(min(by_heart) - max(honest), min(honest) - max(by_heart))
+    return gap > 3 * np.ptp(honest)
+
+
+_WHY = {
+    "none": "all rows have length 1, the splice costs less and less but not nothing, and both texts are alike to it",
+    "rate": "its loss begins where the others' do, so λ is theirs. Then it goes up and down, nearly all features are "
+    "dead within thirty steps, and next to nothing is explained",
+    "price": "its loss begins at more than ten times the others', before anything is learned: that is λ Σ f. Then "
+    "nothing is active, and the loss is that of saying nothing, a little above 1",
+    "lengths": "the curves are those of a good run, but the rows of W_dec have grown to about 1.5, and evade the price",
+    "hook": "an auto-encoder that leaves a fifth of the variance out and costs no nats at all is not in the model",
+    "order": "the loss jumps up whenever the domain changes, and falls until the next",
+    "few": "the best curves of all, measured on the tokens that it was trained on; on a fresh text it explains less "
+    "than the sound one",
+}
+
+
+def diagnosis(function: Callable[[], dict[str, str]], reasons: bool = False) -> None:
+    """Exercise 10.E, second part: which run has which fault."""
+    said = predict(function, keys=FAULT_OF, words=tuple(_WHY))
+    if twice := {fault for fault in said.values() if list(said.values()).count(fault) > 1}:
+        raise CheckFailed(f"{function.__name__}: each fault has one run; {min(twice)} stands twice")
+    right = {letter: f'"{fault}": {_WHY[fault]}' for letter, fault in FAULT_OF.items()}
+    wrong = {letter: None if said[letter] == fault else f" is {right[letter]}" for letter, fault in FAULT_OF.items()}
+    judge(function, wrong, reasons, right)

@@ -1,4 +1,4 @@
-"""Checks of the exercises of chapter 11: lift, off-target divergence, an auto-encoder spliced in, cost at a lift."""
+"""Checks of the exercises of chapter 11: lift, off-target divergence, an auto-encoder spliced in, cost, curves."""
 
 from collections.abc import Callable
 from decimal import Decimal
@@ -11,7 +11,9 @@ from scipy.special import log_softmax, logsumexp
 from scipy.stats import entropy
 from torch import Tensor, nn
 
-from cratelab.checks.grading import CheckFailed, also, grade, random
+from cratelab.checks.grading import CheckFailed, also, as_tensor, grade, predict, random
+from cratelab.checks.hunting import judge
+from cratelab.checks.push_curves import STRENGTHS, push_curves
 
 
 def _pushed(n: int, v: int, k: int, seed: int, shift: float = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -412,3 +414,86 @@ def _crossed(lift: Tensor, cost: Tensor, level: float) -> list[float]:
         i = next((i for i in range(1, len(x)) if x[i - 1] < level <= x[i]), None)
         out.append(np.inf if i is None else np.interp(level, x[i - 1 : i + 1], y[i - 1 : i + 1]))
     return out
+
+
+def drawn(function: Callable[[tuple[float, ...]], dict[str, list[float]]], reasons: bool = False) -> None:
+    """Exercise 11.E: what drawn curves have in common with those of packaged models, feature by feature."""
+    measured, highest = push_curves()
+    answer = predict(function, STRENGTHS, keys=measured)
+    said = {key: _curve(value, f"{function.__name__}: {key}") for key, value in answer.items()}
+    wrong, why = {}, {}
+    for feature, reason in _FEATURES.items():
+        pairs = zip(_seen(feature, said, highest), _seen(feature, measured, highest), strict=True)
+        off = next((pair for pair in pairs if not pair[0][2] <= pair[0][1] <= pair[0][3]), None)
+        wrong[feature] = off and f": {off[0][0]} is {off[0][1]:.3g} as you draw it, {off[1][1]:.3g} measured; {reason}"
+        why[feature] = reason
+    judge(function, wrong, reasons, why)
+
+
+def _curve(value: object, where: str) -> np.ndarray:
+    try:
+        curve = as_tensor(value).numpy()
+    except Exception:  # whatever a library says of what is no array of real numbers
+        curve = np.zeros(0)
+    if curve.shape != (len(STRENGTHS),) or not np.isfinite(curve).all():
+        raise CheckFailed(f"{where}: {len(STRENGTHS)} finite numbers are needed, one for each strength")
+    return curve
+
+
+_FEATURES = {
+    "rest": "if nothing is added nothing changes",
+    "sign": "a push up makes the targets likelier and a push down less likely; a divergence is never negative, and is "
+    "0 only if nothing has changed",
+    "small": "nearly no push: logits move in proportion to it, and so does the lift. A divergence has its minimum at "
+    "0 and no slope there, so it goes with the square: half the push, a quarter of the damage",
+    "mirror": "nearly no push: what is in proportion turns its sign with the push, and a square does not",
+    "strong": "the last LayerNorm divides by the standard deviation, which grows with the push. In the end the state "
+    "is the atom, whatever stood there before, and more of it is the same",
+    "ceiling": "p'(T) is at most 1, so the lift is at most -log p(T)",
+    "model": "nothing goes round CRATE's ISTA: the state is a sum of atoms, and one more is a larger part of it than "
+    "in GPT-2's stream, to which all layers have added",
+}
+
+
+def _seen(feature: str, curves: dict[str, np.ndarray], highest: dict[str, float]) -> list[tuple]:
+    """What a feature looks at in curves: a name, a number, and the least and the most that this may be."""
+
+    def at(key: str, strength: float) -> float:
+        return curves[key][STRENGTHS.index(strength)]
+
+    def ratio(key: str, above: float, below: float, least: float, most: float) -> tuple:
+        with np.errstate(all="ignore"):
+            return f"{key} at {above:g} divided by that at {below:g}", at(key, above) / at(key, below), least, most
+
+    strengths, tiny, largest = np.array(STRENGTHS), 1e-9, np.inf
+    lifts, costs = ([f"{what}, {label}" for label in highest] for what in ("lift", "off target"))
+    if feature == "rest":
+        return [(f"{key} at 0", at(key, 0.0), -1e-3, 1e-3) for key in lifts + costs]
+    if feature == "sign":
+        up = [(f"the least {key} of a push up", curves[key][strengths > 0].min(), tiny, largest) for key in lifts]
+        down = [
+            (f"the largest {key} of a push down", curves[key][strengths < 0].max(), -largest, -tiny) for key in lifts
+        ]
+        return (
+            up
+            + down
+            + [(f"the least {key} of a push", curves[key][strengths != 0].min(), tiny, largest) for key in costs]
+        )
+    if feature == "small":
+        return [ratio(key, 0.1, 0.05, 1.6, 2.5) for key in lifts] + [ratio(key, 0.1, 0.05, 3, 5.5) for key in costs]
+    if feature == "mirror":
+        return [ratio(key, -0.1, 0.1, -1.5, -0.7) for key in lifts] + [ratio(key, -0.1, 0.1, 0.7, 1.5) for key in costs]
+    if feature == "strong":
+        return [ratio(key, 64.0, 8.0, 0.8, 1.5) for key in lifts] + [ratio(key, 64.0, 8.0, 0.8, 8) for key in costs]
+    if feature == "ceiling":
+        return [(f"the largest {key}", curves[key].max(), 0, 1.05 * highest[key.split(", ")[1]]) for key in lifts]
+    with np.errstate(all="ignore"):
+        return [
+            (
+                f"{what} at 1, CRATE's divided by GPT-2's",
+                at(f"{what}, CRATE", 1.0) / at(f"{what}, GPT-2", 1.0),
+                1.01,
+                largest,
+            )
+            for what in ("lift", "off target")
+        ]

@@ -1,25 +1,28 @@
 """The command line. What a command needs is imported when it runs, so that `cratelab --help` is there at once."""
 
+import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 import tyro
 
-from cratelab.cli.options import Compare, Export, Interpret, Reproduce, Steer, Train, check_ranges
-from cratelab.terminal import plain_warnings, printable, unfailing_output
+from cratelab.cli.options import Compare, Export, Interpret, Layerwise, Reproduce, Steer, Train, check_ranges
+from cratelab.terminal import is_main_process, plain_warnings, printable, unfailing_output
 
 COMMANDS = {
     "train": Train,
     "compare": Compare,
     "interpret": Interpret,
     "steer": Steer,
+    "layerwise": Layerwise,
     "export": Export,
     "reproduce": Reproduce,
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`cratelab train | compare | interpret | steer | export | reproduce`.
+    """`cratelab train | compare | interpret | steer | layerwise | export | reproduce`.
 
     Raises:
         SystemExit: with a message, which is status 1, where a command cannot do what it is asked; status 2 where it
@@ -38,22 +41,25 @@ def _main(arguments: list[str] | None) -> None:
         description="Train CRATE, compare it with GPT-2, ask what its neurons mean, steer them, and take it elsewhere.",
         args=arguments,
     )
+    from cratelab.devices import computing_on
+
     try:
         check_ranges(options)
         command = import_module(f"cratelab.cli.{next(name for name, of in COMMANDS.items() if of is type(options))}")
         command.check(options)
-        command.run(options)
+        with computing_on(getattr(options, "device", None)):  # export computes nothing
+            command.run(options)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"cratelab: {printable(str(error))}")
+        _stop(printable(str(error)))
     except (MemoryError, RuntimeError) as error:
         from cratelab.losses import Diverged
 
         if isinstance(error, Diverged):
-            sys.exit(f"cratelab: {printable(str(error))}")
+            _stop(printable(str(error)))
         if not _is_out_of_memory(error):
             raise
-        sys.exit(
-            "cratelab: there is not enough memory: take a smaller model, context or batch "
+        _stop(
+            "there is not enough memory: take a smaller model, context or batch "
             f"({printable(str(error)) or 'MemoryError'})"
         )
     except KeyboardInterrupt:
@@ -62,6 +68,12 @@ def _main(arguments: list[str] | None) -> None:
             file=sys.stderr,
         )
         sys.exit(130)
+
+
+def _stop(message: str) -> NoReturn:
+    """End with a message; those of several processes are told apart."""
+    name = "cratelab" if is_main_process() else f"cratelab, process {os.environ['RANK']}"
+    sys.exit(f"{name}: {message}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

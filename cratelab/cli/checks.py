@@ -48,17 +48,21 @@ def fits(value: object, hint: object) -> bool:
 
 
 def model_folder(folder: Path) -> Path:
-    """Where in a folder given by a user the model is: a run's own or the folder itself.
+    """Where the model is in what a user gave: a run's own, the folder itself, or an official checkpoint's file.
 
     Raises:
         OSError: it is in neither; the message says what the folder holds instead.
     """
+    if folder.is_file() and folder.suffix == ".pt":
+        return folder
     for each in folder / "model", folder:
         if (each / "config.json").is_file():
             return each
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise NotADirectoryError(f"{folder} {what}: give the folder of a run or of a model")
+        raise NotADirectoryError(
+            f"{folder} {what}: give the folder of a run or of a model, or an official checkpoint, *.pt"
+        )
     if not (folder / "run.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model: there is no config.json in it{instead(folder)}")
     run = read_json(folder / "run.json")

@@ -13,7 +13,7 @@ from cratelab.language_model import LanguageModelConfig
 from cratelab.models import new_model
 from cratelab.provenance import provenance
 from cratelab.storage import write_json
-from cratelab.terminal import say
+from cratelab.terminal import is_main_process, say
 
 
 def check(options: Compare) -> None:
@@ -30,6 +30,8 @@ def run(options: Compare) -> None:
     use_one_thread(max(LanguageModelConfig.preset(preset).width for preset in options.presets))
     corpus = prepare_corpus(options, recipe, context)
     runs = compare(corpus, recipe, options.out, options.presets, range(options.seeds), options.context, say, report)
+    if not is_main_process():
+        return
     table = loss_table(runs)
     write_json(options.out / "compare.json", {"provenance": provenance(), "runs": runs, "table": table})
     plots.save_comparison(runs, options.out / "compare.png", corpus.floor)

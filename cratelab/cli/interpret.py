@@ -7,20 +7,23 @@ from operator import add
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cratelab.cli.checks import check_different, check_writable, model_folder
 from cratelab.cli.options import Interpret, dashed
 from cratelab.cli.runs import load_run
 from cratelab.cli.shared import defined
 from cratelab.corpora.prepare import PreparedCorpus
+from cratelab.devices import processes
 from cratelab.interpret.asking.answers import AnswerCache
 from cratelab.interpret.asking.endpoints import Endpoint, OpenAIEndpoint, without_user
-from cratelab.interpret.asking.local_endpoint import HuggingFaceEndpoint
+from cratelab.interpret.asking.local_endpoint import HuggingFaceEndpoint, is_gguf_file
 from cratelab.interpret.asking.simulator import LanguageModelSimulator
 from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
-from cratelab.interpret.evaluation import collect_for_protocols, evaluate
+from cratelab.interpret.evaluation import Evaluation, collect_for_protocols, evaluate
 from cratelab.interpret.explainers import ConceptExplainer, Explainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.language_models import NEVER_ACTIVE, LanguageModelExplainer, TextExplanations
+from cratelab.interpret.running_records import forget
 from cratelab.interpret.scores import split
 from cratelab.language_model import LanguageModel
 from cratelab.models import untrained
@@ -45,19 +48,23 @@ def check(options: Interpret) -> None:
 
 
 def run(options: Interpret) -> None:
-    endpoint = _endpoint(options)
+    main = processes().is_main_process  # which scores and writes; the others help to read
+    endpoint = _endpoint(options) if main else None
     model, corpus = load_run(options, lambda model: _draw(options, model))
     text, neurons = corpus.validation, _draw(options, model)
-    explainers = {name: _explainer(name, options, corpus, endpoint) for name in options.explainer}
+    explainers = {name: _explainer(name, options, corpus, endpoint) for name in options.explainer if main}
     asking, rows = explainers.get(ASKED), []
-    wide = max(11, *(len(name) + 1 for name in explainers))
-    asked = dict(as_published=options.official, n_tokens=options.n_tokens, seed=options.seed)
+    wide = max(11, *(len(name) + 1 for name in options.explainer))
+    asked = dict(as_published=options.official, n_tokens=options.n_tokens, seed=options.seed, folder=_passes(options))
     columns = f"{'mean':>10}{'95 % interval':>16}{'control':>10}{'undefined':>11}"
+    columns += f"{'no number':>11}" if ASKED in options.explainer else ""
     head = f"{'':10}{'protocol':16}{'explainer':{wide}}{columns}"
     if not asking:
         say(head)
     for name, each in ("trained", model), ("untrained", untrained(model, options.seed)):
         records = collect_for_protocols(each, text, options.protocols, **asked)
+        if not main:
+            continue
         if neurons:
             records = {protocol: held.neurons(*neurons) for protocol, held in records.items()}
         if asking:
@@ -68,12 +75,15 @@ def run(options: Interpret) -> None:
         for evaluation in evaluate(records, explainers, as_published=options.official):
             row = {"model": name} | evaluation.row()
             if row["explainer"] == ASKED:
-                row |= _said(evaluation.explanations)
+                row |= _said(evaluation)
             if asking and not rows:
                 say(head)  # below the cost, and no sooner than there is something to put under it
             rows.append(row)
-            _say_row(row, wide)
+            _say_row(row, wide, asking=bool(asking))
+    if not main:
+        return
     if options.dry_run:
+        forget(_passes(options))
         return
     if asking and (problems := asking.simulator.problems):
         often = "; ".join(f"{reason} ({n:,})" for reason, n in problems.most_common(3))
@@ -83,15 +93,17 @@ def run(options: Interpret) -> None:
     out = _out(options)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"provenance": facts, "rows": rows} | ({"neurons": neurons[1].tolist()} if neurons else {}))
+    forget(_passes(options))
     say(f"{out} has them layer by layer")
 
 
-def _said(explanations: TextExplanations) -> dict:
-    """The sentences, and why there is none.
+def _said(evaluation: Evaluation) -> dict:
+    """The sentences, and why there is none; and the share of places where no number came, of those that are judged.
 
     Raises:
         ValueError: no neuron has one, though some were asked for.
     """
+    explanations: TextExplanations = evaluation.explanations
     failed = Counter(reason for reason in explanations.reasons if reason not in (None, NEVER_ACTIVE))
     if failed:
         often = "; ".join(f"{reason} ({n:,})" for reason, n in failed.most_common(3))
@@ -99,20 +111,29 @@ def _said(explanations: TextExplanations) -> dict:
         if not any(explanations.texts):
             raise ValueError(f"{lost}. Does the endpoint answer as it should?")
         say(lost)
-    return {"texts": explanations.texts, "reasons": explanations.reasons}
+    explained = torch.tensor([text is not None for text in explanations.texts], device="cpu")
+    judged = explained & ~evaluation.scores.dead.flatten()  # those have no place, or nothing to tell at any
+    no_number = 1 - float(evaluation.scores.coverage.flatten()[judged].mean()) if judged.any() else None
+    return {"texts": explanations.texts, "reasons": explanations.reasons, "no_number": no_number}
 
 
-def _say_row(row: dict, wide: int) -> None:
+def _say_row(row: dict, wide: int, asking: bool) -> None:
     mean, control, low, high = map(defined, (row["mean"], row["control"], *row["interval"]))
+    no_number = "" if row.get("no_number") is None else f"{row['no_number']:.0%}"
     interval = "undefined" if "undefined" in (low, high) else f"{low} to {high}"
     say(
         f"{row['model']:10}{row['protocol']:16}{row['explainer']:{wide}}{mean:>10}{interval:>16}"
-        f"{control:>10}{row['undefined']:11.0%}"
+        f"{control:>10}{row['undefined']:11.0%}{no_number:>{11 * asking}}"
     )
 
 
 def _out(options: Interpret) -> Path:
-    return options.out or options.model / "interpret.json"
+    folder = options.model if options.model.is_dir() else options.model.parent
+    return options.out or folder / "interpret.json"
+
+
+def _passes(options: Interpret) -> Path:
+    return _out(options).with_suffix(".passes")
 
 
 def _cache(options: Interpret) -> Path:
@@ -127,14 +148,18 @@ def _check_asking(options: Interpret) -> None:
             raise ValueError(f"{', '.join(given)}: only with --explainer {ASKED}")
         return
     if not options.endpoint:
-        raise ValueError(f"--explainer {ASKED} needs --endpoint, a server such as http://localhost:8000/v1 or a folder")
+        raise ValueError(
+            f"--explainer {ASKED} needs --endpoint, a server such as http://localhost:8000/v1, a folder or a .gguf"
+        )
     if _is_server(options.endpoint):
         if not options.language_model:
             raise ValueError("--endpoint is a server: say by --language-model which of its models shall be asked")
-    elif not Path(options.endpoint).is_dir():
-        raise FileNotFoundError(f"--endpoint: {options.endpoint} is no folder, and no address that begins with http")
+    elif not Path(options.endpoint).is_dir() and not is_gguf_file(options.endpoint):
+        raise FileNotFoundError(
+            f"--endpoint: {options.endpoint} is no folder, no .gguf file, and no address that begins with http"
+        )
     elif options.language_model or options.completions:
-        raise ValueError("--language-model and --completions are for a server, and --endpoint is a folder")
+        raise ValueError("--language-model and --completions are for a server, and --endpoint is a folder or a file")
     cache = _cache(options)
     if cache == _out(options):
         raise ValueError("--cache and --out must be different files")

@@ -22,6 +22,12 @@ Preset = Literal["toy", "1L", "2L", "3L", "S", "B"]
 ScoringProtocol = Literal["top-and-random", "random-only", "anthropic"]
 
 
+@dataclass(kw_only=True)
+class OnDevice:
+    device: str | None = None
+    """Where to compute, such as cpu or cuda:1; a GPU if there is one unless given."""
+
+
 @dataclass
 class RecipeOptions:
     """Options of the recipe; what is not given comes from the preset."""
@@ -63,8 +69,11 @@ class CorpusOptions:
 
 
 @dataclass
-class Train(CorpusOptions, RecipeOptions):
-    """Train one model. A run that was stopped goes on with --resume DIR, or with the same command again."""
+class Train(OnDevice, CorpusOptions, RecipeOptions):
+    """Train one model. A run that was stopped goes on with --resume DIR, or with the same command again.
+
+    Example: cratelab train --preset toy --steps 200 --run-dir runs/mine
+    """
 
     preset: Preset = "toy"
     """Size: toy for a laptop, the others as in the paper."""
@@ -83,8 +92,11 @@ class Train(CorpusOptions, RecipeOptions):
 
 
 @dataclass
-class Compare(CorpusOptions, RecipeOptions):
-    """Train CRATE and GPT-2 on equal tokens under several seeds: a table and a plot. Start it again to go on."""
+class Compare(OnDevice, CorpusOptions, RecipeOptions):
+    """Train CRATE and GPT-2 on equal tokens under several seeds: a table and a plot. Start it again to go on.
+
+    Example: cratelab compare --presets toy --seeds 3 --out runs/compare
+    """
 
     presets: tuple[Preset, ...] = ("toy",)
     """Sizes."""
@@ -97,9 +109,9 @@ class Compare(CorpusOptions, RecipeOptions):
 
 
 @dataclass
-class TrainedModel:
+class TrainedModel(OnDevice):
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run or of a model."""
+    """Folder of a run or of a model, or a checkpoint of the official training code."""
     corpus: str | None = None
     """What it reads, as for train; a run's own validation text unless given."""
     tokenizer: str | None = None
@@ -113,7 +125,9 @@ class Interpret(TrainedModel):
     """Explain and score neurons of a trained model: all by rule, or some by asking a language model too.
 
     With --explainer language-model every token of the validating excerpts is a question. What it costs is said before
-    any is asked, answers are kept, and the same command asks none twice.
+    any is asked, answers are kept, and the same command asks none twice. Several processes share the reading.
+
+    Example: cratelab interpret runs/mine --n-tokens 50000
     """
 
     n_tokens: int = 200_000
@@ -125,8 +139,8 @@ class Interpret(TrainedModel):
     explainer: tuple[Literal["token", "suffix", "concept", "language-model"], ...] = ("token", "suffix", "concept")
     """Who explains; each with a row of its own."""
     endpoint: str | None = None
-    """For language-model: a server that speaks OpenAI's API, such as http://localhost:8000/v1, or the folder of a
-    Hugging Face model."""
+    """For language-model: a server that speaks OpenAI's API, such as http://localhost:8000/v1, the folder of a
+    Hugging Face model, or a GGUF file."""
     language_model: str | None = None
     """The server's name for the model that explains and simulates."""
     completions: bool = False
@@ -143,10 +157,15 @@ class Interpret(TrainedModel):
     out: Path | None = None
     """Where the scores go; interpret.json in the model's folder unless given."""
 
+    goes_on: ClassVar = True
+
 
 @dataclass
 class Steer(TrainedModel):
-    """Edit one neuron of a trained model: which tokens this raises and lowers, and a text with and without it."""
+    """Edit one neuron of a trained model: which tokens this raises and lowers, and a text with and without it.
+
+    Example: cratelab steer runs/mine --layer 1 --neuron 7 --prompt the
+    """
 
     layer: int | None = None
     """Counted from 0; the last unless given."""
@@ -169,6 +188,23 @@ class Steer(TrainedModel):
 
 
 @dataclass
+class Layerwise(TrainedModel):
+    """Does each layer do its job? Coding rates before and after its attention, with controls, and active neurons.
+
+    Example: cratelab layerwise ckpt.pt --corpus wikitext --tokenizer gpt2
+    """
+
+    n_tokens: int = 16_384
+    """Validation tokens to read at most."""
+    eps: float = 1 / 16
+    """Precision of the rates, as a share of the mean length of what a layer's subspaces see."""
+    seed: int = 0
+    """Of the random subspaces."""
+    out: Path | None = None
+    """Where all rates go; layerwise.json beside the model unless given."""
+
+
+@dataclass
 class Export:
     """Write a trained model as a folder for Hugging Face transformers, with its tokenizer, code and model card.
 
@@ -186,8 +222,11 @@ class Export:
 
 
 @dataclass
-class Reproduce:
-    """Make again what the package carries. Start it again to go on."""
+class Reproduce(OnDevice):
+    """Make again what the package carries. Start it again to go on.
+
+    Example: cratelab reproduce toys --seeds 1 --steps 100
+    """
 
     what: Annotated[Literal["rates", "toys", "chapter-9", "reference"], tyro.conf.Positional]
     """rates: at which learning rate each model learns most, on TinyWorld. toys: the package's own, at these rates.

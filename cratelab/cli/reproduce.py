@@ -1,5 +1,6 @@
 """`cratelab reproduce`: what the package carries, made again."""
 
+import os
 from pathlib import Path
 
 from cratelab.cli.checks import check_folder
@@ -14,6 +15,8 @@ from cratelab.terminal import say
 def check(options: Reproduce) -> None:
     if options.steps is not None and not 1 <= options.steps <= MOST:
         raise ValueError(f"--steps must be at least 1 and at most {MOST}; got {options.steps}")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("reproduce is work for one process: start it without torchrun and accelerate launch")
     if options.what != "reference" and options.text:
         raise ValueError(f"--text is for reference: {options.what} reads TinyWorld")
     if options.out:

@@ -15,6 +15,7 @@ from cratelab.cli.options import Train, TrainedModel, check_ranges
 from cratelab.cli.shared import new_recipe, prepare_corpus, use_one_thread
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.corpora.token_store import tokenizer_facts
+from cratelab.crate import Crate
 from cratelab.devices import best_device
 from cratelab.language_model import LanguageModel
 from cratelab.models import load
@@ -41,11 +42,11 @@ def load_run(
     if options.corpus is None and not begun:
         what = "was not begun by `cratelab train`" if run else "is no run"
         raise ValueError(f"{options.model} {what}, so nothing says what it has read: give --corpus")
-    model = load(folder).to(best_device())
+    model = (Crate.from_official(folder) if folder.is_file() else load(folder)).to(best_device())
     check_model(model)
     use_one_thread(model.config.width)
     command = read_command(options.model) if begun else Train()
-    theirs = _kept_tokenizer(folder.parent)
+    theirs = {} if folder.is_file() else _kept_tokenizer(folder.parent)
     if options.corpus:
         command.corpus = options.corpus
         kept = folder.parent / "tokenizer.json"
@@ -61,7 +62,8 @@ def load_run(
 
 def remembered(command: Train) -> dict:
     """The options that a run remembers."""
-    return {name: value for name, value in asdict(command).items() if name not in ("run_dir", "resume", "dry_run")}
+    of_the_call = "run_dir", "resume", "dry_run", "device"
+    return {name: value for name, value in asdict(command).items() if name not in of_the_call}
 
 
 def read_command(folder: Path) -> Train:

@@ -11,7 +11,7 @@ from cratelab.corpora.tokenizers import encode
 from cratelab.devices import best_device
 from cratelab.language_model import LanguageModel
 from cratelab.steering import Edit, direct_effect, full_effect, neuron_maxima, neuron_that_raises_most, steer
-from cratelab.terminal import say
+from cratelab.terminal import is_main_process, say
 
 
 def check(options: Steer) -> None:
@@ -28,6 +28,8 @@ def _check_model(options: Steer, model: LanguageModel) -> None:
 
 
 def run(options: Steer) -> None:
+    if not is_main_process():
+        return  # one neuron's effects on a few thousand tokens are work for one
     model, corpus = load_run(options, partial(_check_model, options))
     text, tokenizer = corpus.validation, corpus.tokenizer
     if not len(text):

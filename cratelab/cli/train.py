@@ -1,5 +1,6 @@
 """`cratelab train`: one model."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from cratelab.cli.shared import defined, new_recipe, prepare_corpus, report, use
 from cratelab.corpora.prepare import vocabulary_size
 from cratelab.models import new_model
 from cratelab.run_directory import check_same_run
-from cratelab.terminal import say
+from cratelab.terminal import is_main_process, say
 from cratelab.training import train
 
 
 def check(options: Train) -> None:
     given = [option for option, value in vars(options).items() if value != getattr(Train, option)]
-    ignored = [dashed(option) for option in given if option not in ("resume", "dry_run")]
+    ignored = [dashed(option) for option in given if option not in ("resume", "dry_run", "device")]
     if options.resume and ignored:
         raise ValueError(f"--resume takes all options from the run: leave out {', '.join(ignored)}")
     check_context(options.context, options.characters)
@@ -41,7 +42,7 @@ def run(options: Train) -> None:
     if options.dry_run:
         say(str(estimate(type(model), model.config, recipe)))
         return
-    name = command.corpus.replace("/", "_")
+    name = re.sub(r'[<>:"/\\|?*]', "_", command.corpus)  # none of which Windows allows in a name
     run_dir = run_dir or Path("runs") / f"{command.model}-{command.preset}-{name}-{command.seed}"
     check_same_run(run_dir, {"model": {"model": model.kind, **asdict(model.config)}, "recipe": asdict(recipe)})
     corpus = prepare_corpus(command, recipe, model.config.context)
@@ -49,6 +50,8 @@ def run(options: Train) -> None:
     say(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}")
     kept = remembered(command)
     metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, report, kept, corpus.tokenizer)
+    if not is_main_process():
+        return
     plots.save_loss_curve(metrics, run_dir / "loss.png", corpus.floor)
     floor = f"; the floor is {corpus.floor:.3f}" if corpus.floor else ""
     say(f"validation loss {defined(metrics[-1]['validation_loss'], 3)} nats a token{floor}")

@@ -37,7 +37,7 @@ _ABOUT_CRATE = """\
 CRATE (Bai & Ma 2024, arXiv:2410.16443) is a transformer whose every layer is modelled on a step up one objective, \
 sparse rate reduction. The neurons of layer i, a sparse non-negative code of each token, pass through \
 `model.blocks.i.neurons`: hook that module to record or to edit them. The code comes with this folder and needs \
-PyTorch, einops and transformers."""
+PyTorch, einops and transformers 5.8 or newer."""
 _ABOUT_GPT2 = "The neurons of layer i are what its `transformer.h.i.mlp.act` gives."
 _LICENCE_OF_CODE = " The code is cratelab's, under the MIT licence."
 

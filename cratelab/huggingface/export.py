@@ -38,9 +38,9 @@ def to_huggingface(
 ) -> None:
     """Write a model, whole or not at all, as a folder for `AutoModelForCausalLM` and `AutoTokenizer`.
 
-    CRATE comes with its code, so the receiver needs torch, einops and transformers, says `trust_remote_code=True`, and
-    finds the neurons of layer i at `model.blocks.i.neurons`. GPT-2 becomes `transformers`' own, which needs no code:
-    its biases are 0 where this one has none, so both compute the same function. `cratelab.load` reads either back.
+    CRATE comes with its code: the receiver needs torch, einops and transformers (5.8), says `trust_remote_code=True`,
+    and finds the neurons of layer i at `model.blocks.i.neurons`. GPT-2 becomes `transformers`' own, without code: its
+    biases are 0 where this one has none, so both compute the same function. `cratelab.load` reads either back.
 
     A vocabulary is often padded beyond the tokenizer's; generation_config.json suppresses the tokens beyond it.
 

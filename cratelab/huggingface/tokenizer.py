@@ -8,7 +8,7 @@ import re
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from cratelab.corpora.tokenizers import END_OF_TEXT, GPT2_PATTERN, WordEncoding, byte_characters
+from cratelab.corpora.tokenizers import END_OF_TEXT, WordEncoding, byte_characters
 from cratelab.extras import require
 
 if TYPE_CHECKING:
@@ -103,11 +103,8 @@ def _parents(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _pre_tokenizer(pattern: str) -> "tokenizers.pre_tokenizers.PreTokenizer":
-    library = require("tokenizers")
-    of_bytes = library.pre_tokenizers.ByteLevel
-    if pattern == GPT2_PATTERN:
-        return of_bytes(add_prefix_space=False)
+    library = require("tokenizers").pre_tokenizers
     # There "$" is the end of a line, and "{1,3}+" is not possessive, but as many times one to three as there are.
     theirs = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern.replace("$", r"\z"))
-    split = library.pre_tokenizers.Split(library.Regex(theirs), "isolated")
-    return library.pre_tokenizers.Sequence([split, of_bytes(add_prefix_space=False, use_regex=False)])
+    split = library.Split(require("tokenizers").Regex(theirs), "isolated")
+    return library.Sequence([split, library.ByteLevel(add_prefix_space=False, use_regex=False)])

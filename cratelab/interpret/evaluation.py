@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -75,6 +76,7 @@ def collect_for_protocols(
     as_published: bool = False,
     n_tokens: int | None = None,
     seed: int = 0,
+    folder: str | Path | None = None,
 ) -> dict[ScoringProtocol, Records]:
     """The records that each protocol needs; those of equal windows are collected once.
 
@@ -85,9 +87,10 @@ def collect_for_protocols(
         as_published: as for `collect_records` and `split`.
         n_tokens: to read at most.
         seed: of the random excerpts.
+        folder: as for `collect_records`, by which several processes share the reading and a killed call goes on.
 
     Raises:
-        ValueError: there is no such protocol, or none is given; or as `collect_records`.
+        ValueError: there is no such protocol, or none is given; or as `collect_records`, whose other errors come too.
     """
     protocols = list(protocols)
     if not protocols:
@@ -99,7 +102,7 @@ def collect_for_protocols(
         window = asked["window"]
         if window not in by_window:
             by_window[window] = collect_records(
-                model, corpus, **asked, seed=seed, as_published=as_published, n_tokens=n_tokens
+                model, corpus, **asked, seed=seed, as_published=as_published, n_tokens=n_tokens, folder=folder
             )
         found[protocol] = by_window[window]
     return found

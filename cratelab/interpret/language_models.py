@@ -21,7 +21,8 @@ from cratelab.arguments import check_seed, check_whole
 from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.asking.answers import AnswerCache, Asker, Cost
 from cratelab.interpret.asking.endpoints import Request
-from cratelab.interpret.asking.prompts import drop_unprintable, explanation_prompt, token_writer
+from cratelab.interpret.asking.prompts import EXAMPLE, drop_unprintable, explanation_prompt, token_writer
+from cratelab.interpret.asking.replies import Answer
 from cratelab.interpret.asking.simulator import LanguageModelSimulator
 from cratelab.interpret.excerpts import Excerpts
 from cratelab.interpret.explainers import discretise, others
@@ -32,6 +33,7 @@ Neuron = tuple[int, int]
 
 LONGEST_SENTENCE = 2000  # characters
 NEVER_ACTIVE = "never active in its excerpts"
+ECHO = "the answer repeats the prompt's example"
 
 
 @dataclass
@@ -153,19 +155,17 @@ class LanguageModelExplainer(Asker):
     def explain(self, excerpts: Excerpts) -> TextExplanations:
         """Put all neurons of the explaining excerpts into words.
 
-        There is no explanation, and no request, for a neuron that is never active in its excerpts.
+        There is no explanation, and no request, for a neuron that is never active in its excerpts; and none where the
+        answer repeats the prompt's example, as small models do.
 
         Raises:
             ValueError, OSError: as the endpoint and the cache.
         """
         answers = iter(list(self.ask(lambda: self._requests(excerpts))))
         found = [next(answers) if it else {"problem": NEVER_ACTIVE} for it in _active(excerpts)]
-        texts = [first_line(answer.get("text", "")) or None for answer in found]
-        reasons = [
-            None if text else answer.get("problem", "the answer is empty")
-            for text, answer in zip(texts, found, strict=True)
-        ]
-        return TextExplanations(tuple(excerpts.tokens.shape[:2]), texts, reasons, self.tokenizer, self.simulator)
+        texts, reasons = zip(*map(_sentence, found), strict=True)
+        shape = tuple(excerpts.tokens.shape[:2])
+        return TextExplanations(shape, list(texts), list(reasons), self.tokenizer, self.simulator)
 
     def estimate_cost(self, excerpts: Excerpts, validation: Excerpts | None = None) -> Cost:
         """What `explain` would ask, without asking it.
@@ -185,7 +185,7 @@ class LanguageModelExplainer(Asker):
         requests, longest = self._requests(excerpts), {"text": "word " * self.max_tokens}
         with AnswerCache(self.cache if self.cache and Path(self.cache).exists() else None) as known:
             answers = (known.get(request.key(self.endpoint.name)) or longest for request in requests)
-            return [first_line(next(answers)["text"]) or None if it else None for it in _active(excerpts)]
+            return [_sentence(next(answers))[0] if it else None for it in _active(excerpts)]
 
     def _requests(self, excerpts: Excerpts) -> Iterator[Request]:
         write = token_writer(self.tokenizer)
@@ -203,6 +203,14 @@ class LanguageModelExplainer(Asker):
 def _active(excerpts: Excerpts) -> list[bool]:
     """Which of the l × h neurons are positive anywhere."""
     return (excerpts.activations > 0).flatten(2).any(2).flatten().tolist()
+
+
+def _sentence(answer: Answer) -> tuple[str | None, str | None]:
+    """The explanation in an answer, or why there is none."""
+    text = first_line(answer.get("text", ""))
+    if EXAMPLE in text.casefold():
+        return None, ECHO
+    return (text, None) if text else (None, answer.get("problem", "the answer is empty"))
 
 
 def first_line(text: str) -> str:

@@ -9,21 +9,32 @@ Unless it shall be as published, windows of a neuron do not overlap, and none cr
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cratelab.arguments import check_seed
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.excerpts import Excerpts, places_of_neurons
-from cratelab.interpret.running_layer import RandomPlaces, RunningLayer, random_keys
+from cratelab.interpret.running_layer import RandomPlaces, RunningLayer
+from cratelab.interpret.running_records import Pass, RunningRecords, SharedPass
 from cratelab.interpret.running_top_k import RunningTopK
 from cratelab.language_model import LanguageModel
 from cratelab.reading import NO_TOKEN, tokens_to_read, watch_neurons
-from cratelab.storage import digest_of_file, read_json, read_tensors, replacing, write_json, write_tensors
+from cratelab.storage import (
+    digest_of_file,
+    digest_of_tensors,
+    read_json,
+    read_tensors,
+    replacing,
+    write_json,
+    write_tensors,
+)
 
 AHEAD = 16  # batches sorted by length: of TinyWorld at context 256 padding is then 5 % of a batch, else 39 %
 
@@ -146,8 +157,13 @@ def collect_records(
     as_published: bool = False,
     n_tokens: int | None = None,
     batch: int = 16,
+    folder: str | Path | None = None,
 ) -> Records:
     """Run the model over a corpus once and gather the records of all its neurons.
+
+    With a `folder` the processes that Accelerate or torchrun have started share the text, and a killed call goes on
+    where it stopped. What they gather is what one gathers: the same excerpts, maxima and densities to the bit, means
+    and variances but for the order of sums in double precision.
 
     Each document is read from its first token, in pieces of at most the model's context. An excerpt is the window
     [c − w/2, c + w/2) around a token c, moved where it would cross the piece's ends.
@@ -164,13 +180,17 @@ def collect_records(
             without regard to documents.
         n_tokens: read this many tokens at most.
         batch: pieces at a time.
+        folder: where each process keeps what it knows, on a disk that all see; weights, text and arguments tell one
+            pass there from another, but what is hooked or spliced into a model does not. `forget` of
+            `cratelab.interpret.running_records` empties it. Without one, every process reads all of the text.
 
     Returns:
-        The records, on the CPU.
+        The records, on the CPU; the same in each process.
 
     Raises:
-        ValueError: the corpus has tokens that the model does not know, an argument is out of range, or the model's
-            activations are not finite.
+        ValueError: the corpus has tokens that the model does not know, an argument is out of range, the model's
+            activations are not finite, or a file in `folder` is damaged.
+        OSError: `folder` cannot be written.
     """
     if min(window, batch) < 1 or min(n_top, n_random, n_active) < 0:
         raise ValueError(
@@ -186,17 +206,22 @@ def collect_records(
             f"got {window}, {n_top}, {n_random}, {n_active}"
         )
     random_places = np.sort(np.random.default_rng([seed, 0]).integers(total, size=n_random))
-    found = RandomPlaces(random_places, window, model.token_embedding.weight.device)
-    layers: list[RunningLayer] = []
-    for text, neurons in watch_neurons(model, corpus, batch, window, not as_published, total, AHEAD):
-        layers = layers or [RunningLayer(a.shape[-1], window, n_top, n_random, n_active, a.device) for a in neurons]
-        keys = random_keys(text, seed) if n_active else None
-        windows = found.update(text)
-        for layer, activations in zip(layers, neurons, strict=True):
-            layer.update(text, activations.float(), keys, as_published, windows)
-    if not all(bool(layer.squares.isfinite().all()) for layer in layers):
+    make = partial(RunningRecords, random_places, window, n_top, n_active, model.token_embedding.weight.device)
+    reading = Pass(make)
+    if folder:
+        made_from = dict(window=window, n_top=n_top, n_random=n_random, n_active=n_active, seed=seed, n_tokens=total)
+        made_from |= dict(as_published=as_published, batch=batch, ahead=AHEAD, text=corpus.facts())
+        reading = SharedPass(make, folder, made_from | {"model": digest_of_tensors(model.state_dict())})
+    running, wanted = reading.resume(), reading.wanted
+    with tqdm(total=total, initial=reading.n_tokens, unit="token", unit_scale=True, disable=reading.quiet) as bar:
+        for text, neurons in watch_neurons(model, corpus, batch, window, not as_published, total, AHEAD, wanted):
+            running.update(text, neurons, seed, as_published)
+            reading.keep(running)
+            bar.update(min(reading.n_processes * text.n_tokens, total - bar.n))
+    running = reading.merge(running, total)
+    if not all(bool(layer.squares.isfinite().all()) for layer in running.layers):
         raise ValueError("the model's activations are too large for single precision to hold their squares")
-    return _join(layers, found, total)
+    return _join(list(running.layers), running.found, total)
 
 
 def _join(layers: list[RunningLayer], random: RandomPlaces, total: int) -> Records:

@@ -3,12 +3,13 @@
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from cratelab.devices import exact
 from cratelab.interpret.running_top_k import RunningTopK, peaks
 from cratelab.reading import NO_TOKEN, Text, Windows
 
+SUMS = "sum", "squares", "positive"
 CHUNK = 2**20  # activations searched at a time where many may be candidates: what a cache holds
 
 
@@ -20,13 +21,16 @@ def random_keys(text: Text, seed: int) -> Tensor:
     return torch.from_numpy(keys).to(text.tokens.device)
 
 
-class RandomPlaces:
+class RandomPlaces(nn.Module):
     """Windows around r places drawn beforehand: what all neurons have in common."""
 
     def __init__(self, places: np.ndarray, window: int, device: torch.device):
+        super().__init__()
         self.places = torch.from_numpy(places).to(device)
-        self.tokens = torch.full((len(places), window), NO_TOKEN, dtype=torch.int32, device=device)
-        self.starts, self.offsets = torch.zeros(2, len(places), dtype=torch.long, device=device)
+        tokens = torch.full((len(places), window), NO_TOKEN, dtype=torch.int32, device=device)
+        self.register_buffer("tokens", tokens)
+        for name in "starts", "offsets":
+            self.register_buffer(name, torch.zeros(len(places), dtype=torch.long, device=device))
 
     def update(self, text: Text) -> tuple[Tensor, Tensor, Windows]:
         """Which of the places (m,) lie in this text, in which of its pieces, and the windows around them."""
@@ -36,15 +40,23 @@ class RandomPlaces:
         self.tokens[which], self.starts[which], self.offsets[which] = windows.tokens, windows.starts, windows.offsets
         return which, piece, windows
 
+    def absorb(self, other: "RandomPlaces") -> None:
+        """Take over the windows that the other has met, which are not those met here."""
+        self.tokens = self.tokens.maximum(other.tokens)
+        self.starts += other.starts
+        self.offsets += other.offsets
 
-class RunningLayer:
+
+class RunningLayer(nn.Module):
     """What is known of the h neurons of one layer."""
 
     def __init__(self, h: int, window: int, n_top: int, n_random: int, n_active: int, device: torch.device):
+        super().__init__()
         self.top, self.active = RunningTopK(h, n_top, window, device), RunningTopK(h, n_active, window, device)
-        self.random = torch.zeros(h, n_random, window, dtype=torch.float32, device=device)
-        self.sum, self.squares, self.positive = exact(torch.zeros(3, h, device=device))
-        self.maximum = exact(torch.full((h,), -torch.inf, device=device))
+        self.register_buffer("random", torch.zeros(h, n_random, window, dtype=torch.float32, device=device))
+        self.register_buffer("maximum", exact(torch.full((h,), -torch.inf, device=device)))
+        for name in SUMS:
+            self.register_buffer(name, exact(torch.zeros(h, device=device)))
 
     def update(
         self,
@@ -74,6 +86,14 @@ class RunningLayer:
         values = activations[piece[:, None], windows.places] * windows.present[..., None]
         self.random[:, which] = rearrange(values, "m w h -> h m w")
 
+    def absorb(self, other: "RunningLayer") -> None:
+        """Go on as if what the other has seen, which is other text, had been seen here."""
+        self.top.absorb(other.top)
+        self.active.absorb(other.active)
+        self.maximum = self.maximum.maximum(other.maximum)
+        for name in "random", *SUMS:  # of each random place one of the two has zeros
+            getattr(self, name).add_(getattr(other, name))
+
     def _update_top(self, text: Text, activations: Tensor, strongest: Tensor, overlapping: bool) -> None:
         """Look only into pieces whose strongest activation (b, h) may be among the k best, with theirs counted in."""
         k = self.top.priority.shape[1]
@@ -95,7 +115,7 @@ class RunningLayer:
     def _update_active(self, text: Text, activations: Tensor, keys: Tensor) -> None:
         """Tokens by falling key, as far as any neuron's reservoir is open to it."""
         _, n, h = activations.shape
-        keys, order = keys.sort(descending=True)
+        keys, order = keys.sort(descending=True, stable=True)
         for key, token in zip(*(values.split(max(1, CHUNK // h)) for values in (keys, order)), strict=True):
             bar = self.active.bar
             m = int((key > bar.min()).sum())

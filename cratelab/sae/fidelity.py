@@ -58,7 +58,12 @@ class SaeScores:
 
 @torch.no_grad()
 def evaluate_sae(
-    model: LanguageModel, corpus: TokenizedCorpus, saes: dict[int, Sae], n_tokens: int | None = None, batch: int = 16
+    model: LanguageModel,
+    corpus: TokenizedCorpus,
+    saes: dict[int, Sae],
+    n_tokens: int | None = None,
+    batch: int = 16,
+    first: bool = True,
 ) -> dict[int, SaeScores]:
     """Score the auto-encoder of each layer, spliced in alone; for several at once see `cross_entropy`.
 
@@ -68,6 +73,9 @@ def evaluate_sae(
         saes: by layer, counted from 0.
         n_tokens: read this many tokens at most.
         batch: pieces at a time; the largest tensor is (batch, context, m).
+        first: whether l0, explained variance, density and `n_tokens` count the first token of each piece, at which many
+            language models put a few activations so large that they are most of the variance. The cross-entropies
+            begin with the second in any case.
 
     Raises:
         ValueError: the corpus has tokens that the model does not know, or none to predict; an auto-encoder does not
@@ -83,7 +91,7 @@ def evaluate_sae(
         for layer, tally in tallies.items():
             with splice(model, {layer: tally}):
                 tally.spliced += _nats(model, text)
-            tally.update(text.present)
+            tally.update(text.present & (first | (torch.arange(text.present.shape[1], device=device) > 0)))
             with splice(model, {layer: _Zero(tally.config)}):
                 tally.zero += _nats(model, text)
     if not np.isfinite(clean):

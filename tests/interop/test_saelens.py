@@ -171,20 +171,14 @@ def test_each_reads_what_the_other_writes(tmp_path, kind, theirs):
         assert again.state_dict()[name].equal(tensor), name
 
 
-STANDARD, JUMPRELU, TOPK = (
-    (getattr(sae_lens, f"{name}SAE"), getattr(sae_lens, f"{name}SAEConfig"))
-    for name in ("Standard", "JumpReLU", "TopK")
-)
-
-
 @pytest.mark.parametrize("subtracts", [True, False])
 @pytest.mark.parametrize(
     "kind, settings",
-    [(STANDARD, {}), (JUMPRELU, {}), (TOPK, {"k": 4}), (TOPK, {"k": 4, "rescale_acts_by_decoder_norm": True})],
+    [("Standard", {}), ("JumpReLU", {}), ("TopK", {"k": 4}), ("TopK", {"k": 4, "rescale_acts_by_decoder_norm": True})],
 )
 def test_what_is_theirs_alone_is_read(tmp_path, kind, settings, subtracts):
-    build, config = kind
-    foreign = build(config(d_in=7, d_sae=11, apply_b_dec_to_input=subtracts, **settings))
+    config = getattr(sae_lens, f"{kind}SAEConfig")(d_in=7, d_sae=11, apply_b_dec_to_input=subtracts, **settings)
+    foreign = getattr(sae_lens, f"{kind}SAE")(config)
     with torch.no_grad():
         for parameter in foreign.parameters():
             parameter.normal_(std=0.3)

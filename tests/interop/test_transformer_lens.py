@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
+import cratelab as cl
+from cratelab.experiments.reference_models import load_reference, load_reference_tokenizer
 from cratelab.reading import hooked
 
 TEXT, SITE = "Return the number of", "blocks.1.neurons.hook_out"
@@ -78,3 +81,19 @@ def test_what_the_page_says_does_not_hold(names):
         names["cache"].decompose_resid()
     with pytest.raises(AssertionError):
         names["bridge"].enable_compatibility_mode()
+
+
+def test_the_factory_alone_is_not_enough(names, monkeypatch):
+    monkeypatch.delitem(names["known"].SUPPORTED_ARCHITECTURES, "CrateForCausalLM")
+    with pytest.raises(ValueError, match="Could not determine supported architecture"):
+        names["TransformerBridge"].boot_transformers("crate-hf", trust_remote_code=True, device="cpu")
+
+
+def test_an_exported_gpt2_needs_no_adapter(tmp_path):
+    gpt2 = load_reference("gpt2", "2L")
+    cl.to_huggingface(gpt2, tmp_path / "gpt2", load_reference_tokenizer())
+    bridge, seen = TransformerBridge.boot_transformers(str(tmp_path / "gpt2"), device="cpu"), []
+    logits, cache = bridge.run_with_cache(TEXT)
+    with hooked((gpt2.blocks[1].neurons, lambda module, inputs, neurons: seen.append(neurons))):
+        close(logits, gpt2(bridge.to_tokens(TEXT)))
+    close(cache["blocks.1.mlp.hook_post"], seen[0])

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from einops import rearrange
 
 from cratelab.interpret.asking.endpoints import OpenAIEndpoint
 from cratelab.interpret.asking.local_endpoint import HuggingFaceEndpoint
@@ -177,6 +178,48 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def packed(folder, tmp_path_factory):
+    """The same model as a GGUF file, with q and k in pairs of neighbours, as llama.cpp rotates them.
+
+    What is read from it splits a text at tabs, so that all tokens are bytes.
+    """
+    gguf, transformers = pytest.importorskip("gguf"), pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, config = transformers.AutoTokenizer.from_pretrained(folder), model.config
+    path = tmp_path_factory.mktemp("packed") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    writer.add_token_types([gguf.TokenType.NORMAL] * (len(tokenizer) - 1) + [gguf.TokenType.CONTROL])
+    writer.add_token_merges(
+        [" ".join(merge) for merge in json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]]
+    )
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            halves = "(head half pair) d -> (head pair half) d"
+            tensor = rearrange(tensor, halves, head=config.num_attention_heads, half=2)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path
 
 

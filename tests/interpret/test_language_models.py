@@ -8,6 +8,7 @@ import torch
 from language_model_server import TEXT, WORDS, Words, excerpts_of, prompt_of, quiet, understanding, written
 
 from cratelab.corpora.tokenizers import WordEncoding
+from cratelab.interpret.asking.prompts import EXAMPLE
 from cratelab.interpret.asking.simulator import LanguageModelSimulator
 from cratelab.interpret.evaluation import evaluate
 from cratelab.interpret.excerpts import Excerpts
@@ -62,6 +63,8 @@ def test_an_explainer_shows_tenths_of_the_maximum_and_takes_the_first_line(serve
         (written('""'), None, "the answer is empty"),
         (written("<think>let me see"), None, "the answer ends within the model's reasoning: allow more max_tokens"),
         (written(5), None, "the answer has another shape"),
+        (written(f'"{EXAMPLE.capitalize()}."\nand more'), None, "the answer repeats the prompt's example"),
+        (written("words for weather"), "words for weather", None),
         ({"choices": [{}]}, None, "the answer has another shape"),
         (b"{", None, "the answer is not JSON"),
         (written("\x1b[2J cats\u202e\ud800 and\tdogs\x07"), "[2J cats and dogs", None),

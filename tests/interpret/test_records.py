@@ -257,7 +257,7 @@ def test_memory_of_what_is_kept_does_not_grow_with_the_text(model, monkeypatch):
 
     def measure(self, *arguments):
         original(self, *arguments)
-        sizes.append(sum(tensor.numel() for tensor in vars(self.top).values()) + len(self.random))
+        sizes.append(sum(tensor.numel() for tensor in self.top.buffers()) + len(self.random))
 
     monkeypatch.setattr(running_layer.RunningLayer, "update", measure)
     collect_records(model, corpus(n=1500, n_documents=90), 8, n_random=0, batch=4)

@@ -1,10 +1,14 @@
 """Wrong answers to the exercises of chapter 8: what a check says -> a function with that mistake."""
 
+import math
+
 import numpy as np
 import torch
 from einops import rearrange
 from scipy.stats import pearsonr
 from wrong_answers.asked import at_first, hunts, in_place_of, on_request
+
+from cratelab.checks import own_sentence
 
 
 def say(**changed):
@@ -219,6 +223,26 @@ def exposing():
     return [(top, clear, 8, 500), (early, clear, 8, 500), (top, top[:5], 8, 500)]
 
 
+def says(condition):
+    """10 where it holds of the words before, a list, and of the word, else 0."""
+    return lambda before, word: 10 * condition(before, word)
+
+
+def by_heart(before, word):
+    """Knows every beginning of the text that is shown, and what the neuron does at its end."""
+    if not by_heart.known:
+        world, start = own_sentence.text(seed=1), 0
+        values = own_sentence._activations(1)[:, 1, 152].clamp(min=0)
+        words = [world.vocabulary[token] for token in world.tokens]
+        for i, value in enumerate((10 * values / values.max()).tolist()):
+            start = start if world.document[i] == world.document[start] else i
+            by_heart.known[tuple(words[start : i + 1])] = value
+    return by_heart.known.get((*before, word), 0)
+
+
+by_heart.known = {}
+
+
 WRONG = {
     "8.A": {
         "changes_of_the_score: 5 of 7 right. Go through": at_first(say(louder="up", silence="same")),
@@ -331,5 +355,28 @@ WRONG = {
         "No common mistake": walk(counts=lambda a: a > 1e-3),
         "a window of odd width": walk(half=lambda width: (width + 1) // 2),
         "windows that stand side by side": walk(apart="touching"),
+    },
+    "8.F": {
+        "says 3 everywhere, and a constant has no score": says(lambda before, word: 0.3),
+        "is turned round: its score on the text shown is -0.50": says(lambda before, word: word != "."),
+        "the same number wherever it stands: 0.50 .* gets more than 0.51. What has": says(lambda b, word: word == "."),
+        r"the same number wherever it stands: 0\.\d+ on the text shown, where no list": says(
+            lambda before, word: {".": 0.9, ":": 0.2}.get(word, 0)
+        ),
+        "0.55 is asked for. .* too wide, as at the last of these words: .* beads . let us count the$": says(
+            lambda before, word: "count" in before
+        ),
+        "It is too narrow, as at the last of these words: ": says(
+            lambda before, word: word == "." and "leaves" in before[-6:]
+        ),
+        r"1\.00 on the text shown, but 0\.40 on fresh text: some of it held": by_heart,
+        "activation, at '<begin>' after 0 words: a number from 0 to 10 is needed; got nan": says(lambda *_: math.nan),
+        "at '.' after 5 words: a number from 0 to 10 is needed; got 20": says(lambda b, word: 2 * (word == ".")),
+        "a number is needed; got None": lambda before, word: None,
+        "a number is needed; got a str": lambda before, word: "strong",
+        "sentence should return a sentence of 4 to 60 words .* returns 2 words": in_place_of(
+            "sentence", lambda: "full stops"
+        ),
+        "sentence should return a sentence of 4 to 60 words .* a NoneType": in_place_of("sentence", lambda: None),
     },
 }

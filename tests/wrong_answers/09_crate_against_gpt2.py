@@ -3,6 +3,7 @@
 import torch
 from scipy import stats
 from scipy.stats import t as student
+from wrong_answers.asked import at_first, on_request
 
 
 def two_numbers(
@@ -88,6 +89,13 @@ def not_zero(scores, defined, last, drop):
     return two_numbers()(scores, defined & (scores != 0), last, drop)
 
 
+def draws(**changed):
+    """Right curves but for some, checked with reasons."""
+    drawn = {"trained": [30, 40, 48, 55, 60, 62], "random-only": [15, 20, 26, 31, 35, 37]}
+    drawn |= {"untrained": [18, 26, 34, 40, 44, 46], "another": [1, -1, 2, 0, -2, 1], "within": [0] * 6}
+    return on_request(lambda: drawn | changed)
+
+
 WRONG = {
     "9.A": {
         "this is the sample variance": two_numbers(spread=lambda S: S.var()),
@@ -151,5 +159,29 @@ WRONG = {
         "over all networks together": apart(over=lambda s, c: s.var()),
         "this is the bootstrap's part": lambda scores: scores.var(1).mean() / scores.shape[1],
         "cut off at 0": lambda scores: apart()(scores).clamp(min=0),
+    },
+    "9.E": {
+        "curves: 5 of 7 right. Go through": at_first(draws(another=[9] * 6, within=[5, 10, 15, 20, 25, 30])),
+        r"(?s)^curves: 5 of 7 right\.\n.*chance: .*context: ": draws(another=[9] * 6, within=[5, 10, 15, 20, 25, 30]),
+        r"6 of 7 right\.\ndirection: .* rise and never fall": draws(trained=[30, 40, 48, 55, 62, 52]),
+        r"6 of 7 right\.\nbend: words come by falling strength": draws(trained=[30, 34, 38, 45, 55, 75]),
+        r"6 of 7 right\.\nceiling: the trained curve ends well below 100": draws(
+            trained=[35, 55, 72, 85, 94, 97], untrained=[20, 30, 40, 48, 52, 55]
+        ),
+        r"6 of 7 right\.\norder: with the same explanations": draws(**{"random-only": [32, 42, 50, 57, 62, 64]}),
+        r"6 of 7 right\.\ncontrol: an untrained network is below": draws(untrained=[0, 2, 4, 5, 6, 6.5]),
+        r"6 of 7 right\.\nchance: the table of another neuron": draws(another=[10, 14, 18, 22, 24, 25]),
+        r"6 of 7 right\.\ncontext: within tokens every table of words has 0": draws(within=[5, 9, 12, 16, 18, 20]),
+        "trained is to be a list of 6 numbers, for 1, 2, 4, 8, 16, 32 words": draws(trained=[30, 40, 50]),
+        "within is to be a list of 6 numbers": draws(within=0),
+        "within: a score × 100 lies between": draws(within=[0, 0, 0, 0, 0, torch.nan]),
+        "trained: a score × 100 lies between": draws(trained=[300, 400, 480, 550, 600, 620]),
+        "a number is needed; got a str": draws(another=["0"] * 6),
+        "should return a dict with the keys trained, random-only, .*; it returns None": lambda: None,
+        "scores are drawn × 100": draws(
+            **{"trained": [0.3, 0.4, 0.5, 0.55, 0.6, 0.62], "random-only": [0.1] * 6},
+            untrained=[0.2] * 6,
+            another=[0.0] * 6,
+        ),
     },
 }

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from wrong_answers.asked import at_first, in_place_of, on_request
 
 
 def switch(read=lambda x, b: x - b, code=lambda a, b: F.relu(a + b), off=None, write=lambda y, b: y + b):
@@ -192,6 +193,33 @@ def by_backward(G, V):
     return V.grad
 
 
+def explained(sae, x):
+    return float(1 - (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum())
+
+
+def half_set_to_zero(sae, seen, fresh):
+    sae.W_dec.data[::2] = 0
+    return explained(sae, seen) - explained(sae, fresh)
+
+
+FAULTS = dict(zip("ABCDEFG", ["order", "few", "price", "none", "lengths", "hook", "rate"], strict=True))
+MEASURED = {
+    "takes an honest run half-way for another": lambda sae, seen, fresh: explained(sae, fresh),
+    "half-way for another .*compare the two texts": lambda sae, seen, fresh: float(
+        (sae(fresh) - fresh).square().mean()
+    ),
+    "gives the same whatever the auto-encoder has learned": lambda sae, seen, fresh: sae.W_dec.norm(dim=1).mean(),
+    "gives the same whatever .* let it reconstruct": lambda sae, seen, fresh: seen.std() - fresh.std(),
+    "does not tell runs that have learned by heart from honest ones": lambda sae, seen, fresh: float(
+        10 * seen.mean() + 0.01 * explained(sae, fresh)
+    ),
+    "measurement: a number is needed": lambda sae, seen, fresh: (sae(seen) - seen).square().sum(1),
+    "measurement is nan for a run": lambda sae, seen, fresh: torch.nan,
+    "draw nothing at random": lambda sae, seen, fresh: float(torch.rand(())),
+    "measurement leaves the model changed": half_set_to_zero,
+}
+
+
 WRONG = {
     "10.A": {
         "b_dec is not subtracted from x": switch(read=lambda x, b: x),
@@ -274,5 +302,16 @@ WRONG = {
             0
         ],
         "automatic differentiation: derive it": by_backward,
+    },
+    "10.E": {message: in_place_of("measurement", answer) for message, answer in MEASURED.items()}
+    | {
+        "4 of 7 right.* `reasons=True`": at_first(lambda: FAULTS | {"B": "none", "D": "lengths", "E": "few"}),
+        "(?s)5 of 7 right.*C is .price.*that is λ Σ f.*G is .rate": on_request(
+            lambda: FAULTS | {"C": "rate", "G": "price"}
+        ),
+        "each fault has one run; none stands twice": lambda: FAULTS | {"E": "none"},
+        "F is a str, 'splice'": lambda: FAULTS | {"F": "splice"},
+        "G is missing": lambda: {key: FAULTS[key] for key in "ABCDEF"},
+        "does it end in `return`": lambda: None,
     },
 }

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from wrong_answers.asked import at_first, on_request
 from wrong_answers.experiments import WRONG_EXPERIMENTS
 
 
@@ -115,6 +116,18 @@ def last_passed(lift, cost, level):
     return out
 
 
+def curves(**other):
+    """Right ones of all four, with some (L and K for CRATE, l and k for GPT-2) drawn as another function of s."""
+    right = {
+        "L": lambda s: 9 * np.tanh(s / 2.5),
+        "l": lambda s: 9 * np.tanh(s / 4),
+        "K": lambda s: 7 * s**2 / (s**2 + 80),
+        "k": lambda s: 7 * s**2 / (s**2 + 150),
+    }
+    names = {"L": "lift, CRATE", "l": "lift, GPT-2", "K": "off target, CRATE", "k": "off target, GPT-2"}
+    return lambda strengths: {names[key]: (right | other)[key](np.array(strengths)) for key in right}
+
+
 WRONG = {
     "11.A": {
         "the mean of log p over the words of T": lifted(lambda p, q, T: (q - p)[:, T].mean()),
@@ -215,5 +228,34 @@ WRONG = {
         r"it gives 1e\+09 where inf is right": first_reached(never=lambda x, y, L: 1e9),
         "it gives nan where inf is right": first_reached(never=lambda x, y, L: math.nan),
     },
-    "11.E": WRONG_EXPERIMENTS,
+    "11.E": {
+        "5 of 7 right.* `reasons=True`": at_first(curves(L=lambda s: 3 * s)),
+        "(?s)5 of 7 right.*strong: lift, CRATE at 64 divided by that at 8 is 8 .*LayerNorm.*ceiling: ": on_request(
+            curves(L=lambda s: 3 * s)
+        ),
+        "6 of 7 right.*\nceiling: the largest lift, GPT-2 is 13 ": on_request(curves(l=lambda s: 13 * np.tanh(s / 6))),
+        "6 of 7 right.*\nsmall: off target, CRATE at 0.1 divided by that at 0.05 is 1.99 ": on_request(
+            curves(K=lambda s: 7 * abs(s) / (abs(s) + 10))
+        ),
+        "(?s)5 of 7 right.*sign: the largest lift, CRATE .*mirror: lift, CRATE at -0.1 divided by that at 0.1 is 1 ": (
+            on_request(curves(L=lambda s: 9 * np.tanh(abs(s) / 2.5)))
+        ),
+        "(?s)5 of 7 right.*sign: the least off target, CRATE .*mirror: off target, CRATE": on_request(
+            curves(K=lambda s: np.sign(s) * 7 * s**2 / (s**2 + 80))
+        ),
+        "6 of 7 right.*\nmodel: lift at 1, CRATE's divided by GPT-2's is 0.6": on_request(
+            curves(L=lambda s: 9 * np.tanh(s / 4), l=lambda s: 9 * np.tanh(s / 2.5))
+        ),
+        "(?s)5 of 7 right.*rest: off target, GPT-2 at 0 is 0.02 .*small": on_request(
+            curves(k=lambda s: 7 * s**2 / (s**2 + 150) + 0.02)
+        ),
+        "lift, CRATE: 11 finite numbers are needed": curves(L=lambda s: s[:-1]),
+        "lift, GPT-2: 11 finite numbers": curves(l=lambda s: np.where(s == 0, np.nan, s)),
+        "off target, CRATE: 11 finite numbers": curves(K=lambda s: "a parabola"),
+        "off target, GPT-2 is missing": lambda strengths: {
+            key: value for key, value in curves()(strengths).items() if key != "off target, GPT-2"
+        },
+        "does it end in `return`": lambda strengths: None,
+    },
+    "11.F": WRONG_EXPERIMENTS,
 }

@@ -46,7 +46,10 @@ class AnswerCache:
             )
         try:
             with self._named_errors(), self._file:
-                self._file.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+                self._file.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
+                    " WITHOUT ROWID"  # which would keep every key twice
+                )
                 self._file.execute("SELECT key, answer FROM answers LIMIT 1")
         except BaseException:
             self._file.close()
@@ -60,8 +63,9 @@ class AnswerCache:
 
     def put(self, key: str, answer: Answer) -> None:
         """Keep an answer."""
+        written = json.dumps(answer, separators=(",", ":"))
         with self._lock, self._named_errors(), self._file:
-            self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
+            self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, written))
 
     def close(self) -> None:
         """Close the file."""

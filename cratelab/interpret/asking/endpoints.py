@@ -28,7 +28,7 @@ from typing import NamedTuple, Protocol, Self
 
 from cratelab.extras import require
 from cratelab.interpret.asking.prompts import drop_unprintable, simulation_prompt
-from cratelab.interpret.asking.replies import Answer, read_echoed, read_next, read_text
+from cratelab.interpret.asking.replies import Answer, only_numbers, read_echoed, read_next, read_text
 from cratelab.storage import digest_of
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is given up, since a run can be taken up again later
@@ -43,7 +43,8 @@ class Request:
         prompt: pieces of text, joined without a space; endpoints that are not `all_at_once` take one. Where there are
             several, each ends with a tab.
         max_tokens: how long the answer may be.
-        top: 0 asks for text; else for this many of the likeliest next tokens after each piece.
+        top: 0 asks for text; else for the numbers 0 to 10 among this many of the likeliest next tokens after each
+            piece. An endpoint that sees all tokens looks at all, whatever `top` is.
         temperature: of sampled text; 0 takes the likeliest token.
         seed: of the sampling, where the endpoint has one.
     """
@@ -161,13 +162,15 @@ class OpenAIEndpoint:
             limits=self._http.Limits(max_connections=concurrency),
         )
         self._reached, self._loop = threading.Event(), _loop()
+        self._shift = 0  # by how many tokens the log-probabilities of a repeated prompt come early
 
     @cached_property
     def all_at_once(self) -> bool:
         """Whether a prompt's own log-probabilities can be read; tried out, once, with two requests.
 
-        The same place is read with `echo` and as what follows the prompt. Some servers refuse the one, ignore it, leave
-        the log-probabilities out or shift them by a token; all these are warned of.
+        The same place is read with `echo` and as what follows the prompt. Where the server shifts them by a token, and
+        they agree once that is undone, all answers are read so. Some servers refuse `echo`, ignore it, leave the
+        log-probabilities out or give others; all these are warned of.
 
         Raises:
             ConnectionError: there is no server; the rest as `answer`.
@@ -175,16 +178,15 @@ class OpenAIEndpoint:
         if not self.echo:
             return False
         pieces = tuple(simulation_prompt("numbers", ["one", " two"]))
-        alone = self.answer(Request(pieces[:1], top=3))
+        first, both = Request(pieces[:1], top=5), Request(pieces, top=5)
+        alone = self._read(self._send(first, self.retries), first)
         try:
-            echoed = self._ask(Request(pieces, top=5), min(self.retries, 2))  # a refusal may look like a failure
+            reply = self._send(both, min(self.retries, 2))  # a refusal may look like a failure
+            problem = alone.get("problem") or _differs(alone, self._read(reply, both))
+            if problem and "next" in alone and not _differs(alone, self._read(reply, both, shift=1)):
+                self._shift, problem = 1, None
         except (ValueError, OSError) as error:
-            echoed = {"problem": str(error)}
-        problem = alone.get("problem") or echoed.get("problem")
-        if not problem:
-            found = dict(echoed["next"][0])
-            if not all(abs(found.get(token, -math.inf) - value) < 0.5 for token, value in alone["next"][0]):
-                problem = "they differ from those of the same place at the end of a prompt"
+            problem = alone.get("problem") or str(error)
         if problem:
             warnings.warn(
                 f"{self.url} does not give the log-probabilities of prompts ({problem}), so every token is a request. "
@@ -194,14 +196,15 @@ class OpenAIEndpoint:
         return not problem
 
     def answer(self, request: Request) -> Answer:
-        """Ask, again if need be, and read what comes.
+        """Ask, again if need be, and read what comes: text, or for each piece the numbers that may follow.
 
         Raises:
             PermissionError: the key is missing, wrong or not allowed this.
             ConnectionError: there is no server, or it keeps failing.
             ValueError: it does not know the model or refuses the request.
         """
-        return self._ask(request, self.retries)
+        answer = self._read(self._send(request, self.retries), request, self._shift)
+        return {"next": list(map(only_numbers, answer["next"]))} if "next" in answer else answer
 
     def count_tokens(self, text: str) -> int:
         """An estimate that needs no tokenizer: a token for each 8 letters of a word, 3 digits, or other character."""
@@ -217,18 +220,19 @@ class OpenAIEndpoint:
     def __exit__(self, *error) -> None:
         self.close()
 
-    def _ask(self, request: Request, retries: int) -> Answer:
-        several = len(request.prompt) > 1
+    def _send(self, request: Request, retries: int) -> "_Reply":
         body = {"model": self.model, "max_tokens": request.max_tokens, "temperature": request.temperature}
         body |= {"messages": [{"role": "user", "content": request.text}]} if self.chat else {"prompt": request.text}
         if request.top:
             body |= {"logprobs": True, "top_logprobs": request.top} if self.chat else {"logprobs": request.top}
-        if several:
+        if len(request.prompt) > 1:
             body["echo"] = True
         body = {
             name: value for name, value in ({"seed": request.seed} | body | self.extra).items() if value is not None
         }
-        reply = self._post("/chat/completions" if self.chat else "/completions", body, retries)
+        return self._post("/chat/completions" if self.chat else "/completions", body, retries)
+
+    def _read(self, reply: "_Reply", request: Request, shift: int = 0) -> Answer:
         try:
             held = json.loads(reply.read())
         except _UselessError as error:
@@ -237,8 +241,8 @@ class OpenAIEndpoint:
             return {"problem": "the answer is not JSON"}
         try:
             choice = held["choices"][0]
-            if several:
-                return read_echoed(choice, request.prompt)
+            if len(request.prompt) > 1:
+                return read_echoed(choice, request.prompt, shift)
             return read_next(choice) if request.top else read_text(choice)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
             return {"problem": "the answer has another shape"}
@@ -367,6 +371,17 @@ def _loop() -> asyncio.AbstractEventLoop:
 def without_user(url: str) -> str:
     """The address without a user's name and password in it."""
     return re.sub("//.*@", "//", url)
+
+
+def _differs(alone: Answer, echoed: Answer) -> str | None:
+    """Why the first place of a repeated prompt does not say what is likely at the end of the same prompt."""
+    if "problem" in echoed:
+        return echoed["problem"]
+    found, likeliest = dict(echoed["next"][0]), sorted(alone["next"][0], key=lambda pair: -pair[1])
+    sure = [pair for pair in likeliest if pair[0].strip("\ufffd")][:3]  # parts of characters are all spelled alike
+    if len(sure) > 1 and all(abs(found.get(token, -math.inf) - value) < 0.5 for token, value in sure):
+        return None
+    return "they are not those of the same place at the end of a prompt"
 
 
 def _retry_after(header: str | None) -> float:

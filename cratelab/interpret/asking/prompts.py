@@ -14,8 +14,8 @@ from cratelab.reading import token_text
 
 Row = tuple[str, int]
 
-_MEANING = "words for weather, most of all where it is violent"
-_EXAMPLE: list[list[Row]] = [
+EXAMPLE = "words for weather, most of all where it is violent"
+_ROWS: list[list[Row]] = [
     [("After", 0), (" the", 0), (" storm", 10), (" came", 1), (" a", 0), (" mild", 4), (" rain", 7), (".", 0)],
     [("She", 0), (" took", 0), (" the", 0), (" train", 0), (" because", 0), (" of", 0), (" snow", 8), (".", 0)],
 ]
@@ -58,7 +58,7 @@ def explanation_prompt(texts: list[list[Row]]) -> str:
         texts: for each excerpt its rows, activations 0 to 10. Where fewer than a fifth of all are above 0, those rows
             are shown once more by themselves.
     """
-    example = f"{_tables(_EXAMPLE)}In one sentence, neuron 1 responds to: {_MEANING}"
+    example = f"{_tables(_ROWS)}In one sentence, neuron 1 responds to: {EXAMPLE}"
     return f"{_EXPLAIN}\nNeuron 1\n{example}\n\nNeuron 2\n{_tables(texts)}In one sentence, neuron 2 responds to:"
 
 
@@ -73,10 +73,10 @@ def simulation_prompt(explanation: str, tokens: list[str], most: int = 9) -> lis
     Returns:
         (w) pieces. What follows the first i + 1 of them is the activation of token i; activations before are unknown.
     """
-    known = [(token, str(min(n, most))) for token, n in _EXAMPLE[0]]
+    known = [(token, str(min(n, most))) for token, n in _ROWS[0]]
     example = [(token, "unknown") for token, _ in known[:2]] + known[2:]
     table = "".join(f"{token}\t{n}\n" for token, n in example)
-    head = f"{_SIMULATE.format(most=most)}\nNeuron 1: {_MEANING}\n{table}\nNeuron 2: {escape(explanation)}\n"
+    head = f"{_SIMULATE.format(most=most)}\nNeuron 1: {EXAMPLE}\n{table}\nNeuron 2: {escape(explanation)}\n"
     return [(head if i == 0 else "unknown\n") + f"{token}\t" for i, token in enumerate(tokens)]
 
 

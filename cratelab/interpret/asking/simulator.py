@@ -12,7 +12,7 @@ from cratelab.corpora.tokenizers import Tokenizer
 from cratelab.interpret.asking.answers import Asker, Cost
 from cratelab.interpret.asking.endpoints import Request
 from cratelab.interpret.asking.prompts import as_question, simulation_prompt, token_writer
-from cratelab.interpret.asking.replies import ROUNDING
+from cratelab.interpret.asking.replies import NUMBERS, ROUNDING, number_in
 from cratelab.interpret.excerpts import Excerpts
 from cratelab.reading import NO_TOKEN
 
@@ -31,7 +31,8 @@ class LanguageModelSimulator(Asker):
     If the endpoint is `all_at_once`, each excerpt is a request; else each token of each excerpt is.
 
     Attributes:
-        top: how many likeliest next tokens to ask for; some servers allow no more than 5.
+        top: how many likeliest next tokens to ask a server for; some allow no more than 5. A model on this machine is
+            asked for the numbers themselves.
         ten: extend the scale to 10, and where "1" may come ask once more how likely "0" is to follow.
         problems: of all simulations so far, how many places are 0 for which reason.
 
@@ -161,11 +162,10 @@ def number_masses(pairs: Iterable[tuple[str, float]], most: int) -> Tensor:
     Raises:
         ValueError: a log-probability is NaN or positive.
     """
-    numbers = {str(n): n for n in range(most + 1)}
     masses = torch.zeros(most + 1, dtype=torch.float64, device="cpu")
     for token, log_probability in pairs:
         if not log_probability <= ROUNDING:
             raise ValueError("a log-probability that is none")
-        if (number := token.strip(" \t\n▁Ġ")) in numbers:
-            masses[numbers[number]] += math.exp(log_probability)
+        if (number := number_in(token)) is not None and NUMBERS[number] <= most:
+            masses[NUMBERS[number]] += math.exp(log_probability)
     return masses

@@ -178,7 +178,7 @@ def test_answers_of_an_older_file_are_no_error(serve, connect, tmp_path):
     with AnswerCache(tmp_path / "answers") as cache:
         cache.put(request.key('["tiny", false, {}]'), {"next": [[["0", -1.0]]]})
     (answer,) = ask(connect(server, chat=False), [request], tmp_path / "answers")
-    assert answer["next"][0][0][0] == " 7"
+    assert answer["next"][0][0][0] == "7"
 
 
 def test_two_writers_share_a_file_of_answers(tmp_path):

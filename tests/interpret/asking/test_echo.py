@@ -70,10 +70,24 @@ def read_directly(local, explanation, tokens, encode=one_by_one, bos=()):
 STRANGE = [0, 6, 9, 12, 2]  # among them a special token, one that is three tokens here, and one of no letters
 
 
-@pytest.mark.parametrize(("bos", "offset"), [((), None), ((257,), None), ((), -1)])
-def test_an_excerpt_is_one_request_where_the_server_repeats_prompts(serve, connect, local, bos, offset):
-    """As vLLM, whose offsets count the special token, and SGLang, which has none."""
-    server = serve(speak(local, bos=bos, offset=offset))
+def early(by):
+    """As llama-cpp-python for models without a token at the beginning, by one: a row says what follows its token."""
+
+    def change(choice, n):
+        tokens, rows = choice["logprobs"]["tokens"][:-1], choice["logprobs"]["top_logprobs"]
+        return spoil(choice, tokens=tokens, top_logprobs=[None, *rows[1 + by :], {}][: len(tokens)])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("bos", "offset", "change"),
+    [((), None, None), ((257,), None, None), ((), -1, None), ((), None, early(1))],
+    ids=["one", "vLLM", "SGLang", "llama-cpp-python"],
+)
+def test_an_excerpt_is_one_request_where_the_server_repeats_prompts(serve, connect, local, bos, offset, change):
+    """As vLLM, whose offsets count the special token, SGLang, which has none, and one whose rows come too early."""
+    server = serve(speak(local, bos=bos, offset=offset, change=change))
     simulator = LanguageModelSimulator(connect(server, chat=False, echo=True), announce=quiet, top=300)
     excerpts = excerpts_of([[STRANGE, [2, 0, 1, NO_TOKEN, NO_TOKEN]]])
     simulated = foretold(simulator, ["one"], excerpts)
@@ -133,8 +147,9 @@ NONE = "the answer has no log-probabilities"
         (spelled(lambda tokens: 7), "the answer has another shape"),
         (lambda choice, n: choice | {"logprobs": {"content": []}}, "the answer has another shape"),
         (lambda choice, n: (200, {}, b"{"), "the answer is not JSON"),
-        # as llama-cpp-python does for models that have no token at the beginning
-        (likeliest(lambda rows: [*rows[1:], {}]), "they differ from those of the same place"),
+        (likeliest(lambda rows: [*rows[1:], {}]), "they are not those of the same place"),
+        (early(2), PLACES),
+        (early(0), PLACES),  # as `early(1)` in its tokens, and not in its rows
     ],
 )
 def test_a_server_that_does_not_repeat_prompts_rightly_is_asked_for_each_token(serve, connect, local, change, reason):

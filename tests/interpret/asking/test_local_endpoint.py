@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,51 @@ def test_a_local_model_whose_weights_are_not_finite_has_problems_and_no_end(fold
     simulator = LanguageModelSimulator(endpoint, announce=quiet)
     assert not foretold(simulator, ["one"]).any()
     assert simulator.problems == {"a log-probability that is none": 5}
+
+
+def test_a_gguf_file_is_the_model_it_was_packed_from(local, packed, tmp_path):
+    """And nothing that lies beside it is read, though transformers would."""
+    path = Path(shutil.copy(packed, tmp_path / "copy.gguf"))
+    for name in "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json":
+        (tmp_path / name).write_text('{"model_type": "evil", "eos_token": "sat", "tokenizer_class": "Evil"}')
+    endpoint = HuggingFaceEndpoint(path, device="cpu")
+    text = "hello\tunknown é\n 7"
+    ids = [
+        local.tokenizer.convert_tokens_to_ids(c)
+        for c in local.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)[0][0]
+    ]
+    assert endpoint.tokenizer(text)["input_ids"] == ids  # all bytes, no other at the beginning
+    assert endpoint.tokenizer.eos_token_id == local.tokenizer.eos_token_id == 257
+    ours, theirs = (dict(each.model.state_dict()) for each in (endpoint, local))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)
+    with torch.no_grad():
+        logs = local.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    (place,) = endpoint.answer(Request((text,), top=1))["next"]
+    assert place == [
+        [str(n), pytest.approx(float(logs[local.tokenizer.convert_tokens_to_ids(str(n))]))] for n in range(10)
+    ]
+    assert endpoint.answer(Request(("hello",), 5, temperature=0.0))["text"]
+    (tmp_path / "config.json").unlink()
+    assert HuggingFaceEndpoint(path, device="cpu").name == endpoint.name
+    assert HuggingFaceEndpoint(packed, device="cpu").name != endpoint.name
+
+
+def test_a_gguf_file_that_is_damaged_is_refused_by_name(packed, tmp_path):
+    content, draw = packed.read_bytes(), random.Random(0)
+    path = tmp_path / "damaged.gguf"
+    layers = content.index(b"llama.block_count") + len(b"llama.block_count") + 4  # after the kind of value
+    damaged = [
+        b"",
+        b"GGUF",
+        content[:1000],
+        content[:-40],
+        content[:layers] + b"\xff\xff\xff\x7f" + content[layers + 4 :],
+    ]
+    damaged += [content[: draw.randrange(len(content))] for _ in range(5)]
+    for each in damaged:
+        path.write_bytes(each)
+        with pytest.raises(ValueError, match=r"damaged\.gguf"):
+            HuggingFaceEndpoint(path, device="cpu")
 
 
 def test_an_empty_prompt_is_refused(local):
