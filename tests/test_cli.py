@@ -20,6 +20,7 @@ from cratelab.cli.options import Layerwise
 from cratelab.cli.runs import load_run
 from cratelab.cli.shared import print_table
 from cratelab.corpora.prepare import prepare
+from cratelab.corpora.tokenizers import byte_encoding, save
 from cratelab.devices import CHOSEN, best_device
 from cratelab.interpret.asking.prompts import EXAMPLE
 from cratelab.interpret.language_models import ECHO
@@ -872,6 +873,9 @@ def test_layerwise_gives_the_rates_of_an_official_checkpoint(essays, tmp_path, c
     assert kept["layers"]["R after"][0] == pytest.approx(float(after), rel=1e-4)
     assert f"{float(before):.3g} → {float(after):.3g}" in printed and len(kept["layers"]["R^c random after"]) == 2
     main(["interpret", str(checkpoint), *reading, "--n-tokens", "2000", "--explainer", "token"])
+    save(byte_encoding(), tmp_path / "bytes.json")
+    main(["export", str(checkpoint), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "bytes.json")])
+    assert cl.load(tmp_path / "out").token_embedding.weight.equal(model.token_embedding.weight)
     assert (tmp_path / "interpret.json").is_file()
 
 
@@ -972,13 +976,13 @@ def test_export_of_a_packaged_model_whose_training_is_unknown(tmp_path):
 
 
 def test_export_refuses_before_it_loads_anything(run, copy, tmp_path, monkeypatch):
-    monkeypatch.setattr("cratelab.cli.export.load", None)
+    monkeypatch.setattr("cratelab.cli.export.load_model", None)
     to = ["--to", str(tmp_path / "out")]
     fails(["export", str(run), "--to", str(run)], "is not an empty folder: choose another")
     fails(["export", str(run), "--to", str(run / "run.json")], "is not an empty folder: choose another")
     fails(["export", str(tmp_path / "nothing"), *to], "does not exist: give the folder of a run or of a model")
     (copy / "tokenizer.json").unlink()
-    fails(["export", str(copy), *to], f"there is no tokenizer {copy / 'tokenizer.json'}: give --tokenizer FILE")
+    fails(["export", str(copy), *to], f"no tokenizer {copy / 'tokenizer.json'}: give --tokenizer")
     monkeypatch.setitem(sys.modules, "transformers", None)
     fails(["export", str(run), *to], "pip install 'cratelab[transformers]'")
     assert not (tmp_path / "out").exists()

@@ -1,13 +1,15 @@
 """`cratelab export`: a trained model for Hugging Face transformers."""
 
+from pathlib import Path
+
 from cratelab.cli.checks import check_folder, model_folder
 from cratelab.cli.options import Export
+from cratelab.cli.runs import load_model
 from cratelab.corpora import tokenizers
 from cratelab.extras import require
 from cratelab.huggingface import to_huggingface
 from cratelab.huggingface.card import model_card
 from cratelab.huggingface.export import check_new
-from cratelab.models import load
 from cratelab.run_directory import read_metrics
 from cratelab.storage import read_json
 from cratelab.terminal import say
@@ -21,15 +23,21 @@ def check(options: Export) -> None:
 
 
 def run(options: Export) -> None:
-    folder = model_folder(options.model)
-    run_dir = folder.parent if (folder.parent / "run.json").is_file() else folder
-    kept = options.tokenizer or run_dir / "tokenizer.json"
-    if not kept.is_file():
-        raise FileNotFoundError(f"there is no tokenizer {kept}: give --tokenizer FILE, such as a run's tokenizer.json")
-    model, tokenizer = load(folder), tokenizers.load(kept)
-    run = read_json(run_dir / "run.json") if run_dir != folder else {}
-    losses = [row["validation_loss"] for row in read_metrics(run_dir) if "validation_loss" in row]
+    place = model_folder(options.model)
+    run_dir = place.parent if place.is_file() or (place.parent / "run.json").is_file() else place
+    tokenizer = _tokenizer(options.tokenizer or str(run_dir / "tokenizer.json"))
+    model = load_model(place)
+    run = read_json(run_dir / "run.json") if place == run_dir / "model" else {}
+    losses = [row["validation_loss"] for row in read_metrics(run_dir) if run and "validation_loss" in row]
     card = model_card(model, options.to.resolve().name, run, losses[-1] if losses else None)
     to_huggingface(model, options.to, tokenizer, card)
     trust = ", trust_remote_code=True" if any(options.to.glob("*.py")) else ""
     say(f"AutoModelForCausalLM.from_pretrained({str(options.to)!r}{trust}) is the model; AutoTokenizer likewise")
+
+
+def _tokenizer(name: str) -> tokenizers.Tokenizer:
+    if name == "gpt2":
+        return tokenizers.gpt2()
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"no tokenizer {name}: give --tokenizer, gpt2 or a file such as a run's tokenizer.json")
+    return tokenizers.load(name)

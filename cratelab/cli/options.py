@@ -212,11 +212,11 @@ class Export:
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run or of a model."""
+    """Folder of a run or of a model, or a checkpoint of the official training code."""
     to: Path
     """Folder to make."""
-    tokenizer: Path | None = None
-    """File such as a run's tokenizer.json; the run's own unless given."""
+    tokenizer: str | None = None
+    """gpt2, or a file such as a run's tokenizer.json; the run's own unless given."""
 
     goes_on: ClassVar = False
 

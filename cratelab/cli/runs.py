@@ -42,7 +42,7 @@ def load_run(
     if options.corpus is None and not begun:
         what = "was not begun by `cratelab train`" if run else "is no run"
         raise ValueError(f"{options.model} {what}, so nothing says what it has read: give --corpus")
-    model = (Crate.from_official(folder) if folder.is_file() else load(folder)).to(best_device())
+    model = load_model(folder).to(best_device())
     check_model(model)
     use_one_thread(model.config.width)
     command = read_command(options.model) if begun else Train()
@@ -58,6 +58,11 @@ def load_run(
     if options.corpus is None and not theirs and run.get("validation") != corpus.validation.facts():
         raise ValueError(f"the text that {options.model} has read has changed, and its tokens may have: give --corpus")
     return model, corpus
+
+
+def load_model(place: Path) -> LanguageModel:
+    """The model in what `model_folder` has found."""
+    return Crate.from_official(place) if place.is_file() else load(place)
 
 
 def remembered(command: Train) -> dict:
