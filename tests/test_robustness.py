@@ -5,11 +5,13 @@ What else was tried stands with the module it concerns; CONTRIBUTING has the tab
 
 import pickle
 import random
+import shutil
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sae import write_as_sparsify
 from test_training import corpus, new_model
 
 import cratelab as cl
@@ -33,6 +35,13 @@ def official(folder):
     torch.save({"model": {}, "model_args": args | {"dropout": 0.0, "bias": False}}, folder / "checkpoint.pt")
 
 
+def exported(folder):
+    cl.to_huggingface(new_model(), folder / "whole")
+    for name in "config.json", "model.safetensors":  # what `load` reads of it
+        (folder / "whole" / name).rename(folder / name)
+    shutil.rmtree(folder / "whole")
+
+
 def collected() -> Records:
     return collect_records(new_model(context=64), corpus(), n_top=3, n_random=2)
 
@@ -51,6 +60,8 @@ FORMATS = {
     "model": (lambda folder: new_model().save(folder), cl.load),
     "official checkpoint": (official, lambda folder: cl.Crate.from_official(folder / "checkpoint.pt")),
     "auto-encoder": (lambda folder: Sae(SaeConfig(6, 2)).save(folder), Sae.load),
+    "auto-encoder of sparsify": (write_as_sparsify, Sae.from_sparsify),
+    "exported model": (exported, cl.load),
     "records": (lambda folder: collected().save(folder), Records.load),
     "NeuronRecord": (
         lambda folder: write_neuron_record(collected(), 0, 1, WORDS, folder / "neuron.json"),
@@ -104,7 +115,10 @@ def test_nothing_is_unpickled(protocol, tmp_path):
             cl.Crate.from_official(file)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("corpus", "official checkpoint")])
+NOT_OURS = "official checkpoint", "auto-encoder of sparsify"  # to write
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("corpus", *NOT_OURS)])
 def test_a_file_that_cannot_be_replaced_stays_as_it_was(name, tmp_path, monkeypatch):
     """The second writing stops at its first replacement; what was there is whole and reads as before."""
     write, read = FORMATS[name]

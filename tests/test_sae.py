@@ -689,6 +689,7 @@ def test_one_of_sparsify_computes_what_its_authors_define(tmp_path, sizes):
         ({}, dict(activation="groupmax"), "cfg.json asks for .* activation='groupmax'"),
         ({}, dict(transcode=True), "transcode=True"),
         ({}, dict(skip_connection=True), "skip_connection=True"),
+        ({}, dict(signed=True), "signed=True"),
         ({}, dict(a_setting_of_tomorrow=1), "a_setting_of_tomorrow=1"),
         ({}, dict(k=49), "cfg.json describes no auto-encoder: k must be 1 to 48"),
         ({}, dict(k=None), "cfg.json describes no auto-encoder: .*k=None"),

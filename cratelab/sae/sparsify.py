@@ -9,8 +9,8 @@ from cratelab.sae.architectures import SaeConfig
 WEIGHTS = "sae.safetensors"
 
 # Settings that change what is computed, and the value that we honour; the others say how it was trained.
-_HONOURED = {"activation": "topk", "transcode": False, "skip_connection": False}
-_WITHOUT_EFFECT = {"d_in", "k", "num_latents", "expansion_factor", "normalize_decoder", "multi_topk", "signed"}
+_HONOURED = {"activation": "topk", "transcode": False, "skip_connection": False, "signed": False}
+_WITHOUT_EFFECT = {"d_in", "k", "num_latents", "expansion_factor", "normalize_decoder", "multi_topk"}
 
 
 def read_config(file: Path, cfg: dict) -> SaeConfig:
