@@ -1,7 +1,6 @@
 """What a training run leaves on disk, so that a kill at any moment, a full disk or a lost loss costs little.
 
-    run.json          model, recipe, tokenizer and corpora (sizes and hashes), provenance, written before the first step
-                      and, each time that it goes on, from which step and by how many processes
+    run.json          model, recipe, tokenizer, corpora, provenance; from which steps it went on, by how many processes
     tokenizer.json    what made the corpora, where it is known
     metrics.jsonl     one line a step, flushed
     checkpoint-1000   a state: see `cratelab.checkpoints`

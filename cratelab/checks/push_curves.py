@@ -22,7 +22,7 @@ def push_curves(seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, float]]
     ten words that each atom raises most. Some seconds, once.
 
     Returns:
-        The medians over neurons: of the lift (eq-11-5), "lift, CRATE" and "lift, GPT-2", and of the divergence
+        Medians over neurons, those of the lift (eq-11-5), "lift, CRATE" and "lift, GPT-2", and of the divergence
         (eq-11-7), "off target, CRATE" and "off target, GPT-2", each (11,); and for "CRATE" and "GPT-2" the median of
         the mean of -log p(T), above which no lift gets.
     """
