@@ -139,7 +139,7 @@ for kind, config in [(cl.Crate, cl.CrateConfig), (cl.Gpt2, cl.Gpt2Config)]:
 #
 # - **Goal:** write a block from its parts, and learn when a test sees nothing.
 # - **Difficulty:** 3 of 5
-# - **Time:** 20 minutes
+# - **Time:** 30 minutes
 #
 # Here is a forward pass that passes its author's test against the library. It is wrong in three places.
 
@@ -157,13 +157,37 @@ def plausible_forward(block, z):
     return block.ista.decode(block.neurons(codes))
 
 
-fresh = cl.Crate(cl.CrateConfig.preset("toy")).blocks[0]
+def fresh_block():
+    return cl.Crate(cl.CrateConfig.preset("toy")).blocks[0].requires_grad_(False)
+
+
+fresh = fresh_block()
 z = F.layer_norm(torch.randn(2, 10, 64), (64,))  # tokens of unit size
 torch.testing.assert_close(plausible_forward(fresh, z), fresh(z), rtol=0, atol=1e-4)
 print("the author's test passes")
 
 # %% [markdown]
-# Find the three, and write the block as it should be. You may use its parts, with fewer lines than the author: `block.attention_norm`, `block.attention` (MSSA with its output matrix), `block.ista_norm`, `block.ista` with `encode` and
+# Why does the author's test see none of them? Hand in *inputs* that expose the bugs: blocks and tokens. Make a block by `fresh_block()`, and change what you like in it, such as `block.attention.projection.weight.mul_(2)`, or take a trained one.
+# The check gives each input to the right block and to blocks with one bug only, in double precision, and overlooks what the author's test overlooks, errors under a ten-thousandth. It names a bug when an input shows it and no other that is still unknown: what shows several at once
+# says that something is wrong, not what. Change one thing at a time, in at most six inputs.
+
+
+# %%
+def exposing():
+    """A list of inputs (block, z)."""
+    # BEGIN SOLUTION
+    other_norm, biased = fresh_block(), fresh_block()
+    other_norm.ista_norm.bias.normal_()
+    biased.attention.output.bias.normal_()
+    return [(fresh_block(), 3 * z), (other_norm, z), (biased, z)]
+    # END SOLUTION
+
+
+# %% tags=["check"]
+check.exposing(exposing)
+
+# %% [markdown]
+# Then write the block as it should be. You may use its parts, with fewer lines than the author: `block.attention_norm`, `block.attention` (MSSA with its output matrix), `block.ista_norm`, `block.ista` with `encode` and
 # `decode`, and `block.neurons`, through which the codes have to pass. `block` itself cannot be called here. A block is there to be trained, so gradients have to pass through.
 
 
@@ -178,18 +202,22 @@ def mended_forward(block, z):
 
 
 # %% tags=["check"]
-check.mended_forward(mended_forward)
+check.mended_forward(mended_forward, exposing)
 
 # %% [markdown] tags=["hint"]
-# What are the weights and biases of LayerNorms, and the bias of MSSA's output matrix, before training? And what does LayerNorm do to tokens that it has normalised already?
+# What are the weights and biases of LayerNorms, and the bias of MSSA's output matrix, before training? And what does LayerNorm do to tokens that it has normalised already? A test sees nothing of what is 0 or 1 by chance.
 
 # %% [markdown] tags=["hint"]
-# Compare the two functions for a block of `load_reference("crate", "toy")`, and tokens that are not normalised. Then mend one line at a time: which path takes $Z$, and which takes $\mathrm{LN}_1(Z)$?
+# Inputs: a trained block, `load_reference("crate", "toy").blocks[1]`, shows all three at once. So start from `fresh_block()` and the author's `z`, and change one: the length of the tokens, one LayerNorm of the two, or a bias. Moving all tokens by a number shows nothing, and nor does a bias that is the same for all coordinates: why?
+
+# %% [markdown] tags=["hint"]
+# The block: go through it with the equation beside it. Which path takes $Z$, and which takes $\mathrm{LN}_1(Z)$? Which of the four parts does the author's function not use, or use twice?
 
 # %% [markdown] tags=["solution"]
 # The first line overwrites `z`, so that the residual path carries normalised tokens; `attention_norm` is used for both halves; and the output's bias is lost. At the start of training all LayerNorms have weight 1 and bias 0,
-# the bias is 0, and normalised tokens are their own LayerNorm: the test was made where the three cannot be seen. The same tokens and *trained* weights show them, and so does noise on every parameter, which is cheaper and what
-# the check does:
+# the bias is 0, and normalised tokens are their own LayerNorm: the test was made where the three cannot be seen. Longer tokens show the first, a LayerNorm that is not as new the second, a bias the third. (Not any bias: one that is the same for all coordinates
+# is taken off by the next LayerNorm, as in 5.B. The same holds for tokens that are moved.) To see *that* something is wrong takes less: the same tokens and
+# *trained* weights, or noise on every parameter, which is cheaper and what the check of the mended block does:
 
 # %% tags=["solution"]
 trained = load_reference("crate", "toy").blocks[1]

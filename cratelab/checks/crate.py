@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import cratelab as cl
 from cratelab.checks.grading import CheckFailed, also, grade, predict, random, same, state, unmended
-from cratelab.checks.hunting import judge
+from cratelab.checks.hunting import hunt, judge
 from cratelab.checks.watching import differentiable, exact, no_automatic_differentiation, no_library, no_loop
+from cratelab.crate import CrateBlock
 
 SIZES = [(16, 64, 2, 50, 12), (12, 24, 3, 31, 7), (8, 40, 1, 19, 30)]
 
 
-def parameters(function: Callable[[int, int, int, int, int], dict[str, int]]) -> None:
+def parameters(function: Callable[[int, int, int, int, int], dict[str, int]], reasons: bool = False) -> None:
     """Exercise 5.A: parameters from (d, h, L, v, n), against the tensors of modules on the meta device."""
     tied = "the head is the token embedding: its v·d are counted once"
     positions = "there is also a learned vector for each of the n positions"
@@ -67,17 +68,19 @@ def parameters(function: Callable[[int, int, int, int, int], dict[str, int]]) ->
             }
         counted.append({key: sum(tensor.numel() for tensor in model.parameters()) for key, model in models.items()})
         answers.append(predict(function, d, h, L, v, n, keys=models, numbers=True))
-    for key in counted[0]:
+    wrong: dict[str, str | None] = dict.fromkeys(counted[0])
+    for key in wrong:
         excess = [answer[key] - right[key] for answer, right in zip(answers, counted, strict=True)]
         if any(excess):
             first = next(i for i, by in enumerate(excess) if by)
             d, h, L, v, n = SIZES[first]
             named = (text for text, by in mistakes[key].items() if excess == [by(*size) for size in SIZES])
             reason = next(named, "list the tensors by model.named_parameters(), and find the one you have forgotten")
-            raise CheckFailed(
-                f"{key}: for d={d}, h={h}, L={L}, v={v}, n={n} you say {answers[first][key]:,}, the module has "
+            wrong[key] = (
+                f": for d={d}, h={h}, L={L}, v={v}, n={n} you say {answers[first][key]:,}, the module has "
                 f"{counted[first][key]:,}; {reason}"
             )
+    judge(function, wrong, reasons)
     no_library(SIZES[0], why="count on paper; the check looks at modules")(function)
     print(f"{function.__name__}: right. Three modules of three sizes each have the parameters that you say.")
 
@@ -148,19 +151,44 @@ def change_of_block(function: Callable[[], dict[str, str]], reasons: bool = Fals
     print(f"{function.__name__}: right. All eight were measured on a block with random weights.")
 
 
-def mended_forward(function: Callable[[SimpleNamespace, Tensor], Tensor]) -> None:
-    """Exercise 5.C: the output of a block's parts, against an evaluation token by token and head by head."""
+BUGS = {
+    "the normalised tokens are carried on, where the residual path takes the tokens themselves": {"carry": "norm"},
+    "both halves use attention_norm: ISTA has a LayerNorm of its own": {"second_norm": "attention_norm"},
+    "MSSA's output bias is lost": {"bias": False},
+}
+
+
+def exposing(inputs: Callable[[], list[tuple]], tell: bool = True) -> None:
+    """Exercise 5.C: (block, z) that expose the bugs of a block, to the accuracy of the author's test."""
+    hunt(inputs, _by_hand, BUGS, {"block": _in_double, "z": "b n d"}, _no_input, tell, seen=1e-4)
+
+
+def _in_double(block: object) -> nn.Module | None:
+    if not isinstance(block, CrateBlock):
+        return None
+    return copy.deepcopy(block).cpu().double().requires_grad_(False)
+
+
+def _no_input(block: nn.Module, z: Tensor) -> str | None:
+    width = block.ista.D.shape[0]
+    if z.shape[2] != width:
+        return f"the tokens have {z.shape[2]} coordinates, and the block takes {width}"
+    if z.shape[1] > 32:
+        return f"texts of {z.shape[1]} tokens; 32 are enough"
+    if not torch.allclose(_output(block, z), _by_hand(block, z)):
+        return "the block is not as in the chapter: change the numbers in it, and leave its settings"
+    return None
+
+
+def mended_forward(function: Callable[[SimpleNamespace, Tensor], Tensor], inputs: Callable[[], list[tuple]]) -> None:
+    """Exercise 5.C: the output of a block's parts, against an evaluation token by token, after the hunt."""
+    exposing(inputs, tell=False)
     cases = []
     for seed, (b, width, n_heads, n) in enumerate([(1, 8, 2, 5), (3, 6, 3, 7), (2, 8, 4, 3)], start=4):
         parts = _random_model(seed, n_layers=1, n_heads=n_heads, width=width).blocks[0]
         names = "attention_norm", "attention", "ista_norm", "ista"
         block = SimpleNamespace(**{name: getattr(parts, name) for name in names}, neurons=_Damped())
         cases.append((block, 2 * random(b, n, width, seed=seed + 10) + 0.5))
-    bugs = {
-        "the normalised tokens are carried on, where the residual path takes the tokens themselves": {"carry": "norm"},
-        "both halves use attention_norm: ISTA has a LayerNorm of its own": {"second_norm": "attention_norm"},
-        "MSSA's output bias is lost": {"bias": False},
-    }
     others = {
         "the tokens are added to DA: there is no residual around ISTA": {"around_ista": True},
         "nothing is carried around MSSA: Z + MSSA(LN(Z))": {"carry": "nothing"},
@@ -168,7 +196,7 @@ def mended_forward(function: Callable[[SimpleNamespace, Tensor], Tensor]) -> Non
         "the codes do not pass through block.neurons, so that no hook sees them": {"neurons": False},
         "what is decoded has not gone through the last threshold": {"threshold": False},
     }
-    mistakes = unmended(_by_hand, bugs) | {text: partial(_by_hand, **options) for text, options in others.items()}
+    mistakes = unmended(_by_hand, BUGS) | {text: partial(_by_hand, **options) for text, options in others.items()}
     mistakes["texts are mixed: each of a batch is on its own"] = lambda block, z: (
         _by_hand(block, z).mean(0, keepdim=True).expand(z.shape)
     )

@@ -25,6 +25,7 @@ def hunt(
     needs: Mapping[str, object],
     refuse: Callable[..., str | None] = lambda *_: None,
     tell: bool = True,
+    seen: float = SEEN,
 ) -> None:
     """Say how many bugs a reader's inputs expose, and name these.
 
@@ -39,6 +40,7 @@ def hunt(
             words and a condition on a number; or a function that returns the argument, or None if it is none.
         refuse: what else is wrong with a case, or None.
         tell: whether to print the names of the bugs when all are exposed.
+        seen: a bug is shown by a difference that is larger than this times the largest number in either answer.
 
     Raises:
         CheckFailed: a bug is left, or an input is none.
@@ -53,7 +55,7 @@ def hunt(
         right = as_tensor(variant(*case))
         if not right.isfinite().all():
             raise CheckFailed(f"{where}: the right answer is not finite for it")
-        shown.append({text for text, bug in bugs.items() if _differ(as_tensor(variant(*case, **bug)), right)})
+        shown.append({text for text, bug in bugs.items() if _differ(as_tensor(variant(*case, **bug)), right, seen)})
     exposed: dict[str, int] = {}
     while new := [(i, left) for i, seen in enumerate(shown, 1) if len(left := seen - exposed.keys()) == 1]:
         exposed[new[0][1].pop()] = new[0][0]
@@ -76,6 +78,8 @@ def judge(
 ) -> None:
     """Refuse predictions that are not all right, and say how many are; which, and why, on request only.
 
+    Who changes one at a time learns from the count which are right. That they do not is on their honour, and said.
+
     Args:
         function: the reader's.
         wrong: each key -> what is wrong about its prediction, or None if it is right.
@@ -91,8 +95,9 @@ def judge(
         if reasons:
             raise CheckFailed("\n".join([f"{many}.", *(f"{key}{text}" for key, text in told.items())]))
         raise CheckFailed(
-            f"{many}. Go through them once more; `reasons=True` in the check, after {function.__name__}, says which "
-            "are wrong, and why"
+            f"{many}. Go through your reasons once more before you change an answer: to change one at a time and watch "
+            f"the count is to guess, which only your honour forbids. `reasons=True` in the check, after "
+            f"{function.__name__}, says which are wrong, and why"
         )
     for key, text in (why or {}).items():
         print(f"{key}: {text}")
@@ -148,13 +153,13 @@ def _tensor(value: object, axes: list[str], sizes: dict[str, int], where: str) -
     return value.double() if value.is_floating_point() else value
 
 
-def _differ(answer: Tensor, right: Tensor) -> bool:
+def _differ(answer: Tensor, right: Tensor, seen: float) -> bool:
     """Whether two answers differ by more than rounding."""
     if answer.shape != right.shape or not answer.isfinite().all():
         return True
     if not right.numel():
         return False
-    return bool((answer - right).abs().max() > SEEN * torch.maximum(answer.abs().max(), right.abs().max()))
+    return bool((answer - right).abs().max() > seen * torch.maximum(answer.abs().max(), right.abs().max()))
 
 
 def orthonormal(U: Tensor) -> str | None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cratelab as cl
 from cratelab.checks import watching
 from cratelab.checks.grading import CheckFailed, as_tensor, call, grade, predict, random, unmended
-from cratelab.checks.hunting import NOT_NEGATIVE, POSITIVE, hunt
+from cratelab.checks.hunting import NOT_NEGATIVE, POSITIVE, hunt, judge
 
 
 def reach(function: Callable[[int, int, float, float], float]) -> None:
@@ -265,7 +265,7 @@ def _unrolled(
     return w
 
 
-def products(function: Callable[[int, int, int, int, int, int], dict[str, int]]) -> None:
+def products(function: Callable[[int, int, int, int, int, int], dict[str, int]], reasons: bool = False) -> None:
     """Exercise 7.D: multiply–adds a token from (d, h, L, v, n, T), against PyTorch's counter."""
     shared = {
         "the head is one more product of v·d": lambda d, h, L, v, n, T: -v * d,
@@ -303,6 +303,7 @@ def products(function: Callable[[int, int, int, int, int, int], dict[str, int]])
     sizes = [(16, 64, 2, 50, 12, 2), (12, 24, 3, 31, 7, 3), (8, 40, 1, 19, 30, 4), (6, 6, 2, 17, 1, 1)]
     counted = [_counted(*size) for size in sizes]
     answers = [predict(function, *size, keys=mistakes) for size in sizes]
+    wrong: dict[str, str | None] = dict.fromkeys(mistakes)
     for key in mistakes:
         said, right = [_whole(function, key, answer[key]) for answer in answers], [count[key] for count in counted]
         excess = [a - b for a, b in zip(said, right, strict=True)]
@@ -315,10 +316,11 @@ def products(function: Callable[[int, int, int, int, int, int], dict[str, int]])
             reason = named[0] if named else "no common mistake explains it; go through the layer product by product"
             i = next(i for i, off in enumerate(excess) if off)
             d, h, L, v, n, T = sizes[i]
-            raise CheckFailed(
-                f"{key}: for d={d}, h={h}, L={L}, v={v}, n={n}, T={T} you say {said[i]:,}, PyTorch counts "
+            wrong[key] = (
+                f": for d={d}, h={h}, L={L}, v={v}, n={n}, T={T} you say {said[i]:,}, PyTorch counts "
                 f"{right[i]:,}; {reason}"
             )
+    judge(function, wrong, reasons)
     print(f"{function.__name__}: right. PyTorch counts the same products for both models in {len(sizes)} sizes.")
 
 

@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from wrong_answers.asked import at_first, on_request
+from wrong_answers.asked import at_first, hunts, in_place_of, on_request
 
 import cratelab as cl
+from cratelab.experiments.reference_models import load_reference
 
 
 def count(**wrong):
@@ -22,7 +23,7 @@ def count(**wrong):
             key: value + wrong.get(key.replace("-", ""), lambda *_: 0)(d, h, L, v, n) for key, value in right.items()
         }
 
-    return function
+    return on_request(function)
 
 
 def say(**changed):
@@ -44,6 +45,39 @@ def forward(
         return out + half if add else out
 
     return function
+
+
+TOKENS = F.layer_norm(torch.arange(640.0, dtype=torch.float64).sin().reshape(2, 5, 64), (64,))
+
+
+def block(change=lambda b: None, **config):
+    block = cl.Crate(cl.CrateConfig.preset("toy", **config)).blocks[0].requires_grad_(False)
+    change(block)
+    return block
+
+
+def exposing():
+    other_norm, biased = block(lambda b: b.ista_norm.bias.normal_()), block(lambda b: b.attention.output.bias.normal_())
+    return [(block(), 3 * TOKENS), (other_norm, TOKENS), (biased, TOKENS)]
+
+
+INPUTS = {
+    "0 of 3 bugs exposed.\ninput 1 shows no bug: all functions give the right answer$": lambda: [(block(), TOKENS)],
+    "0 of 3 bugs exposed.\ninput 1 shows no bug": lambda: [(block(), TOKENS + 3)],
+    "exposing: 0 of 3 bugs exposed.\ninput 1 shows no bug": lambda: [(block(), 1.002 * TOKENS)],
+    "1 of 3 bugs exposed.\ninput 1: MSSA's output bias is lost\ninput 2 shows no bug": lambda: [
+        (block(lambda b: b.attention.output.bias.normal_()), TOKENS),
+        (block(lambda b: b.attention.output.bias.fill_(2)), TOKENS),
+    ],
+    "exposing, input 1: block is not what the function takes": lambda: [
+        (cl.Gpt2(cl.Gpt2Config.preset("toy")).blocks[0], TOKENS)
+    ],
+    "exposing, input 1: the tokens have 32 coordinates, and the block takes 64": lambda: [(block(), TOKENS[..., :32])],
+    "input 1: texts of 40 tokens; 32 are enough": lambda: [(block(width=8, n_heads=2), torch.ones(1, 40, 8))],
+    "input 1: the block is not as in the chapter": lambda: [(block(ista_residual=True), TOKENS)],
+    "exposing, input 1: z: numbers are not finite": lambda: [(block(), TOKENS / 0)],
+    "exposing, input 1: the block is not .*": lambda: [(block(lambda b: b.ista.D.fill_(torch.nan)), TOKENS)],
+}
 
 
 def normed(b, z):
@@ -200,6 +234,9 @@ WRONG = {
         "the bias of the first MLP matrix has h": count(OpenAI=lambda d, h, L, v, n: L * (d - h)),
         "find the one you have forgotten": count(OpenAI=lambda d, h, L, v, n: 1),
         "OpenAI: a number is needed; got None": lambda *size: {**count()(*size), "OpenAI": None},
+        "parameters: 1 of 3 right. Go through your reasons": at_first(
+            count(CRATE=lambda d, h, L, v, n: v * d, GPT2=lambda d, h, L, v, n: v * d)
+        ),
         "GPT-2: a number is needed; got a str": lambda *size: {**count()(*size), "GPT-2": "124M"},
         "CRATE: .* you say nan": count(CRATE=lambda *_: float("nan")),
         "CRATE: .* you say 4,256.5, the module has 4,256": count(CRATE=lambda *_: 0.5),
@@ -224,6 +261,8 @@ WRONG = {
         'should return "same" or "changed" .*; it returns None': lambda: None,
     },
     "5.C": {
+        **hunts(exposing, (load_reference("crate", "toy").blocks[1], 3 * TOKENS)),
+        **{message: in_place_of("exposing", answer) for message, answer in INPUTS.items()},
         ": the normalised tokens are carried on, where the residual path takes the tokens themselves$": forward(normed),
         ": both halves use attention_norm: .* of its own$": forward(second="attention_norm"),
         ": MSSA's output bias is lost$": forward(bias=False),

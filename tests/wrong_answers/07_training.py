@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from wrong_answers.asked import hunts
+from wrong_answers.asked import at_first, hunts, on_request
 from wrong_answers.experiments import WRONG_EXPERIMENTS
 
 
@@ -119,7 +119,7 @@ def count(crate=lambda *_: 0, gpt2=lambda *_: 0, factor=1, text=False):
         }
         return {key: factor * value * (n if text else 1) for key, value in right.items()}
 
-    return function
+    return on_request(function)
 
 
 def exposing():
@@ -193,6 +193,7 @@ WRONG = {
         ),
     },
     "7.D": {
+        "products: 1 of 2 right. Go through your reasons": at_first(count(lambda *size: 1)),
         "CRATE: .* starts from a code of zeros": count(lambda d, h, L, v, n, T: L * h * d),
         "CRATE: .* the sum of atoms DA": count(lambda d, h, L, v, n, T: -L * h * d),
         "CRATE: .* counts the dictionary once": count(lambda d, h, L, v, n, T: -(2 * T - 1) * L * h * d),

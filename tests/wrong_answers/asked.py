@@ -29,6 +29,6 @@ def hunts(right, several):
         "exposing should return a list of inputs, each a tuple": lambda: right()[0],
         "exposing should return a list of inputs": lambda: None,
         "are enough: choose them": lambda: 9 * right(),
-        "exposing, input 2: .* is needed; got": lambda: [several, ("many", *several[1:])],
+        "exposing, input 2: .* is (needed; got|not what the function takes)": lambda: [several, ("many", *several[1:])],
     }
     return {message: in_place_of("exposing", answer) for message, answer in tried.items()}
