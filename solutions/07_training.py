@@ -30,7 +30,7 @@ torch.set_default_dtype(torch.float64)
 # - **Difficulty:** 2 of 5
 # - **Time:** 15 minutes
 #
-# A step of AdamW moves a weight by about one learning rate, or less. So the sum of all rates is about the longest way that a weight can go. With steps $t = 0, \dots, t_{\text{end}} - 1$,
+# A step of AdamW moves a weight by about one learning rate, or less. So the sum of all rates is about the longest way that a weight can go. With steps $t = 0, \dots, t_{\text{end}} - 1$, of which the first $t_w < t_{\text{end}}$ are the warm-up,
 #
 # $$
 # \eta_t = \eta_{\max}\frac{t+1}{t_w} \quad (t < t_w), \qquad
@@ -187,7 +187,7 @@ def exposing():
 check.exposing(exposing)
 
 # %% [markdown]
-# Then write it as it should be.
+# Then write it as it should be, without `torch.optim`.
 
 
 # %%

@@ -322,10 +322,13 @@ def test_both_notebooks_are_remade_byte_for_byte(book):
     assert done.cells[5].outputs[0].text == "right\n"
     assert to_do.cells[2].source == "#@title Imports\nfrom fractions import Fraction\n\nimport torch"
     assert done.cells[2].source.startswith("#@title Imports\nimport math\nfrom fractions import Decimal, Fraction\n")
-    badge = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/"
-    for notebook in (to_do, done):
-        assert notebook.cells[0].source.split("\n")[2].startswith(badge)
+    badge = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/"
+    for folder, notebook in [("exercises", to_do), ("solutions", done)]:
+        line = notebook.cells[0].source.split("\n")[2]
+        assert line.startswith(badge) and line.endswith(f"/{folder}/01_sample.ipynb)")
     assert [('"Run all" stops' in notebook.cells[0].source) for notebook in (to_do, done)] == [True, False]
+    for menu in "*Run cell and below* in Colab's menu *Runtime*", "*Run Selected Cell and All Below* in JupyterLab's":
+        assert menu in to_do.cells[0].source.partition("go on from its cell: ")[2]
     folded = "Install the library where it is missing", "Imports", "Check of 1.A", "Demonstration for 1.A"
     for notebook in (to_do, done):
         titled = [cell.source.split("\n")[0] for cell in notebook.cells if cell.source.startswith("#@title ")]
@@ -350,6 +353,11 @@ def test_time_is_a_number_or_a_span(book, bounds, cell, total):
     rewrite(book, "5 minutes", bounds)
     closing = exercises.contents("01_sample", book)
     assert f"| 2 of 5 | {cell} |" in closing and total in closing
+
+
+def test_times_of_a_chapter_are_added(book):
+    rewrite(book, LAST, f"{LAST}\n{SECOND.replace('5 minutes', '10 to 20 minutes')}")
+    assert "About 15–25 minutes" in exercises.contents("01_sample", book)
 
 
 @pytest.mark.parametrize("above", ["# %%\ndef twice", '# %% tags=["check"]', "# %%\nprint(twice"])
@@ -611,6 +619,29 @@ def test_a_change_in_place_is_seen_and_does_no_harm(argument, change):
         call(lambda x: change(x), argument)
     assert repr(argument) == before
     call(lambda x: change(copy.deepcopy(x)), argument)
+
+
+def left_without_gradients(x):
+    torch.set_grad_enabled(False)
+    return 2 * x
+
+
+def left_in_half(x):
+    torch.set_default_dtype(torch.float16)
+    return 2 * x
+
+
+def left_hooked(x):
+    torch.nn.modules.module.register_module_forward_pre_hook(print)
+    return 2 * x
+
+
+@pytest.mark.parametrize("answer", [left_without_gradients, left_in_half, left_hooked])
+def test_what_an_answer_changes_in_torch_is_refused_and_taken_back(answer):
+    with pytest.raises(CheckFailed, match="leaves torch changed"):
+        graded(answer)
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
 def test_errors_of_the_reader_pass_through():

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from cratelab.checks.grading import also, grade, predict, random, tokens, unmended
 from cratelab.checks.hunting import POSITIVE, hunt, judge
-from cratelab.checks.watching import exact, never_calls, no_automatic_differentiation, no_library, no_loop
+from cratelab.checks.watching import MEASURED, exact, never_calls, no_automatic_differentiation, no_library, no_loop
 
 CASES = [(tokens(30, 6, seed=1), 0.5), (tokens(5, 9, seed=2), 1.7), (tokens(12, 4, seed=3), 0.08)]
+REPEATED = torch.cat([tokens(6, 4, seed=10)[[0, 0, 1, 2, 2, 2]], torch.zeros(3, 4, dtype=torch.float64, device="cpu")])
+REPEATED[:, 2] = 0  # and a coordinate that no token has
 EDGES = [
     (torch.zeros(4, 3, dtype=torch.float64, device="cpu"), 0.5),
     (tokens(1, 5, seed=4), 0.3),
@@ -19,9 +21,11 @@ EDGES = [
     (1e-4 * tokens(7, 3, seed=7), 5e-5),
     (tokens(6, 4, seed=8) - 50, 2),
     (tokens(8, 3, seed=9), 200.0),
+    (REPEATED, 0.4),
 ]
-EDGE = "tokens may all be zero, or lie on a line, or be one, or tiny; and ε may be tiny, or far too coarse"
-MEASURED = ["*.slogdet", "*.logdet", "*.svd*", "*.det", "*.eigvalsh", "*.eigh"]
+EDGE = (
+    "tokens may all be zero, or some, lie on a line, or repeat, be one, or tiny; and ε may be tiny, or far too coarse"
+)
 PAPER = "predict on paper; the check measures"
 
 
@@ -93,7 +97,11 @@ def mended_rate(function: Callable[[Tensor, float], Tensor], inputs: Callable[[]
     mistakes = unmended(_rate, BUGS)
     mistakes["the factor ½ is lost"] = lambda z, eps: 2 * _rate(z, eps)
     mistakes["this is what all n tokens cost together: the rate is per token"] = lambda z, eps: len(z) * _rate(z, eps)
-    rules = [no_library(CASES[0]), also(EDGE, *EDGES, oracle=_rate)]
+    many = (
+        "the determinant is larger than any number a computer has: only its logarithm is needed",
+        (random(60, 50, seed=11), 1e-3),
+    )
+    rules = [no_library(CASES[0]), also(EDGE, *EDGES, oracle=_rate), also(*many, oracle=_rate)]
     grade(function, CASES, _rate, "a sum over singular values", mistakes, rules=rules)
 
 
@@ -153,7 +161,15 @@ def weighted_matrix(function: Callable[[Tensor, Tensor, float], Tensor]) -> None
         "there is ε where ε² is meant": lambda z, w, eps: summed(z, w, eps**0.5),
         "n stands where d belongs": lambda z, w, eps: summed(z, w, eps * (z.shape[1] / len(z)) ** 0.5),
     }
-    grade(function, cases, summed, "a sum over tokens", mistakes)
+    one, none = (
+        torch.ones(1, dtype=torch.float64, device="cpu"),
+        torch.tensor([0.0, 1, 0], dtype=torch.float64, device="cpu"),
+    )
+    edges = [(tokens(1, 3, seed=12), one, 0.5), (tokens(3, 4, seed=13), none, 0.7), (REPEATED, one.expand(9) / 9, 0.3)]
+    small = torch.cat([1 - 8 * one / 1e4, one.expand(8) / 1e4])
+    edges.append((tokens(9, 3, seed=14), small, 0.01))
+    rules = [also("a token may be one, zero, or weigh nothing or little", *edges, oracle=summed)]
+    grade(function, cases, summed, "a sum over tokens", mistakes, rules=rules)
 
 
 def worth(function: Callable[[Tensor, float], Tensor]) -> None:

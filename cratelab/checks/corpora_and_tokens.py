@@ -70,7 +70,10 @@ def nats_a_byte(function: Callable[[Sequence[Tensor], Sequence[str]], float]) ->
             lambda nats, texts: total(nats) / sum(map(size, set(texts)))
         ),
     }
-    grade(function, cases, partial(by, size), "a count by the rules of UTF-8", mistakes)
+    empty = ([random(n, seed=90 + n).abs() for n in (1, 3, 2, 1)], ["", "ab", "é", ""])
+    ends = "a document may be empty, and its end is paid for all the same"
+    rules = [also(ends, empty, oracle=partial(by, size))]
+    grade(function, cases, partial(by, size), "a count by the rules of UTF-8", mistakes, rules=rules)
 
 
 def bigram_loss(function: Callable[[Sequence[Tensor], Sequence[Tensor], int, float], float]) -> None:
@@ -223,6 +226,11 @@ def next_log_prob(function: Callable[[Tensor, Tensor], Tensor]) -> None:
         f"after {n // 2} tokens a choice can be ruled out beside which the others' weights, divided by their sum, had "
         "become 0: they are needed now, so keep the logarithms of the weights": (cases[0][0], _overtaken(n)),
     }
+    impossible = torch.tensor([-torch.inf, log(0.5), log(0.5)], dtype=torch.float64, device="cpu")
+    fond = -random(30, 3, seed=23).abs() - torch.tensor([0.0, 3, 3], device="cpu")  # the text is like that choice's
+    hard["a choice may be impossible from the start, and stays so"] = (impossible, fond)
+    hard["a text may have one token"] = (cases[0][0], cases[0][1][:1])
+    hard["there may be one choice, and then nothing is hidden"] = (0 * cases[0][0][:1], cases[0][1][:, :1])
     rules = [also(but, case, oracle=_exact, rtol=1e-6, atol=1e-8) for but, case in hard.items()]
     rules += [watching.no_loop(few, tokens, "tokens"), watching.no_loop(few, authors, "authors")]
     grade(function, cases, _exact, "sums of products with 60 digits", mistakes, rules=rules)
@@ -298,7 +306,7 @@ def bpe_step(function: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -
         "a pair of two equal symbols is not merged in longer runs, such as aaa": {"merge": "no runs"},
     }
     cases = [(*_stream(words), v) for words, v in _WORDS]
-    cases += [(ids, 5 + word * word, v) for ids, word, v in cases]  # words may be numbered with gaps
+    cases += [(ids, 1000 * word * word - 7, v) for ids, word, v in cases]  # words may be numbered with gaps
     answers = []
     for ids, word, v in cases:
         answer = call(function, ids, word, v)

@@ -233,7 +233,7 @@ def with_neuron(function: Callable[[nn.Module, Tensor, int, int, float], Tensor]
 
     model = _random_model(seed=7, n_layers=3, n_heads=2, width=8)
     tokens = torch.randint(20, (2, 9), generator=torch.Generator("cpu").manual_seed(8), device="cpu")
-    cases = [(model, tokens, 0, 3, 0.0), (model, tokens, 1, 5, 1.5), (model, tokens, 2, 7, 0.7)]
+    cases = [(model, tokens, 0, 4, 0.0), (model, tokens, 1, 5, 1.5), (model, tokens, 2, 7, 0.7)]  # the last never fires
     mistakes = {
         "nothing has changed: a hook that returns nothing, or a copy, leaves the codes as they are": (
             lambda m, t, layer, i, v: m(t)
@@ -349,10 +349,11 @@ def push(function: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) ->
         ),
         (1e-3 * random(4, 5, seed=19), random(5, seed=20), random(5, seed=21), cases[2][3], 1e-5),
         (random(3, 6, seed=22), 0 * random(6, seed=23), random(6, seed=24), random(3, 6, seed=25), 1e-5),
+        (1e-3 * random(4, 6, seed=27), random(6, seed=28), random(6, seed=29), random(3, 6, seed=30), 1e-8),
     ]
     few, many = ((random(n, 6, seed=26), *cases[0][1:]) for n in (4, 12))
     rules = [
-        also("a token may be constant or tiny, an atom 0", *edges, oracle=forward_mode),
+        also("a token may be constant or tiny, an atom 0, norm_eps tiny", *edges, oracle=forward_mode),
         no_automatic_differentiation(few),
         no_loop(few, many, "tokens"),
         exact(forward_mode, *cases),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 RTOL, ATOL = 1e-7, 1e-9
+SHARED_HOOKS = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
 
 
 class Verdict(Exception):
@@ -243,15 +244,25 @@ def call(function: Callable, *arguments: object) -> object:
     """The function's answer to copies of the arguments; a stub's error becomes one line.
 
     Raises:
-        CheckFailed: the function changes an argument in place.
+        CheckFailed: the function changes an argument in place, or a setting of torch.
         NotWritten: the function is a stub.
     """
     given = copied(arguments)
-    before = state(given)
+    before, modes, dtype, hooks = state(given), torch.is_grad_enabled(), torch.get_default_dtype(), _shared_hooks()
     try:
         answer = function(*given)
     except NotImplementedError as error:
         raise NotWritten(str(error)) from None
+    if (modes, dtype, hooks) != (torch.is_grad_enabled(), torch.get_default_dtype(), _shared_hooks()):
+        torch.set_grad_enabled(modes)
+        torch.set_default_dtype(dtype)
+        for held, was in zip(SHARED_HOOKS, hooks, strict=True):
+            for key in held.keys() - was:
+                del held[key]
+        raise CheckFailed(
+            f"{function.__name__} leaves torch changed: whether gradients are kept, the default dtype, or hooks on all "
+            "modules. Use `with`, or take it back in `finally`"
+        )
     for i, (was, now) in enumerate(zip(before[1:], state(given)[1:], strict=True)):
         if not same(was, now):
             if isinstance(given[i], nn.Module):
@@ -261,6 +272,11 @@ def call(function: Callable, *arguments: object) -> object:
                 )
             raise CheckFailed(f"{function.__name__} changes its arguments in place: compute with copies")
     return answer
+
+
+def _shared_hooks() -> list[set]:
+    """The keys of the hooks that act on every module."""
+    return [set(held) for held in SHARED_HOOKS]
 
 
 def copied(argument: object) -> object:
@@ -286,7 +302,10 @@ def copied(argument: object) -> object:
 
 
 def state(argument: object) -> object:
-    """What `same` compares of an argument before and after a call: its values, a module's tensors, hooks and mode."""
+    """What `same` compares of an argument before and after a call.
+
+    Its values; a module's tensors, hooks, mode and the names of its attributes.
+    """
     if isinstance(argument, nn.Module):
         hooks = [
             len(vars(part)[kind])
@@ -295,7 +314,7 @@ def state(argument: object) -> object:
         ]
         replaced = [(name, id(part), "forward" in vars(part)) for name, part in argument.named_modules()]
         tensors = [*argument.named_parameters(), *argument.named_buffers()]
-        mode = [part.training for part in argument.modules()]
+        mode = [(part.training, sorted(vars(part))) for part in argument.modules()]
         return copied(
             (hooks, replaced, mode, [(name, tensor.requires_grad, tensor.detach()) for name, tensor in tensors])
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cratelab.checks.grading import CheckFailed, also, grade, predict, random, unmended
 from cratelab.checks.hunting import COUNT, NOT_NEGATIVE, POSITIVE, hunt, judge
-from cratelab.checks.watching import HONOUR, differentiable, no_library, no_loop, no_search, watch
+from cratelab.checks.watching import HONOUR, differentiable, exact, no_library, no_loop, no_search, watch
 
 SQUARE = [
     (random(6, 5, seed=1), random(5, 5, seed=2), 0.1, 0.3, 3),
@@ -123,6 +123,10 @@ def best_entry(function: Callable[[Tensor, float, float, float], Tensor]) -> Non
             low, high = torch.where(left_cost > right_cost, left, low), torch.where(left_cost > right_cost, high, right)
         return torch.where(low > 0, (low + high) / 2, 0)  # a bound that never moved is the minimum
 
+    def by_cases(x: Tensor, theta: float, mu: float, cap: float) -> Tensor:
+        inside = torch.where(x < theta + (1 + mu) * cap, (x - theta) / (1 + mu), cap)
+        return torch.where(x > theta, inside, 0)
+
     mistakes = {
         "the threshold comes after the division: set the slope to zero and solve for a": lambda x, theta, mu, cap: (
             np.clip(x / (1 + mu) - theta, 0, cap)
@@ -170,7 +174,8 @@ def best_entry(function: Callable[[Tensor, float, float, float], Tensor]) -> Non
     rules = [
         also("x may have any shape, and θ, μ and cap may be 0", *edges, oracle=searched, rtol=1e-6, atol=1e-6),
         no_loop((random(20, seed=8), 0.5, 0.7, 1.2), (random(60, seed=8), 0.5, 0.7, 1.2), "entries"),
-        no_search(ENTRIES[0]),
+        no_search(ENTRIES[0], at_most=5),
+        exact(by_cases, *ENTRIES, like="a search would be"),
     ]
     by = "a search that evaluates only the cost"
     grade(function, ENTRIES, searched, by, by_hand, rtol=1e-6, atol=1e-6, rules=rules)

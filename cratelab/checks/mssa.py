@@ -92,10 +92,12 @@ def mended_mssa(function: Callable[[Tensor, Tensor], Tensor], inputs: Callable[[
         (tokens(1, 5, seed=8), subspaces(3, 5, 2, seed=9)),
         (tokens(6, 7, seed=10), subspaces(5, 7, 1, seed=11)),
         (3 * tokens(6, 5, seed=12) - 2, subspaces(2, 5, 4, seed=13)),
+        (60 * tokens(6, 5, seed=14), subspaces(2, 5, 3, seed=15)),
+        (tokens(4, 6, seed=16)[[0, 0, 1, 2, 3]], subspaces(2, 6, 2, seed=17)[[0, 1, 0]]),
     ]
     rules = [
         no_library(ATTENTION[0]),
-        also("tokens may be zero, one, or long, and subspaces lines", *edges, oracle=_mssa),
+        also("tokens may be zero, one, equal, or very long, and subspaces lines, or equal", *edges, oracle=_mssa),
     ]
     grade(function, ATTENTION, _mssa, "a sum written token by token", mistakes, rules=rules)
 
@@ -224,13 +226,18 @@ def causal_layer(function: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tenso
         (random(2, 4, 9, seed=17), random(9, 9, seed=18), random(9, 9, seed=19), random(9, seed=20), 3),
         (random(3, 5, 4, seed=21), random(4, 4, seed=22), random(4, 4, seed=23), random(4, seed=24), 1),
         (random(1, 5, 4, seed=25), random(4, 4, seed=26), random(4, 4, seed=27), random(4, seed=28), 4),
+        (1000 * random(2, 5, 6, seed=35), random(6, 6, seed=36), random(6, 6, seed=37), random(6, seed=38), 2),
     ]
     few = (random(2, 3, 24, seed=29), random(24, 24, seed=30), random(24, 24, seed=31), random(24, seed=32), 2)
     fused = ["*.scaled_dot_product_attention", "*.multi_head_attention_forward", "torch.nn.modules.activation.*"]
     rules = [
         no_library(few),
         never_calls(few, fused, "write the softmax yourself"),
-        also("a text may have one token, a layer one head, or as many as dimensions", *edges, oracle=_layer),
+        also(
+            "a text may have one token, or very long ones, a layer one head, or as many as dimensions",
+            *edges,
+            oracle=_layer,
+        ),
         no_loop(few, (random(6, 3, 24, seed=33), *few[1:]), "texts"),
         no_loop(few, (random(2, 9, 24, seed=34), *few[1:]), "tokens"),
         no_loop(few, (*few[:4], 8), "heads"),

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cratelab as cl
 from cratelab.checks import watching
-from cratelab.checks.grading import CheckFailed, as_tensor, call, grade, predict, random, unmended
+from cratelab.checks.grading import CheckFailed, also, as_tensor, call, grade, predict, random, unmended
 from cratelab.checks.hunting import NOT_NEGATIVE, POSITIVE, hunt, judge
 
 
@@ -88,6 +88,9 @@ def floor_and_gap(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         place = torch.cat([torch.arange(n, device="cpu") for n in lengths])
         log_q[place > 7] = torch.nan
         log_p[place == 1] = 0  # certain, and yet it counts
+        log_q[place == 2] = 0
+        if seed == 1:
+            log_q[place == 3] = -40  # a word that the model thought nearly impossible
         cases.append((log_p, log_q, document))
     # other numbers for the documents, with gaps and not rising; and a first token for which the model was not asked
     log_p, log_q, document = cases[0]
@@ -231,7 +234,22 @@ def mended_adamw(
         "t is one too large in 1 − βᵗ: the first step is t = 1": {"first": 1},
     }
     mistakes = unmended(_unrolled, BUGS) | {text: partial(_unrolled, **options) for text, options in others.items()}
-    grade(function, cases, torch_adamw, "torch.optim.AdamW", mistakes)
+    edges = [
+        (
+            random(1, seed=21),
+            random(1, 1, seed=22),
+            torch.ones(1, dtype=torch.float64, device="cpu"),
+            (0.0, 0.0),
+            0,
+            1e-3,
+        ),
+        (random(4, seed=23) - 2, random(3, 4, seed=24), cases[0][2][:3], (0.0, 0.9), 0.2, 1e-8),
+    ]
+    rules = [
+        watching.never_calls(cases[0], ["torch.optim.*"], "here the steps are yours to write"),
+        also("there may be one step or no decay, β may be 0, and weights negative", *edges, oracle=torch_adamw),
+    ]
+    grade(function, cases, torch_adamw, "torch.optim.AdamW", mistakes, rules=rules)
 
 
 def _unrolled(

@@ -127,6 +127,9 @@ WRONG_MATRICES = {
 }
 WRONG = {
     "1.A": {
+        "calls .*linalg_cholesky|calls cholesky: predict on paper": lambda r: (
+            change()(r) | {"rotated": float(torch.linalg.cholesky(torch.eye(r)).diagonal().log().sum())}
+        ),
         "change_of_rate: 2 of 4 right. Go through": at_first(change(finer=lambda r: 1.0, padded=lambda r: 0)),
         "finer, rank 3: .* there are r of them": change(finer=lambda r: log(10)),
         "the square uses up the ½": change(finer=lambda r: r * log(10) / 2),
@@ -147,6 +150,16 @@ WRONG = {
         "calls logdet: predict on paper": measured(lambda z, eps: rate(right)(z, eps)),
     },
     "1.B": {
+        "right elsewhere, but .*or some, .*or repeat": lambda z, eps: rate(right)(z.unique(dim=0), eps),
+        "right elsewhere, but .*may all be zero, or some": lambda z, eps: rate(right)(
+            z[z.any(1)] if z.any() else z, eps
+        ),
+        "right elsewhere, but .*lie on a line, or repeat": lambda z, eps: rate(right)(
+            z[:, z.any(0)] if z.any() else z, eps
+        ),
+        "but: the determinant is larger than any number": lambda z, eps: (
+            rate(right)(z, eps) + 0 * matrices(z, eps)[1].det().clamp(min=1)
+        ),
         **hunts(exposing, (torch.arange(20.0).reshape(5, 4).sin(), 0.5)),
         "the mean of the tokens is subtracted$": rate(right, centre=True),
         ": n and d are the wrong way round$": rate(lambda n, d, e: n / (d * e**2)),
@@ -155,12 +168,13 @@ WRONG = {
         "subtracted; and n and d .*; and there is ε": rate(lambda n, d, e: n / (d * e), centre=True),
         "the factor ½ is lost": rate(right, half=1),
         "is right, but calls cratelab's coding_rate": lambda z, eps: cl.coding_rate(z, eps),
-        "right elsewhere, but .* tokens may all be zero, or lie on a line, or be one, or tiny": without_tiny,
+        "right elsewhere, but .* tokens may .*, be one, or tiny": without_tiny,
         "changes its arguments in place": lambda z, eps: rate(right)(z.div_(eps), 1.0),
         "what all n tokens cost together": lambda z, eps: len(z) * rate(right)(z, eps),
         "No common mistake explains it": rate(lambda n, d, e: 1 / (n * e**2)),
     },
     "1.C": {
+        "right elsewhere, but .*or repeat": lambda z, eps: seen(z.unique(dim=0), eps),
         "half of what is right": lambda z, eps: seen(z, eps) / 2,
         "twice what is right": lambda z, eps: 2 * seen(z, eps),
         "the sign": lambda z, eps: -seen(z, eps),
@@ -175,6 +189,10 @@ WRONG = {
         "No common mistake": lambda z, eps: torch.logdet(matrices(z, eps)[1]),
     },
     "1.D": {
+        "right elsewhere, but .*or weigh nothing or little": in_place_of(
+            "weighted_matrix",
+            lambda z, w, eps: torch.eye(z.shape[1]) + z.shape[1] / eps**2 * (z.T * w.clamp(min=1e-3)) @ z,
+        ),
         **{message: in_place_of("weighted_matrix", answer) for message, answer in WRONG_MATRICES.items()},
         "the ½ of R is lost": lambda z, eps: z.shape[1] / eps**2 * leverage(z, eps),
         "B is not inverted": lambda z, eps: (

@@ -139,6 +139,9 @@ def exposing():
 
 WRONG = {
     "2.A": {
+        "calls .*cholesky.*: predict on paper": lambda: (
+            say()() | {"longer": "same" if torch.linalg.cholesky(torch.eye(2)).any() else "up"}
+        ),
         "change_of_reduction: 4 of 6 right. Go through": at_first(say(longer="up", twice="same")),
         "longer: .* grow by log 3 a direction": say(longer="up"),
         "blended: .* rates see only ZZᵀ": say(blended="down"),
@@ -152,6 +155,12 @@ WRONG = {
         "is right, but calls cratelab's .*: predict on paper": looked_up,
     },
     "2.B": {
+        "right elsewhere, but .*tokens may be zero, tiny, equal": lambda z, U, eps: rates(
+            z.unique(dim=0), U, U.shape[2] / (len(z.unique(dim=0)) * eps**2)
+        ).sum(),
+        "right elsewhere, but .*subspaces lines or equal": lambda z, U, eps: rates(
+            z, U.unique(dim=0), U.shape[2] / (len(z) * eps**2)
+        ).sum(),
         **hunts(exposing, (torch.randn(5, 4), torch.eye(4)[[0, 0]][:, :, None], 0.5)),
         "the columns of each basis in U are to be orthonormal": in_place_of(
             "exposing", lambda: [(torch.ones(3, 2), 2 * torch.eye(2)[None], 1.0)]
@@ -163,13 +172,16 @@ WRONG = {
         "one book for all coordinates together: take": lambda z, U, eps: joined(z, U, by_p(z, U, eps)),
         "one book for all coordinates together, and d": lambda z, U, eps: joined(z, U, by_d(z, U, eps)),
         "is right, but calls cratelab's subspace_rate": lambda z, U, eps: cl.subspace_rate(z, U, eps),
-        "right elsewhere, but .* tokens may be zero or tiny": lambda z, U, eps: rates(
+        "right elsewhere, but .* ε tiny or far too coarse": lambda z, U, eps: rates(
             z, U, U.shape[2] / (len(z) * max(eps, 1e-3) ** 2)
         ).sum(),
         "the factor ½ is lost": lambda z, U, eps: 2 * rates(z, U, by_p(z, U, eps)).sum(),
         r"returns the shape \(4,\)": lambda z, U, eps: rates(z, U, by_p(z, U, eps)),
     },
     "2.C": {
+        "right elsewhere, but .*: labels may have gaps or be": lambda z, group, eps: without_gaps(torch.unique)(
+            z, group.abs(), eps
+        ),
         "the weights n_j/n of the groups are missing": labelled(lambda m, n: 1 / m, lambda m, n: m),
         "inside the inverse of a part stands n_j": labelled(lambda m, n: 1 / n, lambda m, n: n),
         "the parts are added": labelled(lambda m, n: 1 / n, lambda m, n: m, sign=1.0),
@@ -189,6 +201,7 @@ WRONG = {
         "twice what is right": labelled(lambda m, n: 1 / n, lambda m, n: m, factor=2.0),
     },
     "2.D": {
+        "right elsewhere, but .*subspaces lines or equal": lambda z, U, eps: lifted(solved)(z, U.unique(dim=0), eps),
         "is right, but calls cratelab's subspace_rate_gradient": lambda z, U, eps: cl.subspace_rate_gradient(z, U, eps),
         "loops over subspaces": lifted(solved),
         "solves with a 40×40 matrix": at_once("n"),

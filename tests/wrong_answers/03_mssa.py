@@ -208,6 +208,29 @@ def exposing():
     return [(torch.randn(4, 2), torch.eye(2)[None]), (flat, plane), (torch.ones(1, 3), plane)]
 
 
+def softmax(exponents):
+    """MSSA with weights by a softmax of one's own."""
+
+    def function(z, U):
+        w = einsum(z, U, "n d, k d p -> k n p")
+        e = exponents(w @ w.mT / U.shape[2] ** 0.5).exp()
+        return einsum(e / e.sum(-1, keepdim=True) @ w, U, "k n p, k d p -> n d")
+
+    return function
+
+
+def masked_by(finite):
+    """The layer with a number added to the scores of the future."""
+
+    def function(z, projection, output, bias, n_heads):
+        w = rearrange(z @ projection.T, "b n (k p) -> b k n p", k=n_heads)
+        scores = w @ w.mT / w.shape[-1] ** 0.5
+        weights = (scores + torch.full(scores.shape[-2:], finite).triu(1)).softmax(-1)
+        return rearrange(weights @ w, "b k n p -> b n (k p)") @ output.T + bias
+
+    return function
+
+
 WRONG = {
     "3.A": {
         "exponents: 4 of 6 right. Go through": at_first(say(gram=2, softmax_centred=1)),
@@ -226,6 +249,9 @@ WRONG = {
         "is right, but calls cratelab's mssa: predict": measured,
     },
     "3.B": {
+        "mended_mssa (is right elsewhere, but|returns numbers that are not finite)": softmax(lambda s: s),
+        "not finite": softmax(lambda s: s - s.max()),
+        "right elsewhere, but .*subspaces lines, or equal": lambda z, U: attend()(z, U.unique(dim=0)),
         **hunts(exposing, (torch.arange(15.0).reshape(5, 3).sin(), torch.eye(3)[None, :, :2])),
         r"mended_mssa: softmax over queries instead of keys: what sums to 1 for each query\?$": attend(axis=-2),
         r"mended_mssa: the scale is 1/√d instead of 1/√p$": attend(width=1),
@@ -237,7 +263,9 @@ WRONG = {
         "there is no 1/√p before the softmax": attend(scale=1.0),
         "the scale is 1/p: the root is missing": lambda z, U: attend(scale=1 / U.shape[2])(z, U),
         "is right, but calls cratelab's mssa": lambda z, U: cl.mssa(z, U),
-        "right elsewhere, but .*: tokens may be zero, one, or long": lambda z, U: attend()(z.clamp(-9, 9), U),
+        "right elsewhere, but .*: tokens may be zero, one, equal, or very long": lambda z, U: attend()(
+            z.clamp(-9, 9), U
+        ),
         "the mean over the heads": attend(over_heads=torch.mean),
         r"returns the shape \(3, 7, 2\)": lambda z, U: z @ U,
     },
@@ -263,6 +291,8 @@ WRONG = {
         "twice as many tokens cost .* it compares tokens with tokens": quadratic_cost,
     },
     "3.D": {
+        "right elsewhere, but .*or very long ones": masked_by(-100.0),
+        "right elsewhere, but .*a text may have one token, or very long": masked_by(-1e4),
         "the mask leaks the future: token i": layer(lambda scores: scores.softmax(-1)),
         "the mask is the wrong way round": layer(
             lambda scores: scores.masked_fill(later(scores).mT, -math.inf).softmax(-1)

@@ -106,6 +106,22 @@ def exposing():
     return [*inputs, (-codes @ mirror, mirror, 1.0, 0.1, 3)]
 
 
+def narrowed(rounds, points):
+    """The cheapest point of a grid, in ever smaller grids around it."""
+
+    def function(x, theta, mu, cap):
+        low, high = torch.zeros_like(x), torch.full_like(x, cap)
+        for _ in range(rounds):
+            a = low[..., None] + (high - low)[..., None] * torch.linspace(0, 1, points)
+            cost = (a - x[..., None]) ** 2 / 2 + theta * a + mu * a**2 / 2
+            best = cost.argmin(-1, keepdim=True)
+            low = a.gather(-1, (best - 1).clamp(min=0))[..., 0]
+            high = a.gather(-1, (best + 1).clamp(max=points - 1))[..., 0]
+        return a.gather(-1, best)[..., 0]
+
+    return function
+
+
 WRONG = {
     "4.A": {
         "change_of_firing: 4 of 6 right. Go through": at_first(say(dearer="same", second_step="fewer")),
@@ -144,6 +160,8 @@ WRONG = {
         "only the last step has a threshold": price_at_the_end,
     },
     "4.C": {
+        "is right to .* only, as a search would be: a closed form": narrowed(3, 200),
+        "but searches: a line runs 13 times": narrowed(12, 20),
         "the threshold comes after the division": lambda x, theta, mu, cap: (x / (1 + mu) - theta).clamp(0, cap),
         "not clamped at zero": lambda x, theta, mu, cap: ((x - theta) / (1 + mu)).clamp(max=cap),
         "two-sided": lambda x, theta, mu, cap: (F.softshrink(x, theta) / (1 + mu)).clamp(-cap, cap),

@@ -216,6 +216,24 @@ def push_by(differentiate):
     return function
 
 
+def without_gradients(*case):
+    torch.set_grad_enabled(False)
+    return hooked(everywhere)(*case)
+
+
+def on_all_modules(model, tokens, layer, neuron, value):
+    site = model.blocks[layer].neurons
+    nn.modules.module.register_module_forward_hook(
+        lambda m, args, out: everywhere(out.clone(), neuron, value) if m is site else None
+    )
+    return model(tokens)
+
+
+def marked(model, *rest):
+    model.edited = True
+    return hooked(everywhere)(model, *rest)
+
+
 WRONG = {
     "5.A": {
         "CRATE: .* the head is the token embedding": count(CRATE=lambda d, h, L, v, n: v * d),
@@ -289,6 +307,12 @@ WRONG = {
         r"returns the shape \(1, 5, 32\)": lambda b, z: b.neurons(b.ista.encode(b.ista_norm(z))),
     },
     "5.D": {
+        "leaves torch changed: whether gradients are kept": without_gradients,
+        "leaves torch changed: .* or hooks on all modules": on_all_modules,
+        "with_neuron leaves the model changed: take hooks and settings": marked,
+        "No common mistake .*|set only where|differs from": lambda model, tokens, layer, neuron, value: (
+            hooked(everywhere)(model, tokens, layer, neuron, value) if value else model(tokens)
+        ),
         "nothing has changed": lambda model, tokens, *_: model(tokens),
         "it should take its place": hooked(added),
         "it should be the value": hooked(scaled),
@@ -308,6 +332,7 @@ WRONG = {
         "No common mistake": hooked(lambda codes, i, value: everywhere(codes, i + 1, value)),
     },
     "5.E": {
+        "right elsewhere, but .*norm_eps tiny": lambda x, atom, w, E, e: logits_along()(x, atom, w, E, max(e, 1e-5)),
         "the atom's product with the embeddings": lambda x, atom, w, E, e: (E @ atom).expand(len(x), -1),
         "the atom's mean is not taken off": logits_along(centre=False),
         "is right, but uses automatic differentiation": push_by(

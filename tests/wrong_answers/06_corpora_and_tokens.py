@@ -245,6 +245,12 @@ def next_free(ids, word, v):
 
 WRONG = {
     "6.A": {
+        "right elsewhere, but .*a document may be empty": lambda nats, texts: (
+            total([x for x, text in zip(nats, texts, strict=True) if text]) / n_bytes(texts)
+        ),
+        "right elsewhere, but .*its end is paid for": lambda nats, texts: (
+            total(nats) / sum(max(len(text.encode("utf8")), 1) for text in texts)
+        ),
         "these are nats a token": lambda nats, texts: torch.cat(nats).mean(),
         "characters, not bytes": lambda nats, texts: total(nats) / sum(map(len, texts)),
         "each document has the same weight": by_document,
@@ -291,6 +297,13 @@ WRONG = {
         ),
     },
     "6.C": {
+        "a choice may be impossible from the start": lambda log_prior, log_given: predicted()(
+            log_prior.clamp(min=-20), log_given
+        ),
+        r"returns the shape \(\).*a text may have one token": lambda *case: predicted()(*case).squeeze(),
+        "there may be one choice": lambda log_prior, log_given: (
+            predicted()(log_prior, log_given) * (len(log_prior) > 1)
+        ),
         "stay those of the prior": predicted(log_weight=torch.zeros_like),
         "has a say in the weights": predicted(late=1),
         "the prior is missing: before": predicted(prior=False),
@@ -308,6 +321,7 @@ WRONG = {
         "the others' weights, divided by their sum, had become 0": weights_that_underflow,
     },
     "6.D": {
+        "should become|belong to another": lambda ids, word, v: bpe()(ids, word % 1000, v),
         "counted and merged across words": bpe(count_cut=False, merge_cut=False),
         "pairs are counted across words": bpe(count_cut=False),
         "merged across words, too": bpe(merge_cut=False),

@@ -128,6 +128,16 @@ def exposing():
     return [*inputs, (w, step, [0.01], betas, 0.0, 0.1)]
 
 
+def by_torch(w, gradients, rates, betas, decay, eps):
+    parameter = torch.nn.Parameter(w.clone())
+    optimizer = torch.optim.AdamW([parameter], betas=betas, weight_decay=decay, eps=eps)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = float(rate)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
 WRONG = {
     "7.A": {
         "the warm-up's first step has the rate": off(lambda s, w, top, low: -top),
@@ -147,6 +157,8 @@ WRONG = {
         "makes a list of the rates: a closed form": lambda *recipe: float(by_tensor(*recipe, of=np)),
     },
     "7.B": {
+        "differs from a walk .*": lambda p, q, document: scored()(p, q.masked_fill(q == 0, math.nan), document),
+        "differs from a walk": lambda p, q, document: scored()(p, q.masked_fill(q < -6, math.nan), document),
         "the first token of each document is counted": scored(firsts=True),
         "the floor is over all tokens, the gap over some": scored(floor=lambda p, q, c: -p.mean()),
         "for which the model was not asked": lambda p, q, document: torch.stack(
@@ -175,6 +187,16 @@ WRONG = {
         "returns NaN": lambda p, q, document: torch.stack([-p.mean(), (p - q).mean()]),
     },
     "7.C": {
+        "is right, but calls .*: here the steps are yours to write": by_torch,
+        "right elsewhere, but .*may be one step or no decay": lambda w, g, r, betas, decay, eps: adamw()(
+            w, g, r, betas, decay or 0.01, eps
+        ),
+        "right elsewhere, but .*β may be 0": lambda w, g, r, betas, *rest: adamw()(
+            w, g, r, tuple(beta or 0.9 for beta in betas), *rest
+        ),
+        "right elsewhere, but .*and weights negative": lambda w, *rest: torch.where(
+            w > 0, adamw()(w, *rest), adamw()(w, *rest[:3], 0, rest[4])
+        ),
         **hunts(exposing, (torch.ones(2), torch.ones(3, 2), [0.1] * 3, (0.9, 0.95), 0.1, 0.1)),
         ": the averages are divided by 1 − β at every step, which is right for the first alone$": adamw(once),
         ": the decay is still a part of the gradient, and divided by its size$": adamw(coupled=True),
