@@ -986,3 +986,20 @@ def test_export_refuses_before_it_loads_anything(run, copy, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "transformers", None)
     fails(["export", str(run), *to], "pip install 'cratelab[transformers]'")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["interpret", "layerwise"])
+def test_results_replace_nothing_but_their_like(command, copy):
+    before = (copy / "run.json").read_bytes()
+    options = [command, str(copy), "--n-tokens", "500", "--out"]
+    fails([*options, str(copy / "run.json")], "run.json is there and holds something else than such results")
+    fails([*options, str(copy / "model")], "--out must be a file to write")
+    assert (copy / "run.json").read_bytes() == before
+    for _ in range(2):
+        main([*options, str(copy / "x.passes")])  # as nearly as what a killed pass leaves is called
+    assert json.loads((copy / "x.passes").read_text())["provenance"]
+
+
+def test_layerwise_reads_no_more_tokens_than_it_is_told(copy, capsys):
+    main(["layerwise", str(copy), "--n-tokens", "10"])
+    assert "1 windows of 10 tokens" in capsys.readouterr().out

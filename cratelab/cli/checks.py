@@ -38,6 +38,15 @@ def check_writable(option: str, file: Path) -> None:
         raise OSError(f"{option}: nothing can be written into {folder}: {error}") from error
 
 
+def check_results(file: Path, key: str) -> None:
+    """Raises OSError or ValueError unless results, which hold `key`, can be written to `file`: anew, or over others."""
+    if file.is_dir():
+        raise IsADirectoryError(f"--out must be a file to write; {file} is a folder")
+    if file.is_file() and key not in read_json(file):
+        raise ValueError(f"--out: {file} is there and holds something else than such results: choose another name")
+    check_writable("--out", file)
+
+
 def fits(value: object, hint: object) -> bool:
     """Whether a value from JSON is of the type that an option has."""
     if get_origin(hint) is Literal:
