@@ -1001,5 +1001,5 @@ def test_results_replace_nothing_but_their_like(command, copy):
 
 
 def test_layerwise_reads_no_more_tokens_than_it_is_told(copy, capsys):
-    main(["layerwise", str(copy), "--n-tokens", "10"])
+    main(["layerwise", str(copy), "--n-tokens", "10", "--out", str(copy / "new folder" / "rates.json")])
     assert "1 windows of 10 tokens" in capsys.readouterr().out

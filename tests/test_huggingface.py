@@ -510,6 +510,13 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(ours, tmp
         cl.to_huggingface(ours, tmp_path / "kept")
     with pytest.raises(TypeError, match="only Crate and Gpt2 have a form in transformers; got Other"):
         cl.to_huggingface(Other(), tmp_path / "new")
+
+    class Double(cl.Crate):
+        def forward(self, *arguments, **options):
+            return 2 * super().forward(*arguments, **options)
+
+    with pytest.raises(TypeError, match="only Crate and Gpt2 have a form in transformers; got Double"):
+        cl.to_huggingface(Double(ours.config), tmp_path / "new")
     with pytest.raises(TypeError, match="no tokenizer that can be exported: str"):
         cl.to_huggingface(ours, tmp_path / "new", "gpt2")
     with pytest.raises(ValueError, match="the tokenizer has token 4095, and the model knows 256 tokens"):
@@ -581,3 +588,12 @@ def test_where_an_export_may_go(tmp_path, monkeypatch):
         assert load(tmp_path / "disk").config.width == model.config.width
         shutil.rmtree(tmp_path / "disk")
         (tmp_path / "disk").mkdir()
+
+
+def test_weights_in_several_files_and_other_models_are_refused_by_name(exported, tmp_path):
+    load(exported).save_pretrained(tmp_path / "parts", max_shard_size="500KB")
+    with pytest.raises(ValueError, match="in several files, and one is read: .* max_shard_size"):
+        cl.load(tmp_path / "parts")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="names the model 'llama'; known are"):
+        cl.load(tmp_path)

@@ -61,6 +61,7 @@ def run(options: Layerwise) -> None:
     )
     facts = provenance(corpus=text.facts(), options={name: _plain(value) for name, value in asdict(options).items()})
     columns = {name: values.tolist() for name, values in found.items()}
+    _out(options).parent.mkdir(parents=True, exist_ok=True)
     write_json(_out(options), {"provenance": facts, "eps": eps.tolist(), "layers": columns})
     say(f"{_out(options)} has all of it")
 

@@ -90,12 +90,12 @@ def check_new(folder: Path) -> None:
 def _as_theirs(model: LanguageModel, special: dict[str, int | None]) -> "PreTrainedModel":
     """The class of `transformers` with the configuration and weights of the model, in its precision."""
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if isinstance(model, Crate):
+    if type(model) is Crate:  # a subclass may compute something else
         from cratelab.huggingface.modeling_crate import CrateConfig, CrateForCausalLM
 
         kind, config = CrateForCausalLM, CrateConfig(**asdict(model.config), **special)
         config.auto_map = {auto: f"{_MODELING.split('.')[-1]}.{name}" for auto, name in _AUTO_CLASSES.items()}
-    elif isinstance(model, Gpt2):
+    elif type(model) is Gpt2:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         kind, config = GPT2LMHeadModel, GPT2Config(**model.huggingface_config(), **special)
