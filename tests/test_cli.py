@@ -444,9 +444,10 @@ def test_what_is_work_for_one_process_is_refused_to_several_and_errors_have_thei
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, name in ("0", "cratelab"), ("1", "cratelab, process 1"):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as stopped:
-            main(["reproduce", "rates"])
-        assert stopped.value.code.startswith(f"{name}: reproduce is work for one process")
+        for command in ["reproduce", "rates"], ["export", "run", "--to", "out"]:
+            with pytest.raises(SystemExit) as stopped:
+                main(command)
+            assert stopped.value.code.startswith(f"{name}: {command[0]} is work for one process")
         main(["train", "--dry-run"])
         assert bool(capsys.readouterr().out) == (rank == "0")
 

@@ -592,7 +592,7 @@ def test_where_an_export_may_go(tmp_path, monkeypatch):
 
 def test_weights_in_several_files_and_other_models_are_refused_by_name(exported, tmp_path):
     load(exported).save_pretrained(tmp_path / "parts", max_shard_size="500KB")
-    with pytest.raises(ValueError, match="in several files, and one is read: .* max_shard_size"):
+    with pytest.raises(ValueError, match=r"in several files, and one is read: .* max_shard_size"):
         cl.load(tmp_path / "parts")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="names the model 'llama'; known are"):

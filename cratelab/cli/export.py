@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cratelab.cli.checks import check_folder, model_folder
+from cratelab.cli.checks import check_alone, check_folder, model_folder
 from cratelab.cli.options import Export
 from cratelab.cli.runs import load_model
 from cratelab.corpora import tokenizers
@@ -16,6 +16,7 @@ from cratelab.terminal import say
 
 
 def check(options: Export) -> None:
+    check_alone("export")
     check_new(options.to)
     check_folder("--to", options.to)
     model_folder(options.model)
