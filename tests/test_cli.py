@@ -1004,3 +1004,12 @@ def test_results_replace_nothing_but_their_like(command, copy):
 def test_layerwise_reads_no_more_tokens_than_it_is_told(copy, capsys):
     main(["layerwise", str(copy), "--n-tokens", "10", "--out", str(copy / "new folder" / "rates.json")])
     assert "1 windows of 10 tokens" in capsys.readouterr().out
+
+
+def test_export_of_a_run_takes_no_other_tokens_and_survives_an_odd_run_json(copy, tmp_path):
+    save(byte_encoding(), tmp_path / "bytes.json")
+    options = ["export", str(copy), "--to", str(tmp_path / "out")]
+    fails([*options, "--tokenizer", str(tmp_path / "bytes.json")], "was trained on other tokens (words, ")
+    (copy / "run.json").write_text('{"command": 5, "tokenizer": [], "provenance": null}')
+    main(options)
+    assert "Text: `unknown`" in (tmp_path / "out/README.md").read_text()
