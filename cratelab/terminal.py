@@ -9,7 +9,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import TextIO
 
 # for terminals that do not know them
-# for terminals that do not know them
 PLAIN = str.maketrans({"±": "+-", "×": "x", "•": "*", "…": "...", "→": "->", "ε": "eps"})
 
 

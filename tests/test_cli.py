@@ -444,9 +444,10 @@ def test_what_is_work_for_one_process_is_refused_to_several_and_errors_have_thei
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, name in ("0", "cratelab"), ("1", "cratelab, process 1"):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as stopped:
-            main(["reproduce", "rates"])
-        assert stopped.value.code.startswith(f"{name}: reproduce is work for one process")
+        for command in ["reproduce", "rates"], ["export", "run", "--to", "out"]:
+            with pytest.raises(SystemExit) as stopped:
+                main(command)
+            assert stopped.value.code.startswith(f"{name}: {command[0]} is work for one process")
         main(["train", "--dry-run"])
         assert bool(capsys.readouterr().out) == (rank == "0")
 
@@ -986,3 +987,29 @@ def test_export_refuses_before_it_loads_anything(run, copy, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "transformers", None)
     fails(["export", str(run), *to], "pip install 'cratelab[transformers]'")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["interpret", "layerwise"])
+def test_results_replace_nothing_but_their_like(command, copy):
+    before = (copy / "run.json").read_bytes()
+    options = [command, str(copy), "--n-tokens", "500", "--out"]
+    fails([*options, str(copy / "run.json")], "run.json is there and holds something else than such results")
+    fails([*options, str(copy / "model")], "--out must be a file to write")
+    assert (copy / "run.json").read_bytes() == before
+    for _ in range(2):
+        main([*options, str(copy / "x.passes")])  # as nearly as what a killed pass leaves is called
+    assert json.loads((copy / "x.passes").read_text())["provenance"]
+
+
+def test_layerwise_reads_no_more_tokens_than_it_is_told(copy, capsys):
+    main(["layerwise", str(copy), "--n-tokens", "10", "--out", str(copy / "new folder" / "rates.json")])
+    assert "1 windows of 10 tokens" in capsys.readouterr().out
+
+
+def test_export_of_a_run_takes_no_other_tokens_and_survives_an_odd_run_json(copy, tmp_path):
+    save(byte_encoding(), tmp_path / "bytes.json")
+    options = ["export", str(copy), "--to", str(tmp_path / "out")]
+    fails([*options, "--tokenizer", str(tmp_path / "bytes.json")], "was trained on other tokens (words, ")
+    (copy / "run.json").write_text('{"command": 5, "tokenizer": [], "provenance": null}')
+    main(options)
+    assert "Text: `unknown`" in (tmp_path / "out/README.md").read_text()

@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 from accelerate import FullyShardedDataParallelPlugin
@@ -509,9 +510,16 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(ours, tmp
         cl.to_huggingface(ours, tmp_path / "kept")
     with pytest.raises(TypeError, match="only Crate and Gpt2 have a form in transformers; got Other"):
         cl.to_huggingface(Other(), tmp_path / "new")
+
+    class Double(cl.Crate):
+        def forward(self, *arguments, **options):
+            return 2 * super().forward(*arguments, **options)
+
+    with pytest.raises(TypeError, match="only Crate and Gpt2 have a form in transformers; got Double"):
+        cl.to_huggingface(Double(ours.config), tmp_path / "new")
     with pytest.raises(TypeError, match="no tokenizer that can be exported: str"):
         cl.to_huggingface(ours, tmp_path / "new", "gpt2")
-    with pytest.raises(ValueError, match="the tokenizer has 4096 tokens, more than the model's 256"):
+    with pytest.raises(ValueError, match="the tokenizer has token 4095, and the model knows 256 tokens"):
         cl.to_huggingface(small(), tmp_path / "new", load_reference_tokenizer())
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'cratelab\[transformers\]'"):
@@ -556,3 +564,36 @@ def test_ids_that_no_text_becomes_are_not_generated(tmp_path):
         assert generated.max() < 257
     expected = model.generate(tokens, 10, temperature=0, n_vocab=257, stop=256)
     assert torch.equal(theirs.generate(tokens, max_new_tokens=10, do_sample=False), expected)
+
+
+def test_tokens_may_have_gaps(tmp_path):
+    ranks, end = {bytes([value]): value for value in range(256)}, {"<|endoftext|>": 270}
+    tokenizer = tiktoken.Encoding("gaps", pat_str=r"\s+|\S+", mergeable_ranks=ranks, special_tokens=end)
+    cl.to_huggingface(small(vocab_size=272), tmp_path / "gaps", tokenizer)
+    assert load(tmp_path / "gaps").generation_config.suppress_tokens == [*range(256, 270), 271]
+    with pytest.raises(ValueError, match="the tokenizer has token 270, and the model knows 260 tokens"):
+        cl.to_huggingface(small(vocab_size=260), tmp_path / "small", tokenizer)
+
+
+def test_where_an_export_may_go(tmp_path, monkeypatch):
+    model, here = small(), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for name in ".", "new/..":
+        with pytest.raises(ValueError, match="is the current folder, which cannot be replaced: choose another"):
+            cl.to_huggingface(model, name)
+    (here / "link").symlink_to(tmp_path / "disk", target_is_directory=True)
+    for _ in range(2):  # to nothing yet, to an empty folder
+        cl.to_huggingface(model, "link")
+        assert load(tmp_path / "disk").config.width == model.config.width
+        shutil.rmtree(tmp_path / "disk")
+        (tmp_path / "disk").mkdir()
+
+
+def test_weights_in_several_files_and_other_models_are_refused_by_name(exported, tmp_path):
+    load(exported).save_pretrained(tmp_path / "parts", max_shard_size="500KB")
+    with pytest.raises(ValueError, match=r"in several files, and one is read: .* max_shard_size"):
+        cl.load(tmp_path / "parts")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="names the model 'llama'; known are"):
+        cl.load(tmp_path)

@@ -111,3 +111,24 @@ def test_a_library_tokenizer_without_an_end_of_text_has_none():
     library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     theirs = to_transformers(library, 8)
     assert theirs.eos_token_id is None and theirs("ab").input_ids == [0, 1]
+
+
+def bytes_and(tokens=(), pattern=r"[\s\S]", **special):
+    ranks = {bytes([value]): value for value in range(256)} | {token: 256 + i for i, token in enumerate(tokens)}
+    return tiktoken.Encoding("odd", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def test_a_dollar_sign_in_a_pattern_is_itself():
+    ours = bytes_and([b"$5", b"a$"], r"[^$]+|\$")
+    assert to_transformers(ours, 64)("a$5").input_ids == ours.encode_ordinary("a$5") == list(b"a$5")
+
+
+def test_a_pattern_that_the_library_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="does not know the pattern of 'odd'"):
+        to_transformers(bytes_and(pattern="(?s:.)"), 64)
+
+
+def test_an_encoding_without_an_end_of_text_has_none():
+    theirs = to_transformers(bytes_and(), 8)
+    assert theirs.eos_token_id is None and theirs("ab").input_ids == [97, 98]
+    assert to_transformers(bytes_and(**{"<|stop|>": 256}), 8).eos_token_id is None

@@ -485,6 +485,10 @@ def test_a_topk_that_ranks_by_the_decoders_lengths_does_the_same_here(tmp_path):
     again = Sae.load(tmp_path)
     torch.testing.assert_close(again.encode(x), expected)
     torch.testing.assert_close(again(x), (expected / lengths) @ sae.W_dec + sae.b_dec)
+    sae.W_dec.data[7] = 0  # a feature that says nothing
+    sae.save(tmp_path)
+    rewrite(tmp_path, rescale_acts_by_decoder_norm=True)
+    assert not Sae.load(tmp_path).encode(x)[:, 7].any()
 
 
 def test_a_topk_whose_file_names_two_numbers_is_refused(tmp_path):

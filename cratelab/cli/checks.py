@@ -1,5 +1,6 @@
 """What the command line checks before any work: folders, and what an earlier command has left."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -36,6 +37,21 @@ def check_writable(option: str, file: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"{option}: nothing can be written into {folder}: {error}") from error
+
+
+def check_alone(command: str) -> None:
+    """Raises ValueError if the command, which is work for one process, was started in several."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(f"{command} is work for one process: start it without torchrun and accelerate launch")
+
+
+def check_results(file: Path, key: str) -> None:
+    """Raises OSError or ValueError unless results, which hold `key`, can be written to `file`: anew, or over others."""
+    if file.is_dir():
+        raise IsADirectoryError(f"--out must be a file to write; {file} is a folder")
+    if file.is_file() and key not in read_json(file):
+        raise ValueError(f"--out: {file} is there and holds something else than such results: choose another name")
+    check_writable("--out", file)
 
 
 def fits(value: object, hint: object) -> bool:

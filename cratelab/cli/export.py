@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from cratelab.cli.checks import check_folder, model_folder
+from cratelab.cli.checks import check_alone, check_folder, model_folder
 from cratelab.cli.options import Export
 from cratelab.cli.runs import load_model
 from cratelab.corpora import tokenizers
+from cratelab.corpora.token_store import tokenizer_facts
 from cratelab.extras import require
 from cratelab.huggingface import to_huggingface
 from cratelab.huggingface.card import model_card
@@ -16,6 +17,7 @@ from cratelab.terminal import say
 
 
 def check(options: Export) -> None:
+    check_alone("export")
     check_new(options.to)
     check_folder("--to", options.to)
     model_folder(options.model)
@@ -28,6 +30,12 @@ def run(options: Export) -> None:
     tokenizer = _tokenizer(options.tokenizer or str(run_dir / "tokenizer.json"))
     model = load_model(place)
     run = read_json(run_dir / "run.json") if place == run_dir / "model" else {}
+    theirs, ours = run.get("tokenizer"), tokenizer_facts(tokenizer)
+    if isinstance(theirs, dict) and theirs.get("sha256", ours["sha256"]) != ours["sha256"]:
+        raise ValueError(
+            f"the model in {place} was trained on other tokens ({theirs.get('name')}, {theirs.get('n_vocab')}) than "
+            f"--tokenizer makes ({ours['name']}, {ours['n_vocab']}): leave it out to take the run's own"
+        )
     losses = [row["validation_loss"] for row in read_metrics(run_dir) if run and "validation_loss" in row]
     card = model_card(model, options.to.resolve().name, run, losses[-1] if losses else None)
     to_huggingface(model, options.to, tokenizer, card)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cratelab.cli.checks import check_different, check_writable, model_folder
+from cratelab.cli.checks import check_different, check_results, check_writable, model_folder
 from cratelab.cli.options import Interpret, dashed
 from cratelab.cli.runs import load_run
 from cratelab.cli.shared import defined
@@ -28,7 +28,7 @@ from cratelab.interpret.scores import split
 from cratelab.language_model import LanguageModel
 from cratelab.models import untrained
 from cratelab.provenance import provenance
-from cratelab.storage import read_json, write_json
+from cratelab.storage import write_json
 from cratelab.terminal import say
 
 ASKED = "language-model"
@@ -38,12 +38,7 @@ def check(options: Interpret) -> None:
     check_different("--protocols", options.protocols)
     check_different("--explainer", options.explainer)
     model_folder(options.model)
-    out = _out(options)
-    if out.is_dir():
-        raise IsADirectoryError(f"--out must be a file to write; {out} is a folder")
-    if options.out and out.is_file() and "rows" not in read_json(out):
-        raise ValueError(f"--out: {out} is there and holds something else than scores: choose another name")
-    check_writable("--out", out)
+    check_results(_out(options), "rows")
     _check_asking(options)
 
 
@@ -133,7 +128,7 @@ def _out(options: Interpret) -> Path:
 
 
 def _passes(options: Interpret) -> Path:
-    return _out(options).with_suffix(".passes")
+    return _out(options).with_name(f"{_out(options).name}.passes")
 
 
 def _cache(options: Interpret) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cratelab.cli.checks import check_writable, model_folder
+from cratelab.cli.checks import check_results, model_folder
 from cratelab.cli.options import Layerwise
 from cratelab.cli.runs import load_run
 from cratelab.cli.shared import defined
@@ -26,7 +26,7 @@ def check(options: Layerwise) -> None:
     model_folder(options.model)
     if not 1e-6 <= options.eps <= 1:
         raise ValueError(f"--eps must be at least 1e-6 and at most 1, a share of a token's length; got {options.eps}")
-    check_writable("--out", _out(options))
+    check_results(_out(options), "eps")
 
 
 def run(options: Layerwise) -> None:
@@ -34,7 +34,7 @@ def run(options: Layerwise) -> None:
         return  # a few thousand tokens are work for one
     model, corpus = load_run(options)
     text = corpus.validation
-    length = min(model.config.context, len(text))
+    length = min(model.config.context, len(text), options.n_tokens)
     if not length:
         raise ValueError("the corpus has no validation text: give a longer --corpus")
     n_windows = max(1, min(options.n_tokens, len(text)) // length)
@@ -61,6 +61,7 @@ def run(options: Layerwise) -> None:
     )
     facts = provenance(corpus=text.facts(), options={name: _plain(value) for name, value in asdict(options).items()})
     columns = {name: values.tolist() for name, values in found.items()}
+    _out(options).parent.mkdir(parents=True, exist_ok=True)
     write_json(_out(options), {"provenance": facts, "eps": eps.tolist(), "layers": columns})
     say(f"{_out(options)} has all of it")
 

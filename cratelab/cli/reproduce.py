@@ -1,9 +1,8 @@
 """`cratelab reproduce`: what the package carries, made again."""
 
-import os
 from pathlib import Path
 
-from cratelab.cli.checks import check_folder
+from cratelab.cli.checks import check_alone, check_folder
 from cratelab.cli.options import MOST, Reproduce, dashed
 from cratelab.cli.shared import print_table, report, use_one_thread
 from cratelab.experiments.chapter_9 import reproduce_chapter_9
@@ -15,8 +14,7 @@ from cratelab.terminal import say
 def check(options: Reproduce) -> None:
     if options.steps is not None and not 1 <= options.steps <= MOST:
         raise ValueError(f"--steps must be at least 1 and at most {MOST}; got {options.steps}")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("reproduce is work for one process: start it without torchrun and accelerate launch")
+    check_alone("reproduce")
     if options.what != "reference" and options.text:
         raise ValueError(f"--text is for reference: {options.what} reads TinyWorld")
     if options.out:

@@ -67,7 +67,7 @@ def model_card(model: LanguageModel, name: str, run: dict, validation_loss: floa
 
 
 def _made(run: dict, validation_loss: float | None) -> str:
-    command = run.get("command") or {}
+    command = run.get("command") if isinstance(run.get("command"), dict) else {}
     loss = "unknown" if validation_loss is None else f"{validation_loss:.3f} nats a token"
     kept = {part: run.get(part) for part in ("recipe", "tokenizer", "training", "validation", "provenance")}
     return (

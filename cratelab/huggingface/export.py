@@ -42,7 +42,7 @@ def to_huggingface(
     and finds the neurons of layer i at `model.blocks.i.neurons`. GPT-2 becomes `transformers`' own, without code: its
     biases are 0 where this one has none, so both compute the same function. `cratelab.load` reads either back.
 
-    A vocabulary is often padded beyond the tokenizer's; generation_config.json suppresses the tokens beyond it.
+    A vocabulary is often padded beyond the tokenizer's; generation_config.json suppresses what no text becomes.
 
     Args:
         model: a `Crate` or a `Gpt2`, written in the precision that it is in.
@@ -55,17 +55,18 @@ def to_huggingface(
     Raises:
         ImportError: `transformers` is not installed.
         TypeError: the model or the tokenizer is of another kind.
-        ValueError: `folder` is not empty, the tokenizer has more tokens than the model, or this GPT-2 has a `span` or
-            `top_k`, which `transformers`' has not.
+        ValueError: `folder` is not empty, or the current one; the tokenizer has tokens that the model does not know, or
+            the library `tokenizers` cannot do as it does; or this GPT-2 has a `span` or `top_k`, which `transformers`'
+            has not.
         OSError: it cannot be written.
     """
     require("transformers", "transformers")
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # of a link, what it points to
     check_new(folder)
     fast = None if tokenizer is None else to_transformers(tokenizer, model.config.context)
     theirs = _as_theirs(model, {role: getattr(fast, role, None) for role in _ROLES})
     if fast is not None:
-        _suppress_what_no_text_becomes(theirs, len(fast))
+        _suppress_what_no_text_becomes(theirs, set(fast.get_vocab().values()))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as part:
         theirs.save_pretrained(part)
@@ -73,26 +74,28 @@ def to_huggingface(
             fast.save_pretrained(part)
         for name, source in (_code() if isinstance(model, Crate) else {}).items():
             write_text(part / name, source)
-        write_text(part / "README.md", card or model_card(model, folder.resolve().name, {}))
+        write_text(part / "README.md", card or model_card(model, folder.name, {}))
         if folder.is_dir():
             folder.rmdir()  # it is empty; not every system replaces a folder by another
 
 
 def check_new(folder: Path) -> None:
-    """Raises ValueError unless the folder is empty or not there."""
+    """Raises ValueError unless the folder is empty or not there, and another than the one that commands run in."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: choose another")
+    if folder.exists() and folder.samefile(Path()):
+        raise ValueError(f"{folder} is the current folder, which cannot be replaced: choose another")
 
 
 def _as_theirs(model: LanguageModel, special: dict[str, int | None]) -> "PreTrainedModel":
     """The class of `transformers` with the configuration and weights of the model, in its precision."""
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if isinstance(model, Crate):
+    if type(model) is Crate:  # a subclass may compute something else
         from cratelab.huggingface.modeling_crate import CrateConfig, CrateForCausalLM
 
         kind, config = CrateForCausalLM, CrateConfig(**asdict(model.config), **special)
         config.auto_map = {auto: f"{_MODELING.split('.')[-1]}.{name}" for auto, name in _AUTO_CLASSES.items()}
-    elif isinstance(model, Gpt2):
+    elif type(model) is Gpt2:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         kind, config = GPT2LMHeadModel, GPT2Config(**model.huggingface_config(), **special)
@@ -105,12 +108,12 @@ def _as_theirs(model: LanguageModel, special: dict[str, int | None]) -> "PreTrai
     return theirs
 
 
-def _suppress_what_no_text_becomes(theirs: "PreTrainedModel", n_vocab: int) -> None:
-    beyond = list(range(n_vocab, theirs.config.vocab_size))
-    if n_vocab > theirs.config.vocab_size:
-        raise ValueError(f"the tokenizer has {n_vocab} tokens, more than the model's {theirs.config.vocab_size}")
-    if beyond:
-        theirs.generation_config.suppress_tokens = beyond
+def _suppress_what_no_text_becomes(theirs: "PreTrainedModel", tokens: set[int]) -> None:
+    known = set(range(theirs.config.vocab_size))
+    if beyond := tokens - known:
+        raise ValueError(f"the tokenizer has token {max(beyond)}, and the model knows {len(known)} tokens, from 0 on")
+    if known - tokens:
+        theirs.generation_config.suppress_tokens = sorted(known - tokens)
 
 
 def _code() -> dict[str, str]:

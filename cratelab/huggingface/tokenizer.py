@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ODD_TEXT = (
     "Don't  STOP\u2019s we\u2019ll 1999,5 \t\n\n  x\r\n\u00a0\u2003 naïve ñ 漢字、テスト。 Ελλάδα العربية עברית "
-    "👩\u200d👩\u200d👧 e\u0301 \x00\x7f\ufeff \u2028 ---!!!  aaaaaaaaaaa 00000000  def f(self):\n        pass   "
+    "👩\u200d👩\u200d👧 e\u0301 \x00\x7f\ufeff \u2028 a$5 ---!!!  aaaaaaaaaaa 00000000  def f(self):\n        pass   "
 )
 
 
@@ -45,7 +45,7 @@ def to_transformers(
     elif isinstance(tokenizer, WordEncoding):
         fast, end = _words(tokenizer), tokenizer.vocabulary[tokenizer.eot_token]
     elif hasattr(tokenizer, "_mergeable_ranks"):
-        fast, end = _byte_level(tokenizer), tokenizer.decode([tokenizer.eot_token])
+        fast, end = _byte_level(tokenizer), END_OF_TEXT if END_OF_TEXT in tokenizer._special_tokens else None
     else:
         raise TypeError(
             f"no tokenizer that can be exported: {type(tokenizer).__name__}; give one of cratelab.corpora.tokenizers, "
@@ -78,7 +78,13 @@ def _byte_level(encoding: "tiktoken.Encoding") -> "tokenizers.Tokenizer":
     vocabulary = {name(token): rank for token, rank in ranks.items()} | encoding._special_tokens
     merges = [tuple(map(name, _parents(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
     fast = library.Tokenizer(library.models.BPE(vocabulary, merges))
-    fast.pre_tokenizer = _pre_tokenizer(encoding._pat_str)
+    try:
+        fast.pre_tokenizer = _pre_tokenizer(encoding._pat_str)
+    except Exception as error:  # which is all that the library says it is
+        raise ValueError(
+            f"the library tokenizers does not know the pattern of {encoding.name!r}, {encoding._pat_str!r}: {error}; "
+            "give a tokenizers.Tokenizer"
+        ) from error
     fast.decoder = library.decoders.ByteLevel()
     fast.add_special_tokens(list(encoding._special_tokens))
     for text in (ODD_TEXT, ODD_TEXT.strip()):
@@ -105,6 +111,7 @@ def _parents(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 def _pre_tokenizer(pattern: str) -> "tokenizers.pre_tokenizers.PreTokenizer":
     library = require("tokenizers").pre_tokenizers
     # There "$" is the end of a line, and "{1,3}+" is not possessive, but as many times one to three as there are.
-    theirs = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern.replace("$", r"\z"))
+    ends = re.sub(r"\\.|\[(?:\\.|[^\]])+\]|\$", lambda found: r"\z" if found[0] == "$" else found[0], pattern)
+    theirs = re.sub(r"(\{\d+,\d+\})\+", r"\1", ends)
     split = library.Split(require("tokenizers").Regex(theirs), "isolated")
     return library.Sequence([split, library.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -180,7 +180,7 @@ def collect_records(
             without regard to documents.
         n_tokens: read this many tokens at most.
         batch: pieces at a time.
-        folder: where each process keeps what it knows, on a disk that all see; weights, text and arguments tell one
+        folder: where each process keeps what it knows, on a disk that all see; model, text and arguments tell one
             pass there from another, but what is hooked or spliced into a model does not. `forget` of
             `cratelab.interpret.running_records` empties it. Without one, every process reads all of the text.
 
@@ -211,7 +211,8 @@ def collect_records(
     if folder:
         made_from = dict(window=window, n_top=n_top, n_random=n_random, n_active=n_active, seed=seed, n_tokens=total)
         made_from |= dict(as_published=as_published, batch=batch, ahead=AHEAD, text=corpus.facts())
-        reading = SharedPass(make, folder, made_from | {"model": digest_of_tensors(model.state_dict())})
+        made_from |= dict(model=[type(model).__name__, repr(model.config), digest_of_tensors(model.state_dict())])
+        reading = SharedPass(make, folder, made_from)
     running, wanted = reading.resume(), reading.wanted
     with tqdm(total=total, initial=reading.n_tokens, unit="token", unit_scale=True, disable=reading.quiet) as bar:
         for text, neurons in watch_neurons(model, corpus, batch, window, not as_published, total, AHEAD, wanted):

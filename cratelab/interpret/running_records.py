@@ -192,6 +192,7 @@ class SharedPass(Pass):
         return running
 
     def _write(self, running: RunningRecords) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)  # another that has ended may have removed it
         write_tensors(self.file, running.state_dict())
         self.last = time.monotonic()
 

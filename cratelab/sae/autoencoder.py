@@ -94,7 +94,8 @@ class Sae(nn.Module):
         if not cfg.get("apply_b_dec_to_input", True):
             weights["b_enc"] += weights["b_dec"] @ weights["W_enc"]  # what we subtract is added beforehand
         if cfg.get("rescale_acts_by_decoder_norm"):
-            lengths = weights["W_dec"].norm(dim=1)  # SAELens ranks features, and gives them out, times these
+            # SAELens ranks features, and gives them out, times these; one of length 0 says nothing in any case
+            lengths = weights["W_dec"].norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
             weights["W_enc"] *= lengths
             weights["b_enc"] *= lengths
             weights["W_dec"] /= lengths[:, None]

@@ -153,3 +153,25 @@ def test_tokens_that_are_missing_or_read_twice_are_noticed(alone, tmp_path, monk
     shutil.copy(file, file.with_name("process-1.safetensors"))
     with pytest.raises(ValueError, match="have read 1800 tokens together and not 900"):
         gather(tmp_path)
+
+
+def test_a_model_of_the_same_weights_and_other_settings_is_another_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(running_records, "KEEP_EVERY", 0)
+    model, text = new_model().eval(), corpus(n=300)
+    other = new_model(n_steps=1, span=0).eval()
+    other.load_state_dict(model.state_dict())
+    collect_records(model, text, 4, folder=tmp_path)
+    check_same(collect_records(other, text, 4, folder=tmp_path), collect_records(other, text, 4))
+
+
+def test_a_pass_survives_that_another_forgets_all(alone, tmp_path, monkeypatch):
+    update = RunningRecords.update
+
+    def forgetting(self, *args):
+        if self.batches:
+            forget(tmp_path)
+        update(self, *args)
+
+    monkeypatch.setattr(running_records, "KEEP_EVERY", 0)
+    monkeypatch.setattr(RunningRecords, "update", forgetting)
+    check_same(gather(tmp_path), alone)
