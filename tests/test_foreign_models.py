@@ -78,7 +78,17 @@ class Own(HuggingFace):
         return cl.load(folder)
 
 
+class Exported(Own):
+    """What `to_huggingface` writes of a CRATE, as far as it is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = {f"model.{name}": tensor for name, tensor in self.weights.items()}
+        self.settings["model_type"] = self.settings.pop("model").lower()
+
+
 KINDS = {"official": Official, "huggingface": HuggingFace, "Crate": Own, "Gpt2": lambda: Own(cl.Gpt2)}
+KINDS |= {"exported": Exported}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
