@@ -519,6 +519,10 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(ours, tmp
         cl.to_huggingface(Double(ours.config), tmp_path / "new")
     with pytest.raises(TypeError, match="no tokenizer that can be exported: str"):
         cl.to_huggingface(ours, tmp_path / "new", "gpt2")
+    spoiled = small()
+    spoiled.norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r"norm\.weight holds 1 numbers that are not finite"):
+        cl.to_huggingface(spoiled, tmp_path / "new")
     with pytest.raises(ValueError, match="the tokenizer has token 4095, and the model knows 256 tokens"):
         cl.to_huggingface(small(), tmp_path / "new", load_reference_tokenizer())
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -15,6 +15,7 @@ from cratelab.huggingface.card import model_card
 from cratelab.huggingface.tokenizer import to_transformers
 from cratelab.language_model import LanguageModel
 from cratelab.storage import replacing, write_text
+from cratelab.weights import check_numbers
 
 if TYPE_CHECKING:
     import tiktoken
@@ -56,13 +57,14 @@ def to_huggingface(
         ImportError: `transformers` is not installed.
         TypeError: the model or the tokenizer is of another kind.
         ValueError: `folder` is not empty, or the current one; the tokenizer has tokens that the model does not know, or
-            the library `tokenizers` cannot do as it does; or this GPT-2 has a `span` or `top_k`, which `transformers`'
-            has not.
+            the library `tokenizers` cannot do as it does; weights are not finite; or this GPT-2 has a `span` or
+            `top_k`, which `transformers`' has not.
         OSError: it cannot be written.
     """
     require("transformers", "transformers")
     folder = Path(folder).resolve()  # of a link, what it points to
     check_new(folder)
+    check_numbers(model.state_dict(), type(model).__name__)
     fast = None if tokenizer is None else to_transformers(tokenizer, model.config.context)
     theirs = _as_theirs(model, {role: getattr(fast, role, None) for role in _ROLES})
     if fast is not None:
