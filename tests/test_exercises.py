@@ -206,6 +206,8 @@ def test_exercises_import_what_their_reader_uses(slug):
 SAMPLE = '''\
 # %% [markdown]
 # # Exercises to a chapter
+#
+# Write functions.
 
 # %%
 import math
@@ -326,6 +328,11 @@ def test_both_notebooks_are_remade_byte_for_byte(book):
     for folder, notebook in [("exercises", to_do), ("solutions", done)]:
         line = notebook.cells[0].source.split("\n")[2]
         assert line.startswith(badge) and line.endswith(f"/{folder}/01_sample.ipynb)")
+        links = re.findall(
+            r"(exercises|solutions) \[here\]\((\S+)\) or \[in Colab\]\((\S+)\)", notebook.cells[0].source
+        )
+        assert [name for name, *_ in links] == ["exercises", "solutions"]
+        assert all(url.endswith(f"/{name}/01_sample.ipynb") for name, *urls in links for url in urls)
     assert [('"Run all" stops' in notebook.cells[0].source) for notebook in (to_do, done)] == [True, False]
     for menu in "*Run cell and below* in Colab's menu *Runtime*", "*Run Selected Cell and All Below* in JupyterLab's":
         assert menu in to_do.cells[0].source.partition("go on from its cell: ")[2]
@@ -338,6 +345,9 @@ def test_both_notebooks_are_remade_byte_for_byte(book):
     closing = nbformat.read(book / "01_sample.ipynb", as_version=4).cells[-1].source
     assert "| 1.A Twice | double. | 2 of 5 | 5 |" in closing
     assert closing.count("colab.research.google.com/github/") == 2
+    for name in ("Exercises", "Solutions"):
+        (line,) = re.findall(rf"\*\*{name}\*\*: \S+\((\S+)\), \[.*?\]\((https\S+)\)", closing)
+        assert all(url.endswith(f"/{name.lower()}/01_sample.ipynb") for url in line)
 
 
 @pytest.mark.parametrize(
@@ -345,6 +355,7 @@ def test_both_notebooks_are_remade_byte_for_byte(book):
     [
         ("25 to 30 minutes", "25–30", "About 25–30 minutes"),
         ("170 minutes", "170", "About 170 minutes"),
+        ("180 minutes", "180", "About 3 hours"),
         ("3 to 4 hours", "180–240", "About 3–4 hours"),
         ("190 to 200 minutes", "190–200", "About 3 hours"),
     ],
