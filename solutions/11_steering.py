@@ -280,6 +280,8 @@ for ax, what in zip(axs, ["lift", "off target"], strict=True):
         ax.plot(check.STRENGTHS, measured[key], "o-", color=colour, label=f"{label}, measured")
         ax.plot(check.STRENGTHS, mine[key], "--", color=colour, alpha=0.6, label=f"{label}, drawn")
     ax.set_xscale("symlog", linthresh=0.05)
+    ticks = [-64, -8, -1, -0.1, 0.1, 1, 8, 64]
+    ax.set_xticks(ticks, ticks)
     ax.set(xlabel="strength, multiples of the maximum", ylabel=f"{what}, nats")
 axs[0].legend(fontsize=8)
 plt.show()
