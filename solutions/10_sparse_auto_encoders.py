@@ -251,7 +251,7 @@ for letter, run in runs.items():
     print(f"{letter}: loss {run.losses[0]:.1f} → {run.losses[-1]:.1f}, {ends}")
 
 # %% [markdown]
-# Three runs look well. Curves alone cannot tell you which of them has learned its few tokens by heart, so measure it. Write a number that lies elsewhere for such a run than for a sound one, even for a sound one that was stopped half-way. The check tries it on runs that you have not seen, and then applies it to your seven.
+# Three runs look well, and one of them has learned its few tokens by heart. Curves that were measured on these very tokens may raise a suspicion, but cannot prove it, so measure it. Write a number that lies elsewhere for such a run than for a sound one, even for a sound one that was stopped half-way. The check tries it on runs that you have not seen, and then applies it to your seven.
 
 
 # %%

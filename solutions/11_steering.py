@@ -246,8 +246,8 @@ for level in (1.0, 2.0, 4.0):
 # A neuron in the second layer of a toy is pushed: $s$ times its own maximum is added to its activation, at all tokens, with $s$ from $-64$ to 64. The targets are the ten words that its atom raises most. How do the lift $L$ and the divergence $K$ go with $s$, in CRATE and in GPT-2? Of both take the median over thirty neurons.
 # Before the push $-\log p(T)$ is between 10 and 11.5 nats, for the median neuron: these ten words are rarely said.
 #
-# Draw four curves, with pencil and paper first, and then as numbers, one for each strength, typed in or by a formula. Values are not asked for; what is, are seven features. Are the curves what they must be if nothing is added (`rest`)? Which signs have they to the left and to the right (`sign`)? What becomes of each if a small push is halved (`small`), or turned
-# round (`mirror`)? What does the push of 64 add to that of 8 (`strong`)? Is there a height that no curve of the lift can pass (`ceiling`)? Which model does the push of 1 move further (`model`)?
+# Draw four curves, with pencil and paper first, and then as numbers, one for each strength, typed in or by a formula. Near no push give as many digits as it takes: what is small there is not 0. Values are not asked for; what is, are seven features. Are the curves what they must be if nothing is added (`rest`)? Which signs have they to the left and to the right (`sign`)? What becomes of each if a small push is halved (`small`), or turned
+# round (`mirror`)? What does the push of 64 add to that of 8 (`strong`: little, less than in proportion, or more)? Is there a height that no curve of the lift can pass (`ceiling`)? Which model does the push of 1 move further (`model`)?
 
 
 # %%
@@ -272,7 +272,7 @@ check.drawn(drawn)
 
 # %% tags=["nbval-ignore-output"]
 measured, _ = check.push_curves()
-mine = drawn(check.STRENGTHS)
+mine, ticks = drawn(check.STRENGTHS), [-64, -8, -1, -0.1, 0, 0.1, 1, 8, 64]
 fig, axs = plt.subplots(1, 2, figsize=(9.6, 3.2))
 for ax, what in zip(axs, ["lift", "off target"], strict=True):
     for label, colour in [("CRATE", plots.CRATE), ("GPT-2", plots.GPT2)]:
@@ -280,8 +280,7 @@ for ax, what in zip(axs, ["lift", "off target"], strict=True):
         ax.plot(check.STRENGTHS, measured[key], "o-", color=colour, label=f"{label}, measured")
         ax.plot(check.STRENGTHS, mine[key], "--", color=colour, alpha=0.6, label=f"{label}, drawn")
     ax.set_xscale("symlog", linthresh=0.05)
-    ticks = [-64, -8, -1, -0.1, 0.1, 1, 8, 64]
-    ax.set_xticks(ticks, ticks)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set(xlabel="strength, multiples of the maximum", ylabel=f"{what}, nats")
 axs[0].legend(fontsize=8)
 plt.show()

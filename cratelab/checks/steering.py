@@ -448,7 +448,8 @@ _FEATURES = {
     "0 and no slope there, so it goes with the square: half the push, a quarter of the damage",
     "mirror": "nearly no push: what is in proportion turns its sign with the push, and a square does not",
     "strong": "the last LayerNorm divides by the standard deviation, which grows with the push. In the end the state "
-    "is the atom, whatever stood there before, and more of it is the same",
+    "is the atom, whatever stood there before, and more of it is the same: the lift stays nearly "
+    "where it is, and what the divergence still gains is far less than in proportion to the push",
     "ceiling": "p'(T) is at most 1, so the lift is at most -log p(T)",
     "model": "nothing goes round CRATE's ISTA: the state is a sum of atoms, and one more is a larger part of it than "
     "in GPT-2's stream, to which all layers have added",
@@ -484,7 +485,7 @@ def _seen(feature: str, curves: dict[str, np.ndarray], highest: dict[str, float]
     if feature == "mirror":
         return [ratio(key, -0.1, 0.1, -1.5, -0.7) for key in lifts] + [ratio(key, -0.1, 0.1, 0.7, 1.5) for key in costs]
     if feature == "strong":
-        return [ratio(key, 64.0, 8.0, 0.8, 1.5) for key in lifts] + [ratio(key, 64.0, 8.0, 0.8, 8) for key in costs]
+        return [ratio(key, 64.0, 8.0, 0.8, 1.5) for key in lifts] + [ratio(key, 64.0, 8.0, 0.8, 6) for key in costs]
     if feature == "ceiling":
         return [(f"the largest {key}", curves[key].max(), 0, 1.05 * highest[key.split(", ")[1]]) for key in lifts]
     with np.errstate(all="ignore"):

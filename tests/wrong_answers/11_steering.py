@@ -234,6 +234,9 @@ WRONG = {
             curves(L=lambda s: 3 * s)
         ),
         "6 of 7 right.*\nceiling: the largest lift, GPT-2 is 13 ": on_request(curves(l=lambda s: 13 * np.tanh(s / 6))),
+        "6 of 7 right.*\nstrong: off target, CRATE at 64 divided by that at 8 is 8 ": on_request(
+            curves(K=lambda s: np.where(abs(s) < 1, s**2, abs(s)) / 10)
+        ),
         "6 of 7 right.*\nsmall: off target, CRATE at 0.1 divided by that at 0.05 is 1.99 ": on_request(
             curves(K=lambda s: 7 * abs(s) / (abs(s) + 10))
         ),
