@@ -372,9 +372,9 @@ plt.show()
 # - **Time:** 30 minutes
 #
 # Below are eight of the strongest excerpts of a neuron, and four at random places: neuron 152 in the second layer of a CRATE that the package carries (layers and neurons are counted from 0). The text is TinyWorld's, of documents on which the network was not trained. In brackets behind a word stands the neuron's activation there, in tenths of its maximum, rounded down; a word without brackets leaves it silent.
-# Read them, write down in one sentence *when* the neuron is active, and then the same sentence as a function that says, from a word and the words of the document before it, how active the neuron is, from 0 to 10. (True and False count as 10 and 0. At the first word of a document nothing stands before.)
+# Read them, write down in one sentence *when* the neuron is active, and then the same sentence as a function that says, from a word and the words of the document before it, how active the neuron is, from 0 to 10. (True and False count as 10 and 0. At the first word of a document nothing stands before it: `before` is empty there.) That the sentence and the function say the same is on your honour: the check can read only the function.
 #
-# The check reads your function on the text shown, and on a fresh text only when it holds there: each look at a text makes it less fresh. Its score is $\rho$ with *all* of a text for $V$, some 20,000 tokens. **It has to reach 0.55.** The bar was fixed beforehand: no table of words gets more than 0.51 on this neuron, so that 0.55 needs something of what stands before the word.
+# The check tries your function on the text shown, and on a fresh text only when it holds there: each look at a text makes it less fresh. Its score is $\rho$ with *all* of a text for $V$, some 20,000 tokens. **It has to reach 0.55.** The bar was fixed beforehand: no table of words gets more than 0.51 on this neuron, so that 0.55 needs something of what stands before the word.
 # Beside your score stand what tables and the frequencies of words reach, and the same sentence said of other neurons, and of a network that was never trained. If another neuron fits your sentence as well as this one does, the sentence is not wrong: it says what several neurons have in common, and not what sets this one apart.
 
 
@@ -413,7 +413,7 @@ def sentence():
 
 
 def activation(before, word):
-    """0 to 10: how active the neuron is at `word`; `before` is the list of the document's words before it."""
+    """0 to 10: how active the neuron is at `word`; `before` is the list of the document's words before it, at first empty."""
     # BEGIN SOLUTION
     if word != "." or not {"count", "number", "make", "leaves"} & {*before}:
         return 0

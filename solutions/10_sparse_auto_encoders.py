@@ -256,7 +256,7 @@ for letter, run in runs.items():
 
 # %%
 def measurement(sae, seen, fresh):
-    """A number; seen and fresh are (n, 256) activations, and sae(x) is the reconstruction of x."""
+    """A number; seen and fresh are (n, 256) activations, of unequal n, and sae(x) is the reconstruction of x."""
     # BEGIN SOLUTION
     with torch.no_grad():
         on_seen, on_fresh = (1 - (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum() for x in (seen, fresh))

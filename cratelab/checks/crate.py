@@ -192,6 +192,7 @@ def mended_forward(function: Callable[[SimpleNamespace, Tensor], Tensor], inputs
     others = {
         "the tokens are added to DA: there is no residual around ISTA": {"around_ista": True},
         "nothing is carried around MSSA: Z + MSSA(LN(Z))": {"carry": "nothing"},
+        "MSSA takes the tokens as they are: attention_norm comes first": {"first_norm": False},
         "the LayerNorms stand behind the sums, not before the halves": {"behind": True},
         "the codes do not pass through block.neurons, so that no hook sees them": {"neurons": False},
         "what is decoded has not gone through the last threshold": {"threshold": False},
@@ -406,6 +407,7 @@ def _by_hand(
     block: SimpleNamespace,
     z: Tensor,
     carry: str = "raw",
+    first_norm: bool = True,
     second_norm: str = "ista_norm",
     bias: bool = True,
     around_ista: bool = False,
@@ -421,10 +423,11 @@ def _by_hand(
         return middle / (middle.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
 
     if len(z) != 1:
-        options = dict(carry=carry, second_norm=second_norm, bias=bias, around_ista=around_ista, behind=behind)
-        return torch.cat([_by_hand(block, text[None], **options, threshold=threshold, neurons=neurons) for text in z])
+        options = dict(carry=carry, first_norm=first_norm, second_norm=second_norm, bias=bias, around_ista=around_ista)
+        options |= dict(behind=behind, threshold=threshold, neurons=neurons)
+        return torch.cat([_by_hand(block, text[None], **options) for text in z])
     (tokens,) = z
-    seen = tokens if behind else norm(tokens, "attention_norm")
+    seen = norm(tokens, "attention_norm") if first_norm and not behind else tokens
     n, K = len(tokens), block.attention.n_heads
     written = torch.zeros_like(tokens)
     for i in range(n):

@@ -105,8 +105,10 @@ def judge(
 
 def _cases(inputs: Callable, at_most: int) -> list:
     cases = call(inputs)
-    if not isinstance(cases, list) or not cases or not all(isinstance(case, tuple) for case in cases):
-        raise CheckFailed(f"{inputs.__name__} should return a list of inputs, each a tuple of arguments")
+    if not isinstance(cases, list | tuple) or not cases or not all(isinstance(case, tuple) for case in cases):
+        raise CheckFailed(
+            f"{inputs.__name__} should return a list of inputs, each a tuple of arguments: [(…, …), (…, …)]"
+        )
     if len(cases) > at_most:
         raise CheckFailed(f"{inputs.__name__} returns {len(cases)} inputs; {at_most} are enough: choose them")
     return cases
@@ -146,7 +148,7 @@ def _tensor(value: object, axes: list[str], sizes: dict[str, int], where: str) -
             f"got {type(value).__name__ if shape is None else shape}"
         )
     if value.numel() > LARGEST:
-        raise CheckFailed(f"{where}: {value.numel()} numbers; a smaller input shows as much")
+        raise CheckFailed(f"{where}: {value.numel()} numbers; {LARGEST} are enough")
     if not value.isfinite().all():
         raise CheckFailed(f"{where}: numbers are not finite")
     value = value.detach().cpu()

@@ -56,8 +56,9 @@ def scores(function: Callable[[list[str], str], float], layer: int, neuron: int)
 
 def _sentence(sentence: Callable[[], str]) -> str:
     said, (least, most) = call(sentence), LENGTH
-    if not isinstance(said, str) or not least <= len(said.split()) <= most:
-        what = f"{len(said.split())} words" if isinstance(said, str) else f"a {type(said).__name__}"
+    words = said.split() if isinstance(said, str) else []
+    if not least <= len(words) <= most or len(set(words)) < least:
+        what = f"{len(words)} words, {len(set(words))} of them different" if words else f"{said!r:.60}"
         raise CheckFailed(
             f"{sentence.__name__} should return a sentence of {least} to {most} words that says when the neuron is "
             f"active; it returns {what}"
@@ -114,7 +115,8 @@ def _refuse(name: str, s: Tensor, a: Tensor) -> None:
         best = _correlation(a, _word_means(a, words, size)[words])
         raise CheckFailed(
             f"{name} gives a word the same number wherever it stands: {found:.2f} on the text shown, where no list of "
-            f"words, however long, gets more than {best:.2f}. What has to stand before it?"
+            f"words, however long, gets more than {best:.2f}. "
+            + ("What has to stand before it?" if found > 0.8 * best else "On which word are the neuron's large values?")
         )
     strong, yes = a > 0.3 * a.max(), s >= 5
     kept = float(a[yes].sum() / a.sum())

@@ -462,7 +462,7 @@ def measurement(function: Callable[[Sae, Tensor, Tensor], float]) -> None:
     if not _apart(heart, whole + half):
         raise CheckFailed(
             f"{name} tells them apart at the end, but takes an honest run half-way for another ({shown}): how good a "
-            "run is says nothing; compare the two texts"
+            "run is says nothing; compare the two texts, token for token, for they are not equally long"
         )
     print(f"{name}: tells them apart, in two runs of each kind that you have not seen ({shown}). Your seven runs:")
     for letter, run in broken_runs().items():

@@ -299,6 +299,9 @@ WRONG = {
         "the gradient that comes back to z is not the slope": lambda b, z: forward(lambda b, z: z.detach())(b, z),
         "changes its arguments in place": lambda b, z: forward()(b, z.add_(0.0).mul_(1.5).div_(1.5).add_(1e-9)),
         "there is no residual around ISTA": forward(add=True),
+        "MSSA takes the tokens as they are: attention_norm comes first": lambda b, z: b.ista.decode(
+            b.neurons(b.ista.encode(b.ista_norm(z + b.attention(z))))
+        ),
         "nothing is carried around MSSA": forward(lambda b, z: 0),
         "the LayerNorms stand behind the sums": behind,
         "the codes do not pass through block.neurons": forward(last=lambda b, y: b.ista.encode(y)),

@@ -360,6 +360,7 @@ WRONG = {
         "says 3 everywhere, and a constant has no score": says(lambda before, word: 0.3),
         "is turned round: its score on the text shown is -0.50": says(lambda before, word: word != "."),
         "the same number wherever it stands: 0.50 .* gets more than 0.51. What has": says(lambda b, word: word == "."),
+        r"gives a word the same number wherever it stands: -0\.\d+ .* On which word": says(lambda b, word: word == ","),
         r"the same number wherever it stands: 0\.\d+ on the text shown, where no list": says(
             lambda before, word: {".": 0.9, ":": 0.2}.get(word, 0)
         ),
@@ -377,6 +378,7 @@ WRONG = {
         "sentence should return a sentence of 4 to 60 words .* returns 2 words": in_place_of(
             "sentence", lambda: "full stops"
         ),
-        "sentence should return a sentence of 4 to 60 words .* a NoneType": in_place_of("sentence", lambda: None),
+        "sentence should return a sentence of 4 to 60 words .* returns None": in_place_of("sentence", lambda: None),
+        "4 to 60 words .* returns 6 words, 1 of them different": in_place_of("sentence", lambda: "x x x x x x"),
     },
 }
