@@ -61,6 +61,29 @@ def effective_rank(singular_values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def token_lengths(model: LanguageModel, batches: Iterable[Tensor]) -> Tensor:
+    """The "length" of `layer_statistics`, (l,), without its rates: by it their ε can be chosen.
+
+    Args:
+        model: CRATE or GPT-2.
+        batches: token batches, (b, n) integers each; consumed one at a time.
+
+    Raises:
+        ValueError: `batches` is empty or holds what are no tokens of the model's.
+    """
+    sums = torch.zeros(len(model.blocks), dtype=torch.float64, device="cpu")
+
+    def add(i: int, normed: Tensor) -> None:
+        sums[i] += exact(normed).norm(dim=-1).mean(-1).sum().cpu()
+
+    hooks = [
+        (block.attention_norm, lambda module, arguments, normed, i=i: add(i, normed))
+        for i, block in enumerate(model.blocks)
+    ]
+    return sums / _read(model, batches, hooks, "token_lengths")
+
+
+@torch.no_grad()
 def layer_statistics(
     model: LanguageModel,
     batches: Iterable[Tensor],
@@ -104,18 +127,24 @@ def layer_statistics(
     draw = torch.Generator("cpu").manual_seed(seed)
     parts = zip(model.blocks, subspaces(model), precisions, strict=True)
     layers = [_Layer(block, U, float(precision), lasso_steps, draw) for block, U, precision in parts]
+    total = _read(model, batches, [hook for layer in layers for hook in layer.hooks()], "layer_statistics")
+    return {
+        name: torch.tensor([layer.sums[name] for layer in layers], dtype=torch.float64, device="cpu") / total
+        for name in layers[0].sums
+    }
+
+
+def _read(model: LanguageModel, batches: Iterable[Tensor], hooks: list[tuple[nn.Module, Callable]], who: str) -> int:
+    """Let the model read under `hooks`; how many sequences there were."""
     total = 0
-    with hooked(*(hook for layer in layers for hook in layer.hooks())):
+    with hooked(*hooks):
         for tokens in batches:
             check_contexts(model, tokens)
             model(tokens.to(model.token_embedding.weight.device))
             total += len(tokens)
     if not total:
-        raise ValueError("layer_statistics needs at least one batch of tokens; got none")
-    return {
-        name: torch.tensor([layer.sums[name] for layer in layers], dtype=torch.float64, device="cpu") / total
-        for name in layers[0].sums
-    }
+        raise ValueError(f"{who} needs at least one batch of tokens; got none")
+    return total
 
 
 class _Layer:

@@ -457,7 +457,7 @@ def polynomial(a, b, c, **bugs):
 def hunt(*cases, **options):
     bugs = {f"the {key}": {key: True} for key in ("first", "second", "third")}
     needs = {key: ("a number, 0 or more", lambda x: x >= 0) for key in "abc"}
-    hunting.hunt(lambda: list(cases), polynomial, bugs, needs, **options)
+    hunting.hunt(lambda: cases, polynomial, bugs, needs, **options)
 
 
 def test_a_hunt_names_what_is_exposed_in_any_order(capsys):

@@ -7,7 +7,7 @@ from sklearn.linear_model import Lasso
 from torch.testing import assert_close
 
 import cratelab as cl
-from cratelab.layerwise import attention_spectra, effective_rank, layer_statistics, subspaces
+from cratelab.layerwise import attention_spectra, effective_rank, layer_statistics, subspaces, token_lengths
 
 from conftest import tokens
 
@@ -22,6 +22,22 @@ def models(**options):
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return both
+
+
+@pytest.mark.parametrize("model", models(), ids=["crate", "gpt2"])
+def test_lengths_of_tokens_are_those_of_a_walk_through_the_blocks(model):
+    batches = [torch.randint(50, (b, 10)) for b in (3, 1)]
+    model.to(batches[0].device)
+    found = token_lengths(model, batches)
+    with torch.no_grad():
+        x = torch.cat([model.token_embedding(batch) for batch in batches]) + model.position_embedding.weight[:10]
+        for i, block in enumerate(model.blocks):
+            assert float(found[i]) == pytest.approx(float(block.attention_norm(x).norm(dim=-1).mean()), rel=1e-5)
+            x = block(x)
+    assert_close(found, layer_statistics(model, batches)["length"])
+    assert not any(block.attention_norm._forward_hooks for block in model.blocks)
+    with pytest.raises(ValueError, match="token_lengths needs at least one batch of tokens; got none"):
+        token_lengths(model, [])
 
 
 @pytest.mark.parametrize("model", models(), ids=["crate", "gpt2"])

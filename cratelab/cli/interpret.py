@@ -1,7 +1,6 @@
 """`cratelab interpret`: neurons of a trained model, explained and scored."""
 
 from collections import Counter
-from dataclasses import asdict
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from cratelab.cli.checks import check_different, check_results, check_writable, model_folder
 from cratelab.cli.options import Interpret, dashed
 from cratelab.cli.runs import load_run
-from cratelab.cli.shared import defined
+from cratelab.cli.shared import as_facts, defined, results_file
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.devices import processes
 from cratelab.interpret.asking.answers import AnswerCache
@@ -84,7 +83,7 @@ def run(options: Interpret) -> None:
         often = "; ".join(f"{reason} ({n:,})" for reason, n in problems.most_common(3))
         say(f"{problems.total():,} tokens have no number and count as 0: {often}")
     endpoint_shown = options.endpoint and without_user(options.endpoint)
-    facts = provenance(corpus=text.facts(), options=_plain(asdict(options) | {"endpoint": endpoint_shown}))
+    facts = provenance(corpus=text.facts(), options=as_facts(options) | {"endpoint": endpoint_shown})
     out = _out(options)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"provenance": facts, "rows": rows} | ({"neurons": neurons[1].tolist()} if neurons else {}))
@@ -123,8 +122,7 @@ def _say_row(row: dict, wide: int, asking: bool) -> None:
 
 
 def _out(options: Interpret) -> Path:
-    folder = options.model if options.model.is_dir() else options.model.parent
-    return options.out or folder / "interpret.json"
+    return results_file(options, "interpret.json")
 
 
 def _passes(options: Interpret) -> Path:
@@ -203,7 +201,3 @@ def _draw(options: Interpret, model: LanguageModel) -> tuple[np.ndarray, np.ndar
         raise ValueError(f"--neurons must be at most {h}, a layer's; got {n}")
     draw, n_layers = np.random.default_rng(options.seed), model.config.n_layers
     return np.arange(n_layers)[:, None], np.stack([np.sort(draw.choice(h, n, replace=False)) for _ in range(n_layers)])
-
-
-def _plain(options: dict) -> dict:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}

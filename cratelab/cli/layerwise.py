@@ -1,6 +1,5 @@
 """`cratelab layerwise`: rates and sparsity of a model, layer by layer."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -8,8 +7,8 @@ import torch
 from cratelab.cli.checks import check_results, model_folder
 from cratelab.cli.options import Layerwise
 from cratelab.cli.runs import load_run
-from cratelab.cli.shared import defined
-from cratelab.layerwise import layer_statistics
+from cratelab.cli.shared import as_facts, defined, results_file
+from cratelab.layerwise import layer_statistics, token_lengths
 from cratelab.provenance import provenance
 from cratelab.storage import write_json
 from cratelab.terminal import is_main_process, say
@@ -40,7 +39,7 @@ def run(options: Layerwise) -> None:
     n_windows = max(1, min(options.n_tokens, len(text)) // length)
     batches = torch.from_numpy(text.validation_windows(length, n_windows)).split(8)
     say(f"{n_windows} windows of {length} tokens; ε is {options.eps:g} of a token's mean length in each layer")
-    eps = options.eps * layer_statistics(model, batches)["length"]
+    eps = options.eps * token_lengths(model, batches)
     found = layer_statistics(model, batches, eps.clamp(min=1e-100), seed=options.seed)
     head = "".join(f"{name:>16}" for name in RATES) + "".join(f"{name:>10}" for name in CONTROLS)
     say(f"layer       ε{head}    active")
@@ -59,7 +58,7 @@ def run(options: Layerwise) -> None:
         "rates in nats a token, before → after attention; identity, uniform, random: after/before of R^c if each token "
         "sees only itself, or the mean of all before it, or against random subspaces; active: share of neurons"
     )
-    facts = provenance(corpus=text.facts(), options={name: _plain(value) for name, value in asdict(options).items()})
+    facts = provenance(corpus=text.facts(), options=as_facts(options))
     columns = {name: values.tolist() for name, values in found.items()}
     _out(options).parent.mkdir(parents=True, exist_ok=True)
     write_json(_out(options), {"provenance": facts, "eps": eps.tolist(), "layers": columns})
@@ -67,9 +66,4 @@ def run(options: Layerwise) -> None:
 
 
 def _out(options: Layerwise) -> Path:
-    folder = options.model if options.model.is_dir() else options.model.parent
-    return options.out or folder / "layerwise.json"
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
+    return results_file(options, "layerwise.json")

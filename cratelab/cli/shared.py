@@ -3,11 +3,12 @@
 import math
 import os
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import torch
 
-from cratelab.cli.options import CorpusOptions, RecipeOptions
+from cratelab.cli.options import CorpusOptions, Interpret, Layerwise, RecipeOptions
 from cratelab.corpora.prepare import PreparedCorpus, prepare
 from cratelab.recipe import Recipe
 from cratelab.terminal import say
@@ -47,6 +48,17 @@ def print_table(table: list[dict], floor: float | None) -> None:
 
 def defined(number: float | None, digits: int = 1) -> str:
     return "undefined" if number is None or not math.isfinite(number) else f"{number:.{digits}f}"
+
+
+def results_file(options: Interpret | Layerwise, name: str) -> Path:
+    """Where results go: where the options say, or beside the model."""
+    beside = options.model if options.model.is_dir() else options.model.parent
+    return options.out or beside / name
+
+
+def as_facts(options: Interpret | Layerwise) -> dict:
+    """The options, as JSON can say them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
 
 
 def report(row: dict) -> None:
