@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cratelab.checks.grading import CheckFailed, number, predict
 from cratelab.checks.hunting import judge
-from cratelab.corpora import tinyworld
+from cratelab.checks.own_sentence import SHOWN, text
 from cratelab.experiments.reference_models import load_reference
 from cratelab.interpret.evaluation import untrained
 from cratelab.interpret.excerpts import Excerpts
@@ -55,9 +55,7 @@ def measured(model: str = "crate") -> dict[str, list[float]]:
         Each of `CURVES`, a score for each of `N_WORDS`: "trained", "another" (the table of another neuron of the layer)
         and "within" (tokens, eq-09-5) under top-and-random; "random-only"; and "untrained" under top-and-random.
     """
-    world = tinyworld.generate(200_000, seed=1, context=128)
-    world.split[world.split != "train"] = "validation"
-    corpus = world.part("validation").corpus()
+    corpus = text(SHOWN).corpus()
     network = load_reference(model, "toy")
     records = {
         who: collect_records(each, corpus, n_random=5)

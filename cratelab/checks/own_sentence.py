@@ -73,8 +73,8 @@ def _simulated(function: Callable[[list[str], str], float], world: World) -> Ten
     for i, word in enumerate(words):
         if world.document[i] != world.document[start]:
             start = i
-        where = f"{function.__name__}, at {word!r} after {len(words[start:i])} words"
-        value = call(function, words[start:i], word) if i == 0 else function(words[start:i], word)
+        before, where = words[start:i], f"{function.__name__}, at {word!r} after {i - start} words"
+        value = call(function, before, word) if i == 0 else function(before, word)
         said.append(10 * value if isinstance(value, bool) else number(value, where))  # `and 10` gives False for 0
         if not 0 <= said[-1] <= 10:  # NaN is none
             raise CheckFailed(f"{where}: a number from 0 to 10 is needed; got {said[-1]:g}")
