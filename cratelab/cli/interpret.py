@@ -22,11 +22,11 @@ from cratelab.interpret.concepts import text_concepts, tinyworld_concepts
 from cratelab.interpret.evaluation import Evaluation, collect_for_protocols, evaluate
 from cratelab.interpret.explainers import ConceptExplainer, Explainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.language_models import NEVER_ACTIVE, LanguageModelExplainer, TextExplanations
-from cratelab.interpret.running_records import forget
 from cratelab.interpret.scores import split
 from cratelab.language_model import LanguageModel
 from cratelab.models import untrained
 from cratelab.provenance import provenance
+from cratelab.shared_pass import forget
 from cratelab.storage import write_json
 from cratelab.terminal import say
 

@@ -16,19 +16,18 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cratelab.arguments import check_seed
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.interpret.excerpts import Excerpts, places_of_neurons
 from cratelab.interpret.running_layer import RandomPlaces, RunningLayer
-from cratelab.interpret.running_records import Pass, RunningRecords, SharedPass
+from cratelab.interpret.running_records import RunningRecords
 from cratelab.interpret.running_top_k import RunningTopK
 from cratelab.language_model import LanguageModel
 from cratelab.reading import NO_TOKEN, tokens_to_read, watch_neurons
+from cratelab.shared_pass import model_facts, open_pass
 from cratelab.storage import (
     digest_of_file,
-    digest_of_tensors,
     read_json,
     read_tensors,
     replacing,
@@ -180,9 +179,9 @@ def collect_records(
             without regard to documents.
         n_tokens: read this many tokens at most.
         batch: pieces at a time.
-        folder: where each process keeps what it knows, on a disk that all see; model, text and arguments tell one
-            pass there from another, but what is hooked or spliced into a model does not. `forget` of
-            `cratelab.interpret.running_records` empties it. Without one, every process reads all of the text.
+        folder: where each process keeps what it knows, on a disk that all see; model, spliced auto-encoders,
+            text and arguments tell one pass there from another, but hooks do not. `cratelab.shared_pass.forget`
+            empties it. Without one, every process reads all of the text.
 
     Returns:
         The records, on the CPU; the same in each process.
@@ -207,19 +206,15 @@ def collect_records(
         )
     random_places = np.sort(np.random.default_rng([seed, 0]).integers(total, size=n_random))
     make = partial(RunningRecords, random_places, window, n_top, n_active, model.token_embedding.weight.device)
-    reading = Pass(make)
-    if folder:
-        made_from = dict(window=window, n_top=n_top, n_random=n_random, n_active=n_active, seed=seed, n_tokens=total)
-        made_from |= dict(as_published=as_published, batch=batch, ahead=AHEAD, text=corpus.facts())
-        made_from |= dict(model=[type(model).__name__, repr(model.config), digest_of_tensors(model.state_dict())])
-        reading = SharedPass(make, folder, made_from)
-    running, wanted = reading.resume(), reading.wanted
-    with tqdm(total=total, initial=reading.n_tokens, unit="token", unit_scale=True, disable=reading.quiet) as bar:
-        for text, neurons in watch_neurons(model, corpus, batch, window, not as_published, total, AHEAD, wanted):
-            running.update(text, neurons, seed, as_published)
-            reading.keep(running)
-            bar.update(min(reading.n_processes * text.n_tokens, total - bar.n))
-    running = reading.merge(running, total)
+    sizes = window, n_top, n_random, n_active, seed, as_published, batch, AHEAD
+    with open_pass(
+        make, total, folder, lambda: ["records", model_facts(model), corpus.facts(), total, *sizes]
+    ) as reading:
+        read = watch_neurons(model, corpus, batch, window, not as_published, total, AHEAD, reading.wanted)
+        for text, neurons in read:
+            reading.running.update(text, neurons, seed, as_published)
+            reading.keep()
+        running = reading.merged()
     if not all(bool(layer.squares.isfinite().all()) for layer in running.layers):
         raise ValueError("the model's activations are too large for single precision to hold their squares")
     return _join(list(running.layers), running.found, total)

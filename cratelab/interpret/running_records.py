@@ -1,30 +1,22 @@
-"""What is known of all neurons while text streams by, and the folder that keeps it from a kill.
+"""What is known of all neurons while text streams by.
 
-Several processes share a pass: of P, process r reads the batches r, r + P, r + 2P, …, as one process would read them,
-and what all know is merged. Of a neuron's windows the same are kept, bit for bit, as is all that is no sum; sums are
-added in another order, in double precision.
+Of several processes that share the text each keeps its own, and what they know is merged: of a neuron's windows the
+same are kept as by one, bit for bit.
 """
 
-import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cratelab.devices import processes
 from cratelab.interpret.running_layer import RandomPlaces, RunningLayer, random_keys
 from cratelab.reading import Text
-from cratelab.storage import digest_of, read_tensors, remove_leftovers, write_tensors
-
-KEEP_EVERY = 60  # seconds: what a kill costs at most
 
 
 class RunningRecords(nn.Module):
-    """What is known from the batches read so far; it is a module so that this is its `state_dict`.
+    """What is known from the batches read so far (`cratelab.shared_pass`); a module, so that this is its `state_dict`.
 
     Args:
         places: (r,) of the random excerpts in the text.
@@ -81,129 +73,3 @@ class RunningRecords(nn.Module):
 
     def _make_layers(self, widths: Iterable[int]) -> None:
         self.layers = nn.ModuleList(RunningLayer(h, **self.sizes) for h in widths)
-
-
-class Pass:
-    """A pass over text in this process alone.
-
-    Args:
-        make: makes `RunningRecords` of nothing.
-
-    Attributes:
-        n_processes: how many share it.
-        n_tokens: how many have been read before.
-        quiet: whether to show no progress; None shows it on a terminal.
-    """
-
-    def __init__(self, make: Callable[[], RunningRecords]):
-        self.make, self.n_processes, self.n_tokens, self.quiet = make, 1, 0, None
-
-    def resume(self) -> RunningRecords:
-        """What to begin with."""
-        return self.make()
-
-    def wanted(self, batch: int) -> bool:
-        """Whether this process has to read a batch."""
-        return True
-
-    def keep(self, running: RunningRecords) -> None:
-        """Write down what is known, if it is time."""
-
-    def merge(self, running: RunningRecords, n_tokens: int) -> RunningRecords:
-        """What all processes know, once they have read the `n_tokens` of the text; the same in each."""
-        return running
-
-
-class SharedPass(Pass):
-    """A pass that processes share, and that goes on after a kill: what each knows is kept in a folder.
-
-        3fa1…/process-0.safetensors   what the first has read, replaced every minute
-
-    Every batch is in one file at most, so a pass can go on with another number of processes.
-
-    Args:
-        make: makes `RunningRecords` of nothing.
-        folder: on a disk that all see; each pass has a folder of its own in it.
-        made_from: what decides about the result, as JSON can say it.
-    """
-
-    def __init__(self, make: Callable[[], RunningRecords], folder: str | Path, made_from: object):
-        super().__init__(make)
-        self.process = processes()
-        self.n_processes, self.quiet = self.process.num_processes, None if self.process.is_main_process else True
-        self.folder = Path(folder) / digest_of(made_from)[:16]
-        self.file = self.folder / f"process-{self.process.process_index}.safetensors"
-        self.last, self.done = time.monotonic(), set[int]()
-
-    def resume(self) -> RunningRecords:
-        """What this process knew when it was killed; whatever any knew is not read again.
-
-        Raises:
-            ValueError: a file is damaged.
-            OSError: the folder cannot be made.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        running = self.make()
-        for file in self._files():
-            held = self._read(file)
-            self.done |= set(held.batches)
-            self.n_tokens += held.n_tokens
-            if file == self.file:
-                running = held
-        self.process.wait_for_everyone()  # before one writes, all have read
-        return running
-
-    def wanted(self, batch: int) -> bool:
-        return batch % self.n_processes == self.process.process_index and batch not in self.done
-
-    def keep(self, running: RunningRecords) -> None:
-        if time.monotonic() - self.last >= KEEP_EVERY:
-            self._write(running)
-
-    def merge(self, running: RunningRecords, n_tokens: int) -> RunningRecords:
-        """As `Pass.merge`. Raises ValueError if they have read fewer tokens together, or more."""
-        if self.n_processes == 1 and self._files() in ([], [self.file]):
-            return running
-        if running.batches:
-            self._write(running)
-        self.process.wait_for_everyone()
-        merged = self.make()
-        for file in self._files():
-            merged.absorb(self._read(file))
-        self.process.wait_for_everyone()
-        if merged.n_tokens != n_tokens:
-            raise ValueError(
-                f"the processes that share {self.folder} have read {merged.n_tokens} tokens together and not "
-                f"{n_tokens}: do all see this folder, and no others write there? Remove it and begin anew"
-            )
-        return merged
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("process-*.safetensors"))
-
-    def _read(self, file: Path) -> RunningRecords:
-        running = self.make()
-        try:
-            running.load(read_tensors(file))
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{file} does not hold what a pass has kept: {error}. Remove it, and begin again"
-            ) from error
-        return running
-
-    def _write(self, running: RunningRecords) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)  # another that has ended may have removed it
-        write_tensors(self.file, running.state_dict())
-        self.last = time.monotonic()
-
-
-def forget(folder: str | Path) -> None:
-    """Remove what passes have kept in `folder`, and nothing else. Only for who knows that none is going on there."""
-    for each in [path for path in Path(folder).glob("*") if path.is_dir()]:
-        remove_leftovers(each, "process-*")
-        for file in each.glob("process-*.safetensors"):
-            file.unlink()
-        with suppress(OSError):  # something else is in it
-            each.rmdir()
-    with suppress(OSError):
-        Path(folder).rmdir()

@@ -1,7 +1,8 @@
 """What an auto-encoder keeps of the neurons and of the model's predictions, and how sparse its code is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from cratelab.devices import check_floating, exact, exact_sum
 from cratelab.language_model import LanguageModel
 from cratelab.reading import NO_TOKEN, Text, texts, tokens_to_read
 from cratelab.sae.autoencoder import Sae
-from cratelab.sae.splicing import on_device, splice
+from cratelab.sae.splicing import on_device, sae_facts, splice
+from cratelab.shared_pass import RunningSums, model_facts, open_pass
 
 
 @dataclass
@@ -64,8 +66,12 @@ def evaluate_sae(
     n_tokens: int | None = None,
     batch: int = 16,
     first: bool = True,
+    folder: str | Path | None = None,
 ) -> dict[int, SaeScores]:
     """Score the auto-encoder of each layer, spliced in alone; for several at once see `cross_entropy`.
+
+    With a `folder` the processes that Accelerate or torchrun have started share the text, and a killed call goes on
+    where it stopped; all is what one process finds, but for the order of sums in double precision.
 
     Args:
         model: any, on any device.
@@ -76,27 +82,43 @@ def evaluate_sae(
         first: whether l0, explained variance, density and `n_tokens` count the first token of each piece, at which many
             language models put a few activations so large that they are most of the variance. The cross-entropies
             begin with the second in any case.
+        folder: as for `collect_records`; without one, every process reads all of the text.
+
+    Returns:
+        The scores by layer; the same in each process.
 
     Raises:
         ValueError: the corpus has tokens that the model does not know, or none to predict; an auto-encoder does not
-            fit its layer; activations or the model's own cross-entropy are not finite.
+            fit its layer; activations or the model's own cross-entropy are not finite; or a file in `folder` is
+            damaged.
+        OSError: `folder` cannot be written.
     """
     with splice(model, saes):
         pass  # raises before any work
+    check_text(model, corpus, n_tokens)
     device = model.token_embedding.weight.device
-    clean, count, tallies = 0.0, 0, {layer: _Tally(layer, on_device(sae, device)) for layer, sae in saes.items()}
-    for text in _texts(model, corpus, n_tokens, batch):
-        clean += _nats(model, text)
-        count += int(text.present[:, 1:].sum())
-        for layer, tally in tallies.items():
-            with splice(model, {layer: tally}):
-                tally.spliced += _nats(model, text)
-            tally.update(text.present & (first | (torch.arange(text.present.shape[1], device=device) > 0)))
-            with splice(model, {layer: _Zero(tally.config)}):
-                tally.zero += _nats(model, text)
-    if not np.isfinite(clean):
-        raise ValueError(f"the model's own cross-entropy is {clean}: is it damaged, or did it diverge?")
-    return {layer: tally.scores(clean, count) for layer, tally in tallies.items()}
+    watched = {layer: _Watched(layer, on_device(sae, device)) for layer, sae in saes.items()}
+    facts = [[layer, sae_facts(sae)] for layer, sae in saes.items()]
+    total = tokens_to_read(corpus, n_tokens)
+    with open_pass(
+        RunningSums, total, folder, lambda: ["sae", model_facts(model), corpus.facts(), total, batch, first, facts]
+    ) as reading:
+        for text in _texts(model, corpus, n_tokens, batch, reading.wanted):
+            counted = text.present & (first | (torch.arange(text.present.shape[1], device=device) > 0))
+            sums = {"clean": _nats(model, text), "count": text.present[:, 1:].sum(), "n": counted.sum()}
+            for layer, sae in watched.items():
+                with splice(model, {layer: sae}):
+                    spliced = _nats(model, text)
+                with splice(model, {layer: _Zero(sae.config)}):
+                    zero = _nats(model, text)
+                here = sae.sums(counted) | {"spliced": spliced, "zero": zero}
+                sums |= {f"{layer} {name}": value for name, value in here.items()}
+            reading.running.add(text.number, text.n_tokens, sums)
+            reading.keep()
+        sums = reading.merged().sums
+    if not sums["clean"].isfinite():
+        raise ValueError(f"the model's own cross-entropy is {sums['clean']}: is it damaged, or did it diverge?")
+    return {layer: _scores(sums, layer) for layer in saes}
 
 
 @torch.no_grad()
@@ -112,6 +134,7 @@ def cross_entropy(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int |
     Raises:
         ValueError: the corpus has tokens that the model does not know, or none to predict.
     """
+    check_text(model, corpus, n_tokens)
     each = ((_nats(model, text), int(text.present[:, 1:].sum())) for text in _texts(model, corpus, n_tokens, batch))
     nats, counts = zip(*each, strict=True)
     return sum(nats) / sum(counts)
@@ -119,19 +142,22 @@ def cross_entropy(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int |
 
 def check_text(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None = None) -> None:
     """Raises ValueError if `evaluate_sae` could not read the corpus."""
-    next(_texts(model, corpus, n_tokens, 1))
-
-
-def _texts(model: LanguageModel, corpus: TokenizedCorpus, n_tokens: int | None, batch: int) -> Iterator[Text]:
-    """All pieces, the longest first, which leaves less padding."""
-    check_floating(model)
-    read = texts(model, corpus, batch, n_tokens=n_tokens, ahead=None)
-    longest = next(read)
+    longest = next(_texts(model, corpus, n_tokens, 1))
     if longest.tokens.shape[1] < 2:
         total = tokens_to_read(corpus, n_tokens)
         raise ValueError(f"the first {total} tokens of the corpus hold none that follows another: read more of them")
-    yield longest
-    yield from read
+
+
+def _texts(
+    model: LanguageModel,
+    corpus: TokenizedCorpus,
+    n_tokens: int | None,
+    batch: int,
+    wanted: Callable[[int], bool] = lambda number: True,
+) -> Iterator[Text]:
+    """All pieces, the longest first, which leaves less padding."""
+    check_floating(model)
+    return texts(model, corpus, batch, n_tokens=n_tokens, ahead=None, wanted=wanted)
 
 
 def _nats(model: LanguageModel, text: Text) -> float:
@@ -141,44 +167,44 @@ def _nats(model: LanguageModel, text: Text) -> float:
     return float(exact_sum(nats))
 
 
-class _Tally:
-    """Stands for an auto-encoder, and sums up what it does in double precision."""
+class _Watched:
+    """Stands for an auto-encoder, and sees what it does."""
 
     def __init__(self, layer: int, sae: Sae):
         self.layer, self.sae, self.config, self.decode = layer, sae, sae.config, sae.decode
-        self.spliced = self.zero = 0.0
-        self.n, zeros = 0, exact(torch.zeros_like(sae.b_dec))
-        self.sum, self.squares, self.errors = zeros, zeros.clone(), zeros.clone()
-        self.active = zeros.new_zeros(sae.config.n_features)
 
     def encode(self, x: Tensor) -> Tensor:
         self.x, self.code = x, self.sae.encode(x)
         return self.code
 
-    def update(self, present: Tensor) -> None:
-        """Take in what was encoded last, where there is text."""
-        x, code = self.x[present], self.code[present]
+    def sums(self, counted: Tensor) -> dict[str, Tensor]:
+        """Of what was encoded last, over the tokens (b, n) that count."""
+        x, code = self.x[counted], self.code[counted]
         if not x.isfinite().all():
             raise ValueError(f"activations of layer {self.layer} are not finite: is the model damaged?")
         errors, x = exact(x - self.decode(code)), exact(x)
-        self.n += len(x)
-        self.sum += x.sum(0)
-        self.squares += x.square().sum(0)
-        self.errors += errors.square().sum(0)
-        self.active += exact((code > 0).sum(0))
+        return {
+            "sum": x.sum(0),
+            "squares": x.square().sum(0),
+            "errors": errors.square().sum(0),
+            "active": exact((code > 0).sum(0)),
+        }
 
-    def scores(self, clean: float, count: int) -> SaeScores:
-        variance = float((self.squares - self.sum.square() / self.n).sum())
-        changes = variance > 1e-12 * float(self.squares.sum())  # else it is rounding
-        return SaeScores(
-            l0=float(self.active.sum()) / self.n,
-            explained_variance=1 - float(self.errors.sum()) / variance if changes else float("nan"),
-            ce_clean=clean / count,
-            ce_spliced=self.spliced / count,
-            ce_zero=self.zero / count,
-            density=(self.active / self.n).cpu(),
-            n_tokens=self.n,
-        )
+
+def _scores(sums: dict[str, Tensor], layer: int) -> SaeScores:
+    n, count = sums["n"], sums["count"]
+    own = {name.removeprefix(f"{layer} "): value for name, value in sums.items() if name.startswith(f"{layer} ")}
+    variance = float((own["squares"] - own["sum"].square() / n).sum())
+    changes = variance > 1e-12 * float(own["squares"].sum())  # else it is rounding
+    return SaeScores(
+        l0=float(own["active"].sum() / n),
+        explained_variance=1 - float(own["errors"].sum()) / variance if changes else float("nan"),
+        ce_clean=float(sums["clean"] / count),
+        ce_spliced=float(own["spliced"] / count),
+        ce_zero=float(own["zero"] / count),
+        density=own["active"] / n,
+        n_tokens=int(n),
+    )
 
 
 class _Zero:

@@ -12,6 +12,7 @@ from cratelab.devices import check_floating
 from cratelab.language_model import LanguageModel
 from cratelab.reading import check_layer
 from cratelab.sae.autoencoder import Sae
+from cratelab.storage import digest_of_tensors
 
 
 @contextmanager
@@ -81,6 +82,12 @@ def on_device(sae: Sae, device: torch.device) -> Sae:
     return deepcopy(sae).to(device) if isinstance(sae, Sae) and sae.b_dec.device != device else sae
 
 
+def sae_facts(sae: Sae) -> list:
+    """What tells an auto-encoder from another."""
+    weights = digest_of_tensors(sae.state_dict()) if isinstance(sae, nn.Module) else ""
+    return [type(sae).__name__, repr(sae.config), weights]
+
+
 class _Spliced(nn.Identity):
     """An identity on the code, so that hooks see that, within a call that takes and returns neurons."""
 
@@ -88,6 +95,7 @@ class _Spliced(nn.Identity):
         super().__init__()
         self.site, self.error_term = site, error_term
         self.encode, self.decode = sae.encode, sae.decode  # not `sae` itself: its weights are none of the model's
+        self.facts = lambda: [sae_facts(sae), error_term]
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.site(x)

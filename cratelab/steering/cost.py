@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,8 +33,10 @@ from cratelab.arguments import check_whole
 from cratelab.devices import exact_sum, single
 from cratelab.language_model import LanguageModel
 from cratelab.reading import check_contexts
+from cratelab.shared_pass import RunningSums, model_facts, open_pass
 from cratelab.steering.edits import check_values
 from cratelab.steering.effects import steered_logits
+from cratelab.storage import digest_of_tensors
 
 STRENGTHS = 0.5, 1.0, 2.0, 4.0, 8.0
 
@@ -104,8 +107,12 @@ def frontier(
     strengths: Sequence[float] = STRENGTHS,
     within: Callable[[], AbstractContextManager] = nullcontext,
     batch: int = 4,
+    folder: str | Path | None = None,
 ) -> Frontier:
     """Set each of m neurons to multiples of its maximum, at every position, and measure (eq-11-5, eq-11-7).
+
+    With a `folder` the processes that Accelerate or torchrun have started share the contexts, and a killed call goes on
+    where it stopped; all is what one process finds, but for the order of sums in double precision.
 
     Args:
         model: with nothing spliced in.
@@ -118,11 +125,16 @@ def frontier(
         strengths: rising multiples of the maximum.
         within: makes a context inside which the model is the arm, such as `lambda: splice(model, {layer: sae})`.
         batch: contexts at a time.
+        folder: as for `collect_records`; without one, every process reads all contexts.
+
+    Returns:
+        The same in each process.
 
     Raises:
         ValueError: targets or controls are not (m, v) bool with some and not all tokens for each neuron; contexts are
             not (c, n) tokens with n at least 2; maxima are not (m,), finite and at least 0; strengths do not rise from
-            above 0; or as `steered_logits`.
+            above 0; a file in `folder` is damaged; or as `steered_logits`.
+        OSError: `folder` cannot be written.
     """
     check_contexts(model, contexts, batch, least=2)
     strengths = [float(strength) for strength in strengths]
@@ -132,20 +144,32 @@ def frontier(
     values = torch.outer(torch.tensor(strengths, dtype=maxima.dtype, device=device), maxima)
     with within():
         check_values(model, layer, neurons, values)
-    sums = torch.zeros(3, 1 + len(values), len(neurons), dtype=torch.float64, device="cpu")
-    loss_penalty, kl_penalty = 0.0, 0.0
-    for tokens in contexts.to(device).split(batch):
-        clean = single(model(tokens)).log_softmax(-1)
+
+    def made_from() -> list:
+        given = dict(contexts=contexts, neurons=neurons, values=values, targets=targets, controls=controls)
         with within():
-            plain = single(model(tokens)).log_softmax(-1)
-            unsteered = repeat(torch.stack([clean, plain]), "r b n v -> r m b n v", m=len(neurons))
-            for some, logits in steered_logits(model, tokens, layer, neurons, values):
-                logits = torch.cat([unsteered[:, some], single(logits)])
-                sums[:, :, some] += exact_sum(_measure(logits, targets[some], controls[some]), (3, 4)).cpu()
-        kl_penalty += float(exact_sum(clean.exp() * (clean - plain)))
-        loss_penalty += float(exact_sum((clean - plain)[:, :-1].gather(2, tokens[:, 1:, None].long())))
+            return ["frontier", model_facts(model), layer, batch, digest_of_tensors(given)]
+
+    with open_pass(RunningSums, contexts.numel(), folder, made_from) as reading:
+        for number, tokens in enumerate(contexts.to(device).split(batch)):
+            if not reading.wanted(number):
+                continue
+            clean = single(model(tokens)).log_softmax(-1)
+            measured = torch.zeros(3, 1 + len(values), len(neurons), dtype=torch.float64, device="cpu")
+            with within():
+                plain = single(model(tokens)).log_softmax(-1)
+                unsteered = repeat(torch.stack([clean, plain]), "r b n v -> r m b n v", m=len(neurons))
+                for some, logits in steered_logits(model, tokens, layer, neurons, values):
+                    logits = torch.cat([unsteered[:, some], single(logits)])
+                    measured[:, :, some] = exact_sum(_measure(logits, targets[some], controls[some]), (3, 4)).cpu()
+            kl = exact_sum(clean.exp() * (clean - plain))
+            loss = exact_sum((clean - plain)[:, :-1].gather(2, tokens[:, 1:, None].long()))
+            reading.running.add(number, tokens.numel(), {"measured": measured, "kl": kl, "loss": loss})
+            reading.keep()
+        sums = reading.merged().sums
     n_contexts, n = contexts.shape
-    return Frontier(*sums / contexts.numel(), loss_penalty / (n_contexts * (n - 1)), kl_penalty / contexts.numel())
+    loss, kl = float(sums["loss"]) / (n_contexts * (n - 1)), float(sums["kl"]) / contexts.numel()
+    return Frontier(*sums["measured"] / contexts.numel(), loss, kl)
 
 
 def _check(

@@ -7,6 +7,7 @@ above again.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from torch import Tensor
 from cratelab.devices import all_finite, exact_sum, single
 from cratelab.language_model import LanguageModel
 from cratelab.reading import check_contexts, hooked
+from cratelab.shared_pass import RunningSums, model_facts, open_pass
 from cratelab.steering.edits import check_neurons, check_values
+from cratelab.storage import digest_of_tensors
 
 CHUNK = 2**20  # logits at a time: what a cache holds
 
@@ -123,8 +126,12 @@ def full_effect(
     values: Tensor,
     by: str = "set",
     batch: int = 8,
+    folder: str | Path | None = None,
 ) -> Tensor:
     """Mean change of the log-probability of every token when each of m neurons, it alone, is edited at every position.
+
+    With a `folder` the processes that Accelerate or torchrun have started share the contexts, and a killed call goes on
+    where it stopped; all is what one process finds, but for the order of sums in double precision.
 
     Args:
         model: as for `steered_logits`.
@@ -134,18 +141,30 @@ def full_effect(
         values: (m,).
         by: "set", "add" or "scale".
         batch: contexts at a time.
+        folder: as for `collect_records`; without one, every process reads all contexts.
 
     Returns:
-        (m, v) float64 on the CPU, in nats.
+        (m, v) float64 on the CPU, in nats; the same in each process.
 
     Raises:
-        ValueError: as `steered_logits` and `check_contexts`.
+        ValueError: as `steered_logits` and `check_contexts`; or a file in `folder` is damaged.
+        OSError: `folder` cannot be written.
     """
     check_contexts(model, contexts, batch)
     check_values(model, layer, neurons, values[None], by)
-    change = torch.zeros(len(neurons), model.config.vocab_size, dtype=torch.float64, device="cpu")
-    for tokens in contexts.to(model.token_embedding.weight.device).split(batch):
-        before = single(model(tokens)).log_softmax(-1)
-        for some, logits in steered_logits(model, tokens, layer, neurons, values[None], by):
-            change[some] += exact_sum(single(logits[0]).log_softmax(-1) - before, (1, 2)).cpu()
-    return change / contexts.numel()
+
+    def made_from() -> list:
+        given = dict(contexts=contexts, neurons=neurons, values=values)
+        return ["full effect", model_facts(model), layer, by, batch, digest_of_tensors(given)]
+
+    with open_pass(RunningSums, contexts.numel(), folder, made_from) as reading:
+        for number, tokens in enumerate(contexts.to(model.token_embedding.weight.device).split(batch)):
+            if not reading.wanted(number):
+                continue
+            before = single(model(tokens)).log_softmax(-1)
+            change = before.new_zeros(len(neurons), before.shape[-1], dtype=torch.float64, device="cpu")
+            for some, logits in steered_logits(model, tokens, layer, neurons, values[None], by):
+                change[some] = exact_sum(single(logits[0]).log_softmax(-1) - before, (1, 2)).cpu()
+            reading.running.add(number, tokens.numel(), {"change": change})
+            reading.keep()
+        return reading.merged().sums["change"] / contexts.numel()

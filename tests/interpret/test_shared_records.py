@@ -11,9 +11,10 @@ import pytest
 import torch
 from test_training import corpus, new_model
 
-from cratelab.interpret import running_records
+from cratelab import shared_pass
 from cratelab.interpret.records import Records, collect_records
-from cratelab.interpret.running_records import RunningRecords, forget
+from cratelab.interpret.running_records import RunningRecords
+from cratelab.shared_pass import forget
 from cratelab.storage import read_tensors
 
 SUMS = "mean", "variance"
@@ -23,10 +24,10 @@ SCRIPT = """
     import torch
     torch.set_num_threads(1)
     from test_shared_records import gather
-    from cratelab.interpret import running_records
+    from cratelab import shared_pass
     from cratelab.interpret.running_records import RunningRecords
     folder, out, kill_after = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    running_records.KEEP_EVERY = 0
+    shared_pass.KEEP_EVERY = 0
     read, update = [], RunningRecords.update
 
     def counted(self, text, *others):
@@ -120,7 +121,7 @@ def test_one_process_goes_on_to_the_same_bits(alone, tmp_path, monkeypatch):
         read.append(text.number)
         update(self, text, *others)
 
-    monkeypatch.setattr(running_records, "KEEP_EVERY", 0)
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
     monkeypatch.setattr(RunningRecords, "update", counted)
     with pytest.raises(Killed):
         gather(tmp_path)
@@ -132,7 +133,7 @@ def test_one_process_goes_on_to_the_same_bits(alone, tmp_path, monkeypatch):
 
 
 def test_what_is_kept_is_of_one_pass_alone_and_forgotten_when_told(alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(running_records, "KEEP_EVERY", 0)
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
     gather(tmp_path, as_published=True)
     (tmp_path / "mine.txt").write_text("not of a pass")
     check_same(gather(tmp_path), alone)
@@ -147,7 +148,7 @@ def test_what_is_kept_is_of_one_pass_alone_and_forgotten_when_told(alone, tmp_pa
 
 
 def test_tokens_that_are_missing_or_read_twice_are_noticed(alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(running_records, "KEEP_EVERY", 0)
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
     gather(tmp_path)
     (file,) = tmp_path.glob("*/process-0.safetensors")
     shutil.copy(file, file.with_name("process-1.safetensors"))
@@ -156,7 +157,7 @@ def test_tokens_that_are_missing_or_read_twice_are_noticed(alone, tmp_path, monk
 
 
 def test_a_model_of_the_same_weights_and_other_settings_is_another_pass(tmp_path, monkeypatch):
-    monkeypatch.setattr(running_records, "KEEP_EVERY", 0)
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
     model, text = new_model().eval(), corpus(n=300)
     other = new_model(n_steps=1, span=0).eval()
     other.load_state_dict(model.state_dict())
@@ -172,6 +173,6 @@ def test_a_pass_survives_that_another_forgets_all(alone, tmp_path, monkeypatch):
             forget(tmp_path)
         update(self, *args)
 
-    monkeypatch.setattr(running_records, "KEEP_EVERY", 0)
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
     monkeypatch.setattr(RunningRecords, "update", forgetting)
     check_same(gather(tmp_path), alone)
