@@ -1,6 +1,7 @@
 import gc
 import json
-from itertools import count
+import shutil
+from itertools import count, product
 
 import numpy as np
 import pytest
@@ -428,11 +429,16 @@ def test_what_killed_writers_left_is_removed_finished_layers_included(tmp_path):
     arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(max_tokens=300), tmp_path
     train_saes(*arguments)
     written = [*tmp_path.rglob("*")]
-    for path in "run.json", "checkpoint.safetensors", "layer-1/cfg.json", "layer-1/sae_weights.safetensors":
+    (latest,) = tmp_path.glob("checkpoint-*")
+    of_checkpoint = f"{latest.name}/layer-1.safetensors", f"{latest.name}/progress.json"
+    for path in "run.json", *of_checkpoint, "layer-1/cfg.json", "layer-1/sae_weights.safetensors":
         (tmp_path / f"{path}.7-00c0ffee.part").write_bytes(b"half")
+    shutil.copytree(latest, tmp_path / "checkpoint-9999", ignore=lambda *names: ["progress.json"])  # not whole
+    shutil.copytree(latest, tmp_path / "checkpoint-10")  # which a kill kept from being removed
     (tmp_path / "layer-1" / "mine.part").write_bytes(b"not ours")
+    (tmp_path / "checkpoint-mine").mkdir()
     train_saes(*arguments)
-    assert {*tmp_path.rglob("*")} == {*written, tmp_path / "layer-1" / "mine.part"}
+    assert {*tmp_path.rglob("*")} == {*written, tmp_path / "layer-1" / "mine.part", tmp_path / "checkpoint-mine"}
 
 
 def test_another_run_or_other_files_are_not_touched(tmp_path):
@@ -456,27 +462,38 @@ def test_another_run_or_other_files_are_not_touched(tmp_path):
         train_saes(talkative(), corpus(), corpus(200), config(), [1], recipe(), tmp_path / "mine")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "zeros", "flipped", "stateless", "lacking", "of another run", "empty"])
-def test_a_damaged_checkpoint_is_named_and_what_to_do(tmp_path, damage):
-    arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(max_tokens=600, evaluations=2), tmp_path
+FILES = ["layer-1.safetensors", "progress.json"]
+DAMAGES = ["truncated", "zeros", "flipped", "stateless", "lacking", "of another run", "empty"]
+
+
+@pytest.mark.parametrize("name, damage", [*product(FILES, DAMAGES), *product(FILES[:1], ["of another layer", "gone"])])
+def test_a_damaged_checkpoint_is_named_and_what_to_do(tmp_path, name, damage):
+    arguments = talkative(), corpus(), corpus(200), config(), [0, 1], recipe(max_tokens=600, evaluations=2), tmp_path
     whole = train_saes(*arguments)
-    file = tmp_path / "checkpoint.safetensors"
+    (folder,) = tmp_path.glob("checkpoint-*")
+    file, is_state = folder / name, name == "progress.json"
     content = file.read_bytes()
-    held = {name: tensor for name, tensor in storage.read_tensors(file).items() if name != "0/idle"}
-    if damage in ("stateless", "lacking"):
-        storage.save_file(held, file, {"state": "{}"} if damage == "lacking" else None)
+    if damage in ("stateless", "lacking") and is_state:
+        file.write_text(json.dumps({"run": json.loads(content)["run"]} if damage == "lacking" else {}))
+    elif damage in ("stateless", "lacking"):
+        held = {name: tensor for name, tensor in storage.read_tensors(file).items() if name != "idle"}
+        storage.save_file(held, file, storage.read_metadata(file) if damage == "lacking" else None)
     elif damage == "of another run":
-        other = recipe(max_tokens=600, evaluations=2, seed=9)
+        other = recipe(max_tokens=600, evaluations=2, learning_rate=1e-4)  # the same stream
         train_saes(*arguments[:5], other, tmp_path / "other")
-        file.write_bytes((tmp_path / "other" / file.name).read_bytes())
+        file.write_bytes((tmp_path / "other" / folder.name / name).read_bytes())
+    elif damage == "of another layer":
+        file.write_bytes((folder / "layer-0.safetensors").read_bytes())
+    elif damage == "gone":
+        file.unlink()
     else:
         half = len(content) // 2  # what a loss of power leaves
         flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
         damaged = dict(truncated=content[:-100], zeros=content[:half] + bytes(len(content) - half), flipped=flipped)
         file.write_bytes((damaged | {"empty": b""})[damage])
-    with pytest.raises(ValueError, match=r"checkpoint\.safetensors .*Remove it, and the run begins anew"):
+    with pytest.raises(ValueError, match=f"{name} .*Remove .*{folder.name}, and the run begins anew"):
         train_saes(*arguments)
-    file.unlink()
+    shutil.rmtree(folder)
     assert train_saes(*arguments).saes[1].W_dec.equal(whole.saes[1].W_dec)
 
 
@@ -497,7 +514,7 @@ def test_a_full_disk_is_an_oserror_and_the_checkpoint_before_is_whole(tmp_path, 
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         save(tensors, file, metadata)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"checkpoint\.safetensors .*No space left"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"layer-1\.safetensors .*No space left"):
         patch.setattr(storage, "save_file", full)
         train_saes(*arguments)
     assert train_saes(*arguments).saes[1].W_dec.equal(whole.saes[1].W_dec)
@@ -506,11 +523,12 @@ def test_a_full_disk_is_an_oserror_and_the_checkpoint_before_is_whole(tmp_path, 
 def test_files_of_the_user_in_the_folder_stay(tmp_path):
     arguments = talkative(), corpus(), corpus(200), config(), [1], recipe(max_tokens=600, evaluations=2), tmp_path
     train_saes(*arguments)
-    mine = ["notes.txt", "checkpoint-best.safetensors", "checkpoint.safetensors.backup"]
+    mine = ["notes.txt", "checkpoint-best.safetensors", "checkpoint-best/progress.json", "checkpoint-7/letter"]
     for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("dear")
     train_saes(*arguments)
-    assert [(tmp_path / name).read_text() for name in mine] == ["dear"] * 3
+    assert [(tmp_path / name).read_text() for name in mine] == ["dear"] * 4
 
 
 # Silence, and numbers that are none
@@ -603,17 +621,17 @@ def test_a_diverged_state_never_replaces_a_good_one(tmp_path, monkeypatch, how):
 
     def last(self, x):
         loss = step(self, x)
-        if how == "weights" and (tmp_path / "checkpoint.safetensors").exists():
+        if how == "weights" and [*tmp_path.glob("checkpoint-*/progress.json")]:
             with torch.no_grad():
                 self.sae.b_enc[0] = torch.inf
         return loss
 
-    with monkeypatch.context() as patch, pytest.raises(Diverged, match=r"checkpoint\.safetensors is from before"):
+    with monkeypatch.context() as patch, pytest.raises(Diverged, match=r"checkpoint-\d+ is from before"):
         patch.setattr(trainer, "evaluate_sae", spoiling)
         patch.setattr(Learner, "step", last)
         train_saes(*arguments)
-    metadata = storage.read_metadata(tmp_path / "checkpoint.safetensors")
-    assert len(json.loads(metadata["state"])["curve"]) == 2  # of the first evaluation
+    (file,) = tmp_path.glob("checkpoint-*/progress.json")
+    assert len(json.loads(file.read_text())["curve"]) == 2  # of the first evaluation
     assert train_saes(*arguments).curve == train_saes(*arguments[:-1]).curve
 
 
@@ -622,7 +640,7 @@ def test_one_step_alone_is_judged_too(tmp_path):
         train_saes(
             talkative(), corpus(), corpus(200), config(), None, recipe(learning_rate=1e38, max_tokens=1), tmp_path
         )
-    assert not (tmp_path / "checkpoint.safetensors").exists() and not (tmp_path / "layer-0").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "lock"}
 
 
 def test_one_token_a_step_is_possible():

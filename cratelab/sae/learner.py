@@ -46,6 +46,10 @@ class Learner:
         """`architectures.keep_largest` with this auto-encoder's k and threshold."""
         return keep_largest(code, self.sae.config.k, self.sae.threshold)
 
+    def n_dead(self, patience: int) -> int:
+        """How many features have been silent for `patience` tokens."""
+        return int((self.idle >= patience).sum())
+
     @torch.no_grad()
     def resample(self, x: Tensor, patience: int, draw: np.random.Generator) -> None:
         """Let features silent for `patience` tokens point at inputs that are badly reconstructed."""

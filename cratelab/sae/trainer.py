@@ -4,7 +4,7 @@ Nothing random has a state, so a training that was killed goes on to the same we
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Integral
@@ -56,6 +56,9 @@ def train_saes(
 ) -> SaeTraining:
     """Train one auto-encoder on the neurons of each layer. With a `run_dir` a killed call goes on where it stopped.
 
+    With a `run_dir` the processes that Accelerate or torchrun have started share the layers, at most one process a
+    layer; each auto-encoder is, bit for bit, what one process makes.
+
     For "relu" the loss is that of the paper, the mean over tokens of ‖x̂ − x‖²/‖x‖² + λ Σ|f| (eq-10-2); for "batchtopk"
     its first term alone, with the k·n largest of the n tokens' codes kept (eq-10-4). ‖x‖² counts as no less than a
     hundredth of its mean, so that silent tokens do not rule. Rows of W_dec keep unit length: the part of the gradient
@@ -68,13 +71,16 @@ def train_saes(
         config: of every layer's auto-encoder.
         layers: counted from 0; all unless given.
         recipe: how.
-        run_dir: folder for `run.json`, the latest `checkpoint.safetensors` and, in the end, `layer-0`, …, to be read by
-            `Sae.load` or SAELens. Without one, nothing is written.
+        run_dir: folder for `run.json`, the latest checkpoint and, in the end, `layer-0`, …, to be read by `Sae.load` or
+            SAELens, on a disk that all processes see. Without one, nothing is written, and each process trains all.
+
+    Returns:
+        Of several processes each has the whole curve and the auto-encoders that it trained.
 
     Raises:
         ValueError: model, corpora and configuration do not fit one another, activations are not finite, `run_dir` holds
-            another run, or its checkpoint is damaged.
-        BlockingIOError: another process trains in `run_dir`.
+            another run, its checkpoint is damaged, or there are more processes than layers.
+        BlockingIOError: somebody else trains in `run_dir`.
         OSError: a file cannot be written, such as on a full disk; the latest checkpoint is whole.
         Diverged: a loss or a weight is no finite number; the latest checkpoint is from before.
     """
@@ -96,17 +102,20 @@ def _train(
     recipe: SaeRecipe,
     run: RunFolder | None,
 ) -> SaeTraining:
-    learners = _new_learners(model, config, layers, recipe)
+    own = run.own(layers) if run else layers
+    gathered = run.gathered if run else dict
+    learners = _new_learners(model, config, layers, own, recipe)
     saes = {layer: learner.sae for layer, learner in learners.items()}
-    progress = run.resume(learners.values()) if run else Progress()
-    blocks = ActivationBlocks(model, training, layers, recipe.buffer, recipe.seed)
+    progress = run.resume(learners) if run else Progress()
+    blocks = ActivationBlocks(model, training, own, recipe.buffer, recipe.seed)
     if not progress.stopped:
         old = blocks.read(progress.block)
         if progress.block == 0:
             for sae, x in zip(saes.values(), old, strict=True):
                 sae.b_dec.data = x.mean(0)
     total, n_steps = 0.0, 0  # losses (l,) since the last evaluation
-    with tqdm(total=recipe.max_tokens, initial=progress.tokens, unit="token", unit_scale=True, disable=None) as bar:
+    quiet = None if own[0] == layers[0] else True  # of several processes one shows how far they are
+    with tqdm(total=recipe.max_tokens, initial=progress.tokens, unit="token", unit_scale=True, disable=quiet) as bar:
         while not progress.stopped:
             new, before = blocks.read(progress.block + 1), progress.tokens
             for batch in mixed(old, new, recipe.batch):
@@ -117,19 +126,22 @@ def _train(
                 progress.tokens += batch.shape[1]
                 bar.update(batch.shape[1])
             progress.block, old = progress.block + 1, new
-            mean_losses = dict(zip(layers, (total / n_steps).tolist(), strict=True))
+            mean_losses = dict(zip(own, (total / n_steps).tolist(), strict=True))
             _check_finite(learners, mean_losses, progress, run)
             evaluate, resample = recipe.due(before, progress.tokens)
             if evaluate:
-                progress.curve += _evaluate(model, validation, saes, recipe, mean_losses, progress, run)
+                rows = _evaluate(model, validation, saes, recipe, mean_losses, progress, run)
+                progress.curve += gathered(rows).values()
                 progress.stopped = recipe.reason_to_stop(progress.curve)
                 total, n_steps = 0.0, 0
             if resample and not progress.stopped:
-                draw = np.random.default_rng([recipe.seed, 1, progress.block])
-                for learner, x in zip(learners.values(), old, strict=True):
-                    learner.resample(x, recipe.patience, draw)
+                dead = gathered({layer: each.n_dead(recipe.patience) for layer, each in learners.items()})
+                for layer, x in zip(own, old, strict=True):
+                    drawn = sum(dead[before] for before in layers[: layers.index(layer)])
+                    draw = np.random.PCG64([recipe.seed, 1, progress.block]).advance(drawn)  # one draw for all layers
+                    learners[layer].resample(x, recipe.patience, np.random.Generator(draw))
             if evaluate and run:
-                run.save_checkpoint(learners.values(), progress)
+                run.save_checkpoint(learners, progress)
     for sae in saes.values():
         sae.eval()
     if run:
@@ -138,12 +150,17 @@ def _train(
 
 
 def _new_learners(
-    model: LanguageModel, config: SaeConfig, layers: Iterable[int], recipe: SaeRecipe
+    model: LanguageModel, config: SaeConfig, layers: list[int], own: list[int], recipe: SaeRecipe
 ) -> dict[int, Learner]:
-    device = model.token_embedding.weight.device
+    """The process's own, as they are if it draws those of all layers."""
+    device, learners = model.token_embedding.weight.device, {}
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return {layer: Learner(Sae(config).to(device), recipe.learning_rate) for layer in layers}
+        for layer in layers:
+            sae = Sae(config)
+            if layer in own:
+                learners[layer] = Learner(sae.to(device), recipe.learning_rate)
+    return learners
 
 
 def _evaluate(
@@ -154,16 +171,16 @@ def _evaluate(
     losses: dict[int, float],
     progress: Progress,
     run: RunFolder | None,
-) -> list[dict]:
+) -> dict[int, dict]:
     """Of each layer a row of the curve."""
     scores = evaluate_sae(model, validation, saes, recipe.validation_tokens)
     if lost := [layer for layer in saes if not math.isfinite(scores[layer].ce_spliced)]:
         raise _diverged(f"spliced in, layers {lost} leave the model no finite loss", progress, run)
-    rows = []
+    rows = {}
     for layer, sae in saes.items():
         measured = {name: getattr(scores[layer], name) for name in ("l0", "explained_variance", "recovered", "dead")}
         row = {"tokens": progress.tokens, "layer": layer, "loss": losses[layer]}
-        rows.append(finite(row | measured | {"threshold": float(sae.threshold[0])}))
+        rows[layer] = finite(row | measured | {"threshold": float(sae.threshold[0])})
     return rows
 
 
@@ -177,7 +194,7 @@ def _check_finite(
 
 
 def _diverged(what: str, progress: Progress, run: RunFolder | None) -> Diverged:
-    kept = f"; {run.file} is from before" if run and run.file.is_file() else ""
+    kept = f"; {latest} is from before" if run and (latest := run.latest()) else ""
     return Diverged(f"after {progress.tokens} tokens {what}: a lower learning rate often helps{kept}")
 
 

@@ -1,14 +1,13 @@
 """A pass over text by several processes gives what one gives, and a killed one goes on."""
 
-import os
 import shutil
 import subprocess
-import sys
 import textwrap
 from itertools import chain
 
 import pytest
 import torch
+from many_processes import launch
 from test_training import corpus, new_model
 
 from cratelab import shared_pass
@@ -20,7 +19,6 @@ from cratelab.storage import read_tensors
 SUMS = "mean", "variance"
 SCRIPT = """
     import os, signal, sys
-    sys.path[:0] = {paths!r}
     import torch
     torch.set_num_threads(1)
     from test_shared_records import gather
@@ -37,6 +35,7 @@ SCRIPT = """
         read.append(text.number)
 
     RunningRecords.update = counted
+    os.makedirs(out, exist_ok=True)
     mine = out + "/" + os.environ["RANK"]
     gather(folder).save(mine)
     open(mine + "/read", "w").write(" ".join(map(str, read)))
@@ -50,18 +49,8 @@ def gather(folder=None, as_published=False) -> Records:
     return collect_records(model, text, 4, 6, 5, 7, seed=3, batch=4, as_published=as_published, folder=folder)
 
 
-def launch(processes: int, *arguments) -> subprocess.CompletedProcess:
-    script = textwrap.dedent(SCRIPT).format(
-        paths=[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
-    )
-    arguments[1].mkdir(exist_ok=True)
-    file = arguments[1] / "script.py"
-    file.write_text(script)
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0", "--standalone"]
-    return subprocess.run(
-        [sys.executable, *start, str(file), *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
+def start(processes: int, *arguments) -> subprocess.CompletedProcess:
+    return launch(processes, textwrap.dedent(SCRIPT), *arguments)
 
 
 def check_same(found: Records, expected: Records) -> None:
@@ -86,7 +75,7 @@ def alone() -> Records:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_text_and_merge_to_what_one_gives(processes, alone, tmp_path):
-    done = launch(processes, tmp_path / "kept", tmp_path / "out", -1)
+    done = start(processes, tmp_path / "kept", tmp_path / "out", -1)
     assert done.returncode == 0, done.stderr[-3000:]
     shares = batches(tmp_path / "out")
     assert len(shares) == processes and sorted(chain(*shares)) == list(range(sum(map(len, shares))))
@@ -97,11 +86,11 @@ def test_processes_share_the_text_and_merge_to_what_one_gives(processes, alone, 
 
 
 def test_a_killed_pass_goes_on_with_another_number_of_processes_or_one(alone, tmp_path):
-    assert launch(3, tmp_path / "kept", tmp_path / "out", 3).returncode
+    assert start(3, tmp_path / "kept", tmp_path / "out", 3).returncode
     files = (tmp_path / "kept").glob("*/process-*.safetensors")
     held = {file.name: read_tensors(file)["_extra_state"].tolist()[1:] for file in files}
     assert held["process-1.safetensors"] == [1, 4, 7]
-    done = launch(2, tmp_path / "kept", tmp_path / "out", -1)
+    done = start(2, tmp_path / "kept", tmp_path / "out", -1)
     assert done.returncode == 0, done.stderr[-3000:]
     again = list(chain(*batches(tmp_path / "out")))
     assert again and not set(again) & set(chain(*held.values()))
