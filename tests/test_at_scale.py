@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from many_processes import launch
 from test_paper_and_us import quotes
 
 import cratelab as cl
 from cratelab import budget
 from cratelab.budget import estimate
+from cratelab.models import new_model
 from cratelab.recipe import Recipe
 
 PAGE = (Path(__file__).parents[1] / "book" / "at_scale.md").read_text(encoding="utf8")
@@ -59,3 +61,17 @@ def test_the_plan_of_the_long_run_follows_from_the_table(counted):
     rates = 100, 200, 400
     assert quotes(plan, f"{days['CRATE']:,}", *map(str, rates), *(str(round(days["CRATE"] / r)) for r in rates))
     assert quotes(plan, f"{Recipe().steps * Recipe().batch * 1024:,}")
+
+
+def test_the_script_for_several_gpus_runs_in_two_processes_and_again(tmp_path):
+    run = tmp_path / "run"
+    new_model("crate", "toy", 2048, seed=0).save(run / "model")
+    (script,) = re.findall(r"```python\n(import cratelab as cl\n.*?evaluate_sae.*?)```", PAGE, re.DOTALL)
+    corpus = 'prepare("tinyworld", characters=200_000)'
+    small = '"runs/crate-B-pile-0", prepare("pile"), 50_000_000', f'"{run}", {corpus}, 3000'
+    for usual, ours in small, ("100_000", "3000"), ("batch=4096", "batch=64, buffer=2000, validation_tokens=1000"):
+        assert script.count(usual) == 1
+        script = script.replace(usual, ours)
+    done = [launch(2, script) for _ in range(2)]
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr[-3000:]
+    assert done[0].stdout == done[1].stdout and re.fullmatch(r"0 \d+ -?[\d.]+\n1 \d+ -?[\d.]+\n", done[0].stdout)

@@ -325,6 +325,9 @@ def test_a_gguf_file_is_asked_from_the_command_line(run, packed, tmp_path, capsy
     rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
     assert [row["no_number"] for row in rows] == [0, 0] and any(rows[0]["texts"])
     assert capsys.readouterr().out.count(" 0%\n") == 2
+    options[-1] = str(tmp_path / "shared.json")  # two processes, each with a judge, answer half of the questions
+    assert started(2, *options).count(" 0%\n") == 2
+    assert json.loads((tmp_path / "shared.json").read_text())["rows"] == rows
     with pytest.raises(SystemExit, match="are for a server, and --endpoint is a folder or a file"):
         main([*options, "--completions"])
 

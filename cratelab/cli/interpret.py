@@ -43,10 +43,11 @@ def check(options: Interpret) -> None:
 
 def run(options: Interpret) -> None:
     main = processes().is_main_process  # which scores and writes; the others help to read
-    endpoint = _endpoint(options) if main else None
+    scores = main or _is_shared(options)
+    endpoint = _endpoint(options) if scores else None
     model, corpus = load_run(options, lambda model: _draw(options, model))
     text, neurons = corpus.validation, _draw(options, model)
-    explainers = {name: _explainer(name, options, corpus, endpoint) for name in options.explainer if main}
+    explainers = {name: _explainer(name, options, corpus, endpoint) for name in options.explainer if scores}
     asking, rows = explainers.get(ASKED), []
     wide = max(11, *(len(name) + 1 for name in options.explainer))
     asked = dict(as_published=options.official, n_tokens=options.n_tokens, seed=options.seed, folder=_passes(options))
@@ -57,7 +58,7 @@ def run(options: Interpret) -> None:
         say(head)
     for name, each in ("trained", model), ("untrained", untrained(model, options.seed)):
         records = collect_for_protocols(each, text, options.protocols, **asked)
-        if not main:
+        if not scores:
             continue
         if neurons:
             records = {protocol: held.neurons(*neurons) for protocol, held in records.items()}
@@ -165,6 +166,11 @@ def _is_server(endpoint: str) -> bool:
     return endpoint.startswith(("http://", "https://"))
 
 
+def _is_shared(options: Interpret) -> bool:
+    """Whether each process has a language model of its own, and answers its share of the questions."""
+    return options.endpoint is not None and not _is_server(options.endpoint)
+
+
 def _endpoint(options: Interpret) -> Endpoint | None:
     if options.endpoint is None:
         return None
@@ -181,7 +187,8 @@ def _explainer(name: str, options: Interpret, corpus: PreparedCorpus, endpoint: 
         world, text = corpus.world, corpus.validation
         return ConceptExplainer(tinyworld_concepts(world) if world else text_concepts(text, corpus.tokenizer))
     if name == ASKED:
-        asking = dict(cache=_cache(options), announce=lambda cost: None)  # the sum is said before
+        # the sum is said before
+        asking = dict(cache=_cache(options), announce=lambda cost: None, share=_is_shared(options))
         simulator = LanguageModelSimulator(endpoint, **asking)
         return LanguageModelExplainer(endpoint, corpus.tokenizer, simulator, **asking)
     return {"token": TokenExplainer, "suffix": SuffixExplainer}[name]()

@@ -12,8 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Self
 
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from cratelab.devices import processes
 from cratelab.interpret.asking.endpoints import Endpoint, Request
 from cratelab.interpret.asking.replies import Answer
 
@@ -175,7 +177,11 @@ def estimate(
 
 
 def ask(
-    endpoint: Endpoint, requests: Iterable[Request], cache: str | Path | None = None, total: int | None = None
+    endpoint: Endpoint,
+    requests: Iterable[Request],
+    cache: str | Path | None = None,
+    total: int | None = None,
+    share: bool = False,
 ) -> Iterator[Answer]:
     """Answers in the order of the requests, which are sent concurrently, and never one that the cache holds.
 
@@ -187,16 +193,22 @@ def ask(
         requests: taken some hundred at a time.
         cache: file of answers; None keeps none.
         total: how many requests there are, for the progress bar.
+        share: whether the processes that Accelerate or torchrun have started, of which each asks an endpoint of its
+            own, divide the requests among them. All must bring the same, and all get all answers.
 
     Raises:
         OSError: the cache cannot be written.
         ValueError: the first 20 answers are all problems, or the cache is damaged.
     """
     n = useless = 0
+    rank, n_processes, main = 0, 1, True
+    if share:
+        process = processes()
+        rank, n_processes, main = process.process_index, process.num_processes, process.is_main_process
     with (
         AnswerCache(cache) as known,
         ThreadPoolExecutor(endpoint.concurrency) as pool,
-        tqdm(total=total, unit="request", disable=None if sys.stderr else True) as bar,
+        tqdm(total=total, unit="request", disable=None if sys.stderr and main else True) as bar,
     ):
 
         def send(key: str, request: Request) -> Answer:
@@ -208,10 +220,10 @@ def ask(
         rest = iter(requests)
         while group := list(islice(rest, GROUP)):
             keys = [request.key(endpoint.name) for request in group]
-            answers = {key: answer for key in set(keys) if (answer := known.get(key)) is not None}
-            missing = {key: request for key, request in zip(keys, group, strict=True) if key not in answers}
-            futures = {pool.submit(send, key, request): key for key, request in missing.items()}
-            bar.update(len(group) - len(missing))
+            own = dict(list(dict(zip(keys, group, strict=True)).items())[rank::n_processes])
+            answers = {key: answer for key in own if (answer := known.get(key)) is not None}
+            futures = {pool.submit(send, key, request): key for key, request in own.items() if key not in answers}
+            n_before = bar.n
             try:
                 for future in as_completed(futures):
                     answers[futures[future]] = answer = future.result()
@@ -225,6 +237,9 @@ def ask(
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # answers on their way are still waited for and kept
                 raise
+            if share:
+                answers = dict(gather_object(list(answers.items())))
+            bar.update(n_before + len(group) - bar.n)
             yield from (answers[key] for key in keys)
 
 
@@ -237,6 +252,7 @@ class Asker:
         cache: file of answers already given; None keeps none.
         prices: of a million prompt tokens and of a million completion tokens.
         announce: is told the cost before any of the questions is sent, and may raise to stop it.
+        share: whether several processes divide the questions among them, as `ask` says.
     """
 
     endpoint: Endpoint
@@ -244,6 +260,7 @@ class Asker:
     cache: str | Path | None = None
     prices: tuple[float, float] | None = None
     announce: Callable[[Cost], None] = print
+    share: bool = False
 
     def estimate(self, requests: Iterable[Request]) -> Cost:
         """What requests will cost."""
@@ -253,4 +270,4 @@ class Asker:
         """Announce the cost, then ask. `requests` is called twice, so that they need not all be in memory."""
         cost = self.estimate(requests())
         self.announce(cost)
-        return ask(self.endpoint, requests(), self.cache, cost.requests + cost.cached)
+        return ask(self.endpoint, requests(), self.cache, cost.requests + cost.cached, self.share)

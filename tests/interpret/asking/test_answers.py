@@ -1,4 +1,5 @@
 import contextlib
+import inspect
 import json
 import math
 import signal
@@ -7,9 +8,11 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import pytest
 from language_model_server import next_token, understanding
+from many_processes import launch
 
 from cratelab.interpret.asking.answers import AnswerCache, ask
 from cratelab.interpret.asking.endpoints import Request
@@ -192,3 +195,58 @@ def test_two_writers_share_a_file_of_answers(tmp_path):
         list(pool.map(write, range(3)))
     with contextlib.closing(sqlite3.connect(tmp_path / "answers")) as file:
         assert file.execute("SELECT COUNT(*) FROM answers").fetchone() == (8 + 24,)
+
+
+class Counting:
+    """Answers with what was asked, and with a problem every seventh time; the second process is killed after some."""
+
+    name, concurrency = "counting", 1
+
+    def __init__(self, kill_after: int = -1):
+        self.kill_after, self.asked = kill_after, []
+
+    def answer(self, request: Request) -> dict:
+        import os
+
+        if len(self.asked) == self.kill_after and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.asked.append(n := int(request.text))
+        return {"problem": f"{n} is bad"} if n % 7 == 3 else {"text": f"{n} is good"}
+
+
+SHARED = f"""
+import json, os, signal, sys
+from cratelab.interpret.asking.endpoints import Request
+from cratelab.interpret.asking.answers import ask
+{inspect.getsource(Counting)}
+endpoint = Counting(int(sys.argv[2]))
+requests = (Request((str(n % 550),)) for n in range(600))
+found = list(ask(endpoint, requests, sys.argv[1] + "/answers.sqlite", 600, share=True))
+with open(sys.argv[1] + "/" + os.environ["RANK"], "w") as file:
+    json.dump([found, endpoint.asked], file)
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_divide_the_questions_and_all_get_all_answers(processes, tmp_path):
+    """Of two groups, with questions that come again in the other one."""
+    alone = Counting()
+    expected = list(ask(alone, [Request((str(n % 550),)) for n in range(600)], tmp_path / "alone.sqlite"))
+    done = launch(processes, SHARED, tmp_path, -1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(processes)]
+    assert all(answers == expected for answers, _ in found)
+    shares = [asked for _, asked in found]
+    assert sorted(chain(*shares)) == sorted(alone.asked)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 20
+
+
+def test_of_killed_processes_no_answer_is_lost(tmp_path):
+    assert launch(2, SHARED, tmp_path, 100).returncode
+    with AnswerCache(tmp_path / "answers.sqlite") as known:
+        kept = {n for n in range(550) if known.get(Request((str(n),)).key("counting"))}
+    assert len([n for n in kept if n % 2]) >= 80  # of the second's 100, but for problems
+    done = launch(3, SHARED, tmp_path, -1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    asked = [n for rank in range(3) for n in json.loads((tmp_path / str(rank)).read_text())[1]]
+    assert asked and not kept & set(asked)
