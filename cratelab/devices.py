@@ -1,10 +1,12 @@
 """Where tensors live: the device to compute on, and what not every kind of device can do."""
 
+import atexit
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,7 +59,20 @@ def processes() -> "PartialState":
     """
     from accelerate import PartialState
 
+    leave_group_at_exit()
     return PartialState(cpu=best_device().type == "cpu", timeout=timedelta(days=7))
+
+
+@cache
+def leave_group_at_exit() -> None:
+    """See to it that processes on CPUs end in order: else Gloo's threads may outlive the interpreter, and abort."""
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == "gloo":
+        group.destroy_process_group()
 
 
 WITHOUT_FLOAT64 = ("mps",)

@@ -28,7 +28,7 @@ with warnings.catch_warnings():  # in notebooks it asks for widgets, which our p
 
 from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.corpora.tokenizers import Tokenizer, fingerprint
-from cratelab.devices import best_device
+from cratelab.devices import best_device, leave_group_at_exit
 from cratelab.language_model import LanguageModel
 from cratelab.losses import Diverged, next_token_loss, validation_loss
 from cratelab.reading import check_vocabulary
@@ -84,6 +84,7 @@ def train(
         mixed_precision=None if is_initialized() else precision,  # a process has one for good: it is ours that counts
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.accumulate),
     )
+    leave_group_at_exit()
     recipe.check_division(accelerator.num_processes)
     if torch.is_autocast_enabled(accelerator.device.type):  # it would also keep old weights in its cache
         raise ValueError("train is called within torch.autocast: call it outside, with the precision in its recipe")

@@ -7,10 +7,12 @@ Where there is a real accelerator, the same tests run there too.
 """
 
 import sys
+import textwrap
 
 import numpy as np
 import pytest
 import torch
+from many_processes import launch
 from test_sae import random_sae, some_tokens, talkative
 from test_sae_training import config, recipe
 from test_steering import shaken
@@ -373,3 +375,19 @@ def test_one_number_that_is_not_finite_is_found(dtype):
         numbers[3, 5] = wrong
         assert not all_finite(numbers)
     assert not all_finite(torch.tensor([torch.inf, -torch.inf], dtype=dtype))
+
+
+@pytest.mark.parametrize("start", ["devices.processes()", "training.train(model, text, text, recipe(steps=1))"])
+def test_processes_leave_their_group_before_the_interpreter_ends(start):
+    """Gloo's threads must not outlive it (torch 2.13): one in some thirty processes then aborts at its end."""
+    script = f"""
+        import atexit, torch
+        atexit.register(lambda: print("left", not torch.distributed.is_initialized()))  # called last
+        from test_training import corpus, new_model, recipe
+        from cratelab import devices, training
+        model, text = new_model(), corpus()
+        {start}
+        print("joined", torch.distributed.get_world_size())
+    """
+    done = launch(2, textwrap.dedent(script))
+    assert sorted(done.stdout.split("\n")) == ["", "joined 2", "joined 2", "left True", "left True"], done.stderr
