@@ -543,6 +543,7 @@ def test_options_out_of_range_are_named_before_anything_is_read_or_made(argument
         "reproduce.make_toys",
         "reproduce.reproduce_rates",
         "reproduce.reproduce_chapter_9",
+        "reproduce.reproduce_sparser",
         "interpret.collect_for_protocols",
     ):
         monkeypatch.setattr(f"cratelab.cli.{name}", never)

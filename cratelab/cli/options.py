@@ -228,14 +228,15 @@ class Reproduce(OnDevice):
     Example: cratelab reproduce toys --seeds 1 --steps 100
     """
 
-    what: Annotated[Literal["rates", "toys", "chapter-9", "reference"], tyro.conf.Positional]
+    what: Annotated[Literal["rates", "toys", "chapter-9", "sparser", "reference"], tyro.conf.Positional]
     """rates: at which learning rate each model learns most, on TinyWorld. toys: the package's own, at these rates.
-    chapter-9: what the neurons of CRATE and of GPT-2 mean there. reference: one to three layers of width 128 on
-    Python's documentation."""
+    chapter-9: what the neurons of CRATE and of GPT-2 mean there. sparser: what those of sparser networks mean.
+    reference: one to three layers of width 128 on Python's documentation."""
     out: Path | None = None
     """Where runs and results go; runs/reference or runs/tinyworld unless given."""
     seeds: int | None = None
-    """How many seeds, counted from 0, unless 3 for rates and reference, 5 for toys, 10 for chapter-9."""
+    """How many seeds, unless 3 for rates and reference, 5 for toys, 10 for chapter-9 and sparser; counted from 0, for
+    sparser from 3."""
     text: tuple[str, ...] = ()
     """For reference: local text to read besides, files or folders."""
     steps: int | None = None

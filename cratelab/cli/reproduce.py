@@ -5,7 +5,7 @@ from pathlib import Path
 from cratelab.cli.checks import check_alone, check_folder
 from cratelab.cli.options import MOST, Reproduce, dashed
 from cratelab.cli.shared import print_table, report, use_one_thread
-from cratelab.experiments.chapter_9 import reproduce_chapter_9
+from cratelab.experiments.chapter_9 import reproduce_chapter_9, reproduce_sparser
 from cratelab.experiments.rates import reproduce_rates
 from cratelab.experiments.reference_models import make_reference_models, make_toys
 from cratelab.terminal import say
@@ -31,6 +31,8 @@ def run(options: Reproduce) -> None:
         table = reproduce_rates(folder, **given | steps, **told)
     elif options.what == "chapter-9":
         table = reproduce_chapter_9(folder, **given, **told)
+    elif options.what == "sparser":
+        table = reproduce_sparser(folder, **given, **told)
     else:
         if options.what == "toys":
             rows = make_toys(folder, **given, **told)

@@ -10,7 +10,16 @@ from cratelab import provenance
 from cratelab.cli import main
 from cratelab.corpora import tinyworld
 from cratelab.experiments import chapter_9, rates, tinyworld_runs
-from cratelab.experiments.chapter_9 import compare_on_tinyworld, ladder, measure, runner_up, spans, sparser
+from cratelab.experiments.chapter_9 import (
+    compare_on_tinyworld,
+    ladder,
+    measure,
+    other_rates,
+    runner_up,
+    spans,
+    sparser,
+    to_confirm,
+)
 from cratelab.experiments.tinyworld_runs import Setting
 from cratelab.interpret.records import collect_records
 
@@ -105,7 +114,14 @@ def test_what_is_measured_is_there():
     assert found["uses"] == {} or all(0 <= area <= 1 for area in found["uses"].values())
 
 
-def test_one_command_makes_the_table_of_the_chapter(tmp_path, monkeypatch, capsys):
+CHAPTER = [(ladder(4), [0, 1, 2]), (runner_up(4), [0, 1]), (spans(4), [0, 1]), (sparser(4), [0])]
+SPARSER = [(to_confirm(4), [3, 4, 5]), (other_rates(4), [0, 1, 2])]
+
+
+@pytest.mark.parametrize(
+    "what, table, plan", [("chapter-9", "crate_against_gpt2", CHAPTER), ("sparser", "sparser_networks", SPARSER)]
+)
+def test_one_command_makes_a_table_of_the_chapter(what, table, plan, tmp_path, monkeypatch, capsys):
     asked = []
 
     def compared(folder, settings, seeds, on_run, on_step):
@@ -113,9 +129,20 @@ def test_one_command_makes_the_table_of_the_chapter(tmp_path, monkeypatch, capsy
         return [{"made": len(asked), "library": {"mssa": "0" * len(asked)}}]
 
     monkeypatch.setattr(chapter_9, "compare_on_tinyworld", compared)
-    main(["reproduce", "chapter-9", "--out", str(tmp_path), "--seeds", "3", "--steps", "4"])
-    held = json.loads((tmp_path / "crate_against_gpt2.json").read_text())
-    assert held["provenance"]["seeds"] == [0, 1, 2] and held["findings"] == [{"made": n} for n in (1, 2, 3, 4)]
-    assert held["provenance"]["library"] == {"mssa": "several"}
-    assert asked == [(ladder(4), [0, 1, 2]), (runner_up(4), [0, 1]), (spans(4), [0, 1]), (sparser(4), [0])]
-    assert "crate_against_gpt2.json is what cratelab/reference holds" in capsys.readouterr().out
+    main(["reproduce", what, "--out", str(tmp_path), "--seeds", "3", "--steps", "4"])
+    held = json.loads((tmp_path / f"{table}.json").read_text())
+    assert held["provenance"]["seeds"] == plan[0][1]
+    assert held["findings"] == [{"made": n + 1} for n in range(len(plan))]
+    assert held["provenance"]["library"] == {"mssa": "several"} and asked == plan
+    assert f"{table}.json is what cratelab/reference holds" in capsys.readouterr().out
+
+
+def test_sparser_networks_are_tested_on_other_seeds_and_tried_at_the_rates_on_both_sides():
+    rates_of = {(each.model, each.lam, each.top_k): each.peak_rate for each in to_confirm(4)}
+    assert rates_of == {
+        ("crate", 0.1, None): 1e-2, ("gpt2", 0.1, None): 3e-3, ("crate", 1.0, None): 1e-2, ("gpt2", 0.1, 16): 3e-3
+    }  # fmt: skip
+    tried = {(each.model, each.lam, each.top_k): [] for each in other_rates(4)}
+    for each in other_rates(4):
+        tried[each.model, each.lam, each.top_k].append(each.peak_rate)
+    assert tried == {("crate", 1.0, None): [6e-3, 2e-2], ("gpt2", 0.1, 16): [1e-3, 6e-3]}
