@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, call, number
+from cratelab.checks.grading import CheckFailed, answering, call, number
 from cratelab.corpora import tinyworld
 from cratelab.corpora.tinyworld.world import World
 from cratelab.experiments.reference_models import load_reference
@@ -55,7 +55,8 @@ def scores(function: Callable[[list[str], str], float], layer: int, neuron: int)
 
 
 def _sentence(sentence: Callable[[], str]) -> str:
-    said, (least, most) = call(sentence), LENGTH
+    least, most = LENGTH
+    said = call(sentence, expected=f"a sentence of {least} to {most} words")
     words = said.split() if isinstance(said, str) else []
     if not least <= len(words) <= most or len(set(words)) < least:
         what = f"{len(words)} words, {len(set(words))} of them different" if words else f"{said!r:.60}"
@@ -73,8 +74,10 @@ def _simulated(function: Callable[[list[str], str], float], world: World) -> Ten
     for i, word in enumerate(words):
         if world.document[i] != world.document[start]:
             start = i
-        before, where = words[start:i], f"{function.__name__}, at {word!r} after {i - start} words"
-        value = call(function, before, word) if i == 0 else function(before, word)
+        before, place = words[start:i], f"at {word!r} after {i - start} words"
+        where = f"{function.__name__}, {place}"
+        with answering(function, place, "a number from 0 to 10"):
+            value = call(function, before, word) if i == 0 else function(before, word)
         said.append(10 * value if isinstance(value, bool) else number(value, where))  # `and 10` gives False for 0
         if not 0 <= said[-1] <= 10:  # NaN is none
             raise CheckFailed(f"{where}: a number from 0 to 10 is needed; got {said[-1]:g}")

@@ -221,7 +221,7 @@ def explained_variance(function: Callable[[Iterator[tuple[Tensor, Tensor]]], flo
 
     @wraps(function)
     def on_stream(x: Tensor, x_hat: Tensor, lengths: list[int]) -> float:
-        return call(function, stream(x, x_hat, lengths))
+        return function(stream(x, x_hat, lengths))
 
     def stream(x: Tensor, x_hat: Tensor, lengths: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         handed_out = []
@@ -251,7 +251,9 @@ def explained_variance(function: Callable[[Iterator[tuple[Tensor, Tensor]]], flo
             held.append(made.alive() + tracemalloc.get_traced_memory()[0])
 
         with _Made() as made:
-            call(function, measured(made))  # what is loaded at the first use is not held for the batches
+            call(
+                function, measured(made), expected="a number"
+            )  # what is loaded at the first use is not held for the batches
         running = tracemalloc.is_tracing()
         if not running:
             tracemalloc.start()
@@ -434,7 +436,7 @@ def measurement(function: Callable[[Sae, Tensor, Tensor], float]) -> None:
     name = function.__name__
 
     def measured(sae: Sae, seen: Tensor, fresh: Tensor) -> float:
-        value = number(call(function, sae, seen, fresh), name)
+        value = number(call(function, sae, seen, fresh, expected="a number"), name)
         if not np.isfinite(value):
             raise CheckFailed(f"{name} is {value} for a run; a finite number is needed")
         if number(call(function, sae, seen, fresh), name) != value:

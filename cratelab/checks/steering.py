@@ -485,7 +485,7 @@ def _seen(feature: str, curves: dict[str, np.ndarray], highest: dict[str, float]
     if feature == "mirror":
         return [ratio(key, -0.1, 0.1, -1.5, -0.7) for key in lifts] + [ratio(key, -0.1, 0.1, 0.7, 1.5) for key in costs]
     if feature == "strong":
-        return [ratio(key, 64.0, 8.0, 0.8, 1.5) for key in lifts] + [ratio(key, 64.0, 8.0, 0.8, 6) for key in costs]
+        return [ratio(key, 64.0, 8.0, 0.8, 1.8) for key in lifts] + [ratio(key, 64.0, 8.0, 0.8, 6) for key in costs]
     if feature == "ceiling":
         return [(f"the largest {key}", curves[key].max(), 0, 1.05 * highest[key.split(", ")[1]]) for key in lifts]
     with np.errstate(all="ignore"):
