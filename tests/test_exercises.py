@@ -24,7 +24,7 @@ from notebooks import BOOK, ROOT
 
 import exercises
 from cratelab.checks import experiment, hunting
-from cratelab.checks.grading import CheckFailed, NotWritten, call, grade, predict, random
+from cratelab.checks.grading import CheckFailed, NotWritten, call, grade, number, predict, random
 
 SOURCES = {slug: exercises.read(slug) for slug in exercises.slugs()}
 WRONG = {slug: runpy.run_path(str(ROOT / "tests/wrong_answers" / f"{slug}.py"))["WRONG"] for slug in SOURCES}
@@ -620,6 +620,19 @@ def test_no_number_is_said_to_be_none(value):
         predict(lambda: {"a": value}, keys=["a"], numbers=True)
     with pytest.raises(CheckFailed, match="; a is "):
         predict(lambda: {"a": value}, keys=["a"], words=("up", "down"))
+
+
+@pytest.mark.parametrize("value", [True, np.True_, np.array(True), torch.tensor(True)])
+def test_true_counts_where_it_may_stand_for_a_number(value):
+    assert number(value, "here", true=10) == 10 and number(value, "here", true=1) == 1
+    assert number(not value, "here", true=10) == 0
+    with pytest.raises(CheckFailed, match="here: a number is needed"):
+        number(value, "here")
+
+
+def test_zero_has_no_sign():
+    with pytest.raises(CheckFailed, match=r"for n = 0 it gives 0 where 1 is right"):
+        grade(lambda n: -0.0, [(-0.0,)], lambda n: 1, "a table", {})
 
 
 def test_infinity_is_right_only_where_it_is_right():

@@ -193,20 +193,24 @@ def _instead(answer: object, keys: list[str], words: tuple[str, ...]) -> str:
     return f"; {wrong} is {_shown(answer[wrong])}"
 
 
-def number(value: object, where: str) -> float | int:
+def number(value: object, where: str, true: float | None = None) -> float | int:
     """A real number of any library, as Python's; NaN and infinity are numbers here, and no answer is right with them.
 
+    Args:
+        value: the reader's.
+        where: whose it is, for the message.
+        true: what True counts as, where True and False may stand for numbers; False counts as 0.
+
     Raises:
-        CheckFailed: it is None, a string, a list, True or False, or more than one number.
+        CheckFailed: it is None, a string, a list, more than one number, or True or False where `true` is None.
     """
+    truth = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
     try:
-        if (
-            isinstance(value, (str, bytes, bool, np.bool_))
-            or np.ndim(value)
-            or getattr(value, "dtype", 0) == torch.bool
-        ):
+        if isinstance(value, (str, bytes)) or np.ndim(value) or (truth and true is None):
             raise TypeError
         plain = value.item() if hasattr(value, "item") else value
+        if truth:
+            return true * plain
         return plain if isinstance(plain, int) else float(plain)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise CheckFailed(f"{where}: a number is needed; got {_shown(value)}") from None
@@ -408,7 +412,7 @@ def describe(function: Callable, case: tuple) -> str:
         if isinstance(argument, Tensor):
             words.append(f"{name} of shape {tuple(argument.shape)}")
         elif isinstance(argument, (int, float)):
-            words.append(f"{name} = {argument:g}")
+            words.append(f"{name} = {argument:zg}")
         elif isinstance(argument, str):
             words.append(f"{name} = {argument!r:.60}")
         elif isinstance(argument, (list, tuple)):
@@ -428,9 +432,9 @@ def _worst(answer: Tensor, target: Tensor, excess: Tensor) -> tuple[int, str, st
     entry = int(excess.argmax())
     said, right = (float(numbers.flatten()[entry]) for numbers in (answer, target))
     for digits in range(6, 18):
-        if f"{said:.{digits}g}" != f"{right:.{digits}g}":
+        if f"{said:z.{digits}g}" != f"{right:z.{digits}g}":
             break
-    return entry, f"{said:.{digits}g}", f"{right:.{digits}g}"
+    return entry, f"{said:z.{digits}g}", f"{right:z.{digits}g}"
 
 
 def _shown(value: object) -> str:

@@ -425,7 +425,9 @@ def drawn(function: Callable[[tuple[float, ...]], dict[str, list[float]]], reaso
     for feature, reason in _FEATURES.items():
         pairs = zip(_seen(feature, said, highest), _seen(feature, measured, highest), strict=True)
         off = next((pair for pair in pairs if not pair[0][2] <= pair[0][1] <= pair[0][3]), None)
-        wrong[feature] = off and f": {off[0][0]} is {off[0][1]:.3g} as you draw it, {off[1][1]:.3g} measured; {reason}"
+        wrong[feature] = (
+            off and f": {off[0][0]} is {off[0][1]:z.3g} as you draw it, {off[1][1]:z.3g} measured; {reason}"
+        )
         why[feature] = reason
     judge(function, wrong, reasons, why)
 
