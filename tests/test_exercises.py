@@ -614,7 +614,22 @@ def test_a_number_of_any_library_is_a_number(value):
     assert predict(lambda: {"a": value}, keys=["a"], numbers=True) == {"a": 1}
 
 
-@pytest.mark.parametrize("value", [None, "1", True, [1], {}, 1j, torch.ones(1), torch.tensor(True), np.ones(2), set()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "1",
+        True,
+        [1],
+        {},
+        1j,
+        pytest.param(10**400, id="10**400"),
+        torch.ones(1),
+        torch.tensor(True),
+        np.ones(2),
+        set(),
+    ],
+)
 def test_no_number_is_said_to_be_none(value):
     with pytest.raises(CheckFailed, match="<lambda>: a: a number is needed; got "):
         predict(lambda: {"a": value}, keys=["a"], numbers=True)

@@ -204,15 +204,16 @@ def number(value: object, where: str, true: float | None = None) -> float | int:
     Raises:
         CheckFailed: it is None, a string, a list, more than one number, or True or False where `true` is None.
     """
-    truth = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
     try:
+        truth = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
         if isinstance(value, (str, bytes)) or np.ndim(value) or (truth and true is None):
             raise TypeError
         plain = value.item() if hasattr(value, "item") else value
         if truth:
             return true * plain
-        return plain if isinstance(plain, int) else float(plain)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        real = float(plain)
+        return plain if isinstance(plain, int) else real
+    except Exception:  # whatever a library says of what is no number, or is too large for one
         raise CheckFailed(f"{where}: a number is needed; got {_shown(value)}") from None
 
 
