@@ -267,24 +267,21 @@ def layer_score(activations, simulated, present):
 # %% tags=["check"]
 check.layer_score(layer_score)
 
+# %%
+activations = torch.tensor([[[1.0, 2], [3, 0]], [[0, 2], [1, 0]], [[0, 1], [0, 0]]])
+simulated = torch.tensor([[[2.0, 4], [6, 0]], [[1, 0], [2, 0]], [[3, 3], [3, 0]]])
+text = torch.tensor([[True, True], [True, False]]).expand(3, 2, 2)
+by_hand = torch.as_tensor(layer_score(activations, simulated, text))
+torch.testing.assert_close(by_hand, torch.tensor([1 / 4, 1 / 6, 1 / 3]), check_dtype=False)
+print("the example: {:.2f} of the defined, {:.2f} with 0, {:.2f} without a score".format(*by_hand.tolist()))
+dots = torch.as_tensor(layer_score(activations, simulated, torch.ones_like(text)))
+print("with the dots as zeros: {:z.2f}, {:z.2f}, {:z.2f}".format(*dots.tolist()))
+
 # %% [markdown] tags=["hint"]
 # `a[here]` with a mask of the shape `(k, w)` gives one long vector: all excerpts of the neuron, without the places that hold no text.
 
 # %% [markdown] tags=["hint"]
 # What is `torch.full((1000,), 0.1)` minus its mean, in floating point? A test for "constant" that does not need a mean is safer.
-
-# %% [markdown] tags=["solution"]
-# The example by hand, by machine:
-
-# %% tags=["solution"]
-activations = torch.tensor([[[1.0, 2], [3, 0]], [[0, 2], [1, 0]], [[0, 1], [0, 0]]])
-simulated = torch.tensor([[[2.0, 4], [6, 0]], [[1, 0], [2, 0]], [[3, 3], [3, 0]]])
-text = torch.tensor([[True, True], [True, False]]).expand(3, 2, 2)
-by_hand = layer_score(activations, simulated, text)
-torch.testing.assert_close(torch.tensor(by_hand), torch.tensor([1 / 4, 1 / 6, 1 / 3]))
-print("defined {:.2f}, with zeros {:.2f}, without a score {:.2f}".format(*by_hand))
-wrong = layer_score(activations, simulated, torch.ones_like(text))
-print("with the dots as zeros: {:.2f}, {:.2f}, {:.2f}".format(*wrong))
 
 # %% [markdown] tags=["solution"]
 # Stringing together first is not a matter of taste. Within a strong excerpt the simulation has to tell the strong tokens from the weak; between excerpts it has to tell strong excerpts from random ones. Mean correlations of single excerpts ask only for the first. Below, the simulation knows which excerpts are strong, and nothing about

@@ -247,7 +247,7 @@ fig.supxlabel("step")
 plt.show()
 print("loss from the first step to the last, the rest from step 30 to 240:")
 for letter, run in runs.items():
-    ends = ", ".join(f"{name} {values[0]:.2f} → {values[-1]:.2f}" for name, values in list(run.curves.items())[1:])
+    ends = ", ".join(f"{name} {values[0]:z.2f} → {values[-1]:z.2f}" for name, values in list(run.curves.items())[1:])
     print(f"{letter}: loss {run.losses[0]:.1f} → {run.losses[-1]:.1f}, {ends}")
 
 # %% [markdown]

@@ -124,6 +124,16 @@ def test_built_copies_are_not_collected(tmp_path):
     assert collected == ["book/chapter.ipynb::Cell 0"], run.stdout + run.stderr
 
 
+def test_no_output_gives_zero_a_sign():
+    for path in [*(notebooks.ROOT / "book").glob("*.ipynb"), *(notebooks.ROOT / "solutions").glob("*.ipynb")]:
+        cells = nbformat.read(path, as_version=4).cells
+        texts = [
+            str(output.get("text")) + str(output.get("data")) for cell in cells for output in cell.get("outputs", ())
+        ]
+        for text in texts:
+            assert not re.search(r"(?<![\w.])[-−]0(\.0*)?(?![\w.%])", text), f"{path.name}: format it with z"
+
+
 def test_setup_cell_is_short_and_does_nothing_here():
     cell = notebooks.SETUP.format(url="https://example.org/never")
     assert len(cell.splitlines()) <= 4

@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 from fractions import Fraction
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from notebooks import BOOK, ROOT
 
 import exercises
 from cratelab.checks import experiment, hunting
-from cratelab.checks.grading import CheckFailed, NotWritten, call, grade, predict, random
+from cratelab.checks.grading import CheckFailed, NotWritten, call, grade, number, predict, random
 
 SOURCES = {slug: exercises.read(slug) for slug in exercises.slugs()}
 WRONG = {slug: runpy.run_path(str(ROOT / "tests/wrong_answers" / f"{slug}.py"))["WRONG"] for slug in SOURCES}
@@ -129,6 +130,33 @@ def test_nan_is_never_right(slug, exercise):
     except Exception:
         return
     assert not any(changed)
+
+
+def raising(right, at: int, calls: list):
+    """`right`, which notes its calls and raises an error at one of them, counted from 1."""
+
+    @wraps(right)
+    def answer(*arguments):
+        calls.append(right.__name__)
+        if len(calls) == at:
+            raise IndexError("of the reader")
+        return right(*arguments)
+
+    answer.replaces = right.__name__
+    return answer
+
+
+@each_exercise
+def test_an_error_of_the_reader_is_a_sentence(slug, exercise):
+    """In each function asked for, at its first call and at its last."""
+    if is_an_experiment(exercise):
+        pytest.skip("an experiment: each call trains; what asks it is tried below")
+    names = run(slug, exercise)
+    for right in [names[name] for name in exercise.functions]:
+        run(slug, exercise, raising(right, 0, calls := []))
+        for at in {1, len(calls)}:
+            with pytest.raises(CheckFailed, match=r"raises IndexError.*, where .* expected: of the reader"):
+                run(slug, exercise, raising(right, at, []))
 
 
 @each_exercise
@@ -554,8 +582,10 @@ def test_missing_values_and_lists_are_fine_as_arguments():
         grade(lambda x, names: x, [case], lambda x, names: x.nan_to_num(0), "zeros", {})
     with pytest.raises(CheckFailed, match=r"for x of shape .*, n = 3 it gives 3 where 4 is right"):
         grade(lambda x, n: n, [(torch.ones(2), 3)], lambda x, n: n + 1, "adding", {})
-    with pytest.raises(CheckFailed, match="for its arguments it gives 2 where 1 is right"):
+    with pytest.raises(CheckFailed, match="for names of length 1 it gives 2 where 1 is right"):
         grade(lambda names: 2 * len(names), [(["a"],)], lambda names: len(names), "counting", {})
+    with pytest.raises(CheckFailed, match="for its arguments it gives 2 where 1 is right"):
+        grade(lambda names: 2 * len(names), [({"a"},)], lambda names: len(names), "counting", {})
 
 
 def test_right_answers_pass_and_leave_the_seed_alone(capsys):
@@ -584,12 +614,40 @@ def test_a_number_of_any_library_is_a_number(value):
     assert predict(lambda: {"a": value}, keys=["a"], numbers=True) == {"a": 1}
 
 
-@pytest.mark.parametrize("value", [None, "1", True, [1], {}, 1j, torch.ones(1), torch.tensor(True), np.ones(2), set()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "1",
+        True,
+        [1],
+        {},
+        1j,
+        pytest.param(10**400, id="10**400"),
+        torch.ones(1),
+        torch.tensor(True),
+        np.ones(2),
+        set(),
+    ],
+)
 def test_no_number_is_said_to_be_none(value):
     with pytest.raises(CheckFailed, match="<lambda>: a: a number is needed; got "):
         predict(lambda: {"a": value}, keys=["a"], numbers=True)
     with pytest.raises(CheckFailed, match="; a is "):
         predict(lambda: {"a": value}, keys=["a"], words=("up", "down"))
+
+
+@pytest.mark.parametrize("value", [True, np.True_, np.array(True), torch.tensor(True)])
+def test_true_counts_where_it_may_stand_for_a_number(value):
+    assert number(value, "here", true=10) == 10 and number(value, "here", true=1) == 1
+    assert number(not value, "here", true=10) == 0
+    with pytest.raises(CheckFailed, match="here: a number is needed"):
+        number(value, "here")
+
+
+def test_zero_has_no_sign():
+    with pytest.raises(CheckFailed, match=r"for n = 0 it gives 0 where 1 is right"):
+        grade(lambda n: -0.0, [(-0.0,)], lambda n: 1, "a table", {})
 
 
 def test_infinity_is_right_only_where_it_is_right():
@@ -655,9 +713,33 @@ def test_what_an_answer_changes_in_torch_is_refused_and_taken_back(answer):
     assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
-def test_errors_of_the_reader_pass_through():
-    with pytest.raises(ZeroDivisionError):
-        graded(lambda x: 1 / 0)
+def first(x):
+    return x[len(x)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (
+            first,
+            r"IndexError for x of shape \(3, 4\), where a tensor \(3, 4\) was expected: .*, in `return x\[len\(x\)\]`",
+        ),
+        (lambda x: next(iter([])), r"StopIteration for x"),
+        (lambda x: {}[len(x)], "KeyError for x .* expected: 3, in `"),
+        (lambda: 1, r"TypeError for an argument of shape \(3, 4\), .* takes 0 positional arguments but 1 was given$"),
+    ],
+)
+def test_an_error_is_named_with_its_input_and_its_line(answer, kind):
+    with pytest.raises(CheckFailed, match=f"{answer.__name__} raises {kind}"):
+        graded(answer)
+
+
+def test_what_cannot_be_tried_of_an_input_is_said():
+    def variant(x, **bugs):
+        return {1: 2}[x]
+
+    with pytest.raises(CheckFailed, match=r"<lambda> raises KeyError when input 2 is tried, where one that fits x was"):
+        hunting.hunt(lambda: [(1,), (3,)], variant, {"a bug": {}}, {"x": hunting.POSITIVE})
 
 
 def test_verdict_is_one_line_in_a_notebook():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cratelab.checks import broken_runs, steering
+from cratelab.checks.grading import CheckFailed
 from cratelab.checks.push_curves import push_curves
 
 
@@ -50,6 +51,17 @@ def test_measured_curves_have_the_features_that_are_asked_of_drawn_ones(seed):
     for feature in steering._FEATURES:
         for what, value, least, most in steering._seen(feature, curves, highest):
             assert least <= value <= most, what
+
+
+def test_saturation_may_begin_later_than_measured(capsys):
+    def curve(top, half):
+        return [top * s / (half + abs(s)) for s in steering.STRENGTHS]
+
+    lift = {"lift, CRATE": curve(9, 1), "lift, GPT-2": curve(9, 8)}
+    steering.drawn(lambda strengths: push_curves()[0] | lift)
+    assert "strong" in capsys.readouterr().out
+    with pytest.raises(CheckFailed, match=r"(?s)6 of 7 right.*strong"):
+        steering.drawn(lambda strengths: push_curves()[0] | lift | {"lift, GPT-2": curve(20, 80)}, reasons=True)
 
 
 def test_measured_curves_pass_as_drawn_ones(capsys):

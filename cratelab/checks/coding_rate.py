@@ -68,7 +68,7 @@ def change_of_rate(function: Callable[[int], dict[str, float]], reasons: bool = 
             if not abs(answer[key] - measured) <= 1e-4:  # NaN is not right
                 named = (text for text, wrong in mistakes[key].items() if abs(answer[key] - wrong(r)) < 1e-6)
                 reason = next(named, "compare ½ log(1 + cσ²) before and after, one singular value at a time")
-                said = f", rank {r}: you say {answer[key]:.3f} nats, measured: {measured:.3f}; {reason}"
+                said = f", rank {r}: you say {answer[key]:z.3f} nats, measured: {measured:z.3f}; {reason}"
                 wrong[key] = wrong[key] or said
     judge(function, wrong, reasons)
     no_library((3,), why=PAPER)(function)

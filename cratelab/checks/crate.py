@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cratelab as cl
-from cratelab.checks.grading import CheckFailed, also, grade, predict, random, same, state, unmended
+from cratelab.checks.grading import CheckFailed, also, answering, grade, predict, random, same, state, unmended
 from cratelab.checks.hunting import hunt, judge
 from cratelab.checks.watching import differentiable, exact, no_automatic_differentiation, no_library, no_loop
 from cratelab.crate import CrateBlock
@@ -187,7 +187,7 @@ def mended_forward(function: Callable[[SimpleNamespace, Tensor], Tensor], inputs
     for seed, (b, width, n_heads, n) in enumerate([(1, 8, 2, 5), (3, 6, 3, 7), (2, 8, 4, 3)], start=4):
         parts = _random_model(seed, n_layers=1, n_heads=n_heads, width=width).blocks[0]
         names = "attention_norm", "attention", "ista_norm", "ista"
-        block = SimpleNamespace(**{name: getattr(parts, name) for name in names}, neurons=_Damped())
+        block = _Parts(**{name: getattr(parts, name) for name in names}, neurons=_Damped())
         cases.append((block, 2 * random(b, n, width, seed=seed + 10) + 0.5))
     others = {
         "the tokens are added to DA: there is no residual around ISTA": {"around_ista": True},
@@ -285,7 +285,8 @@ def _cleans_up(function: Callable, model: nn.Module, tokens: Tensor) -> None:
     own = copy.deepcopy(model)
     own.blocks[1].neurons.register_forward_hook(lambda module, inputs, codes: seen.append(codes))
     before = state(own)
-    function(own, tokens, 1, 5, 1.5)
+    with answering(function, "where somebody else has put a hook on the neurons", "logits"):
+        function(own, tokens, 1, 5, 1.5)
     if not same(before, state(own)) or not seen:
         raise CheckFailed(
             f"{function.__name__} is right, but takes away a hook that somebody else has put there: remove yours only"
@@ -360,6 +361,13 @@ def push(function: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) ->
         exact(forward_mode, *cases),
     ]
     grade(function, cases, forward_mode, "automatic differentiation", mistakes, rules=rules)
+
+
+class _Parts(SimpleNamespace):
+    """The parts of a block, which are not the block."""
+
+    def __call__(self, *_: object) -> Tensor:
+        raise TypeError("the block itself cannot be called here, only its parts: write what it does with them")
 
 
 class _Damped(nn.Module):

@@ -145,7 +145,7 @@ def curves(function: Callable[[], Curves], reasons: bool = False) -> None:
         drawn[name] = [number(value, f"{function.__name__}: {name}") for value in listed]
         if not all(isfinite(value) and -100 <= value <= 100 for value in drawn[name]):
             raise CheckFailed(f"{function.__name__}: {name}: a score × 100 lies between -100 and 100")
-    if all(-1 <= value <= 1 for curve in drawn.values() for value in curve):
+    if 0 < max(abs(value) for curve in drawn.values() for value in curve) <= 1:
         raise CheckFailed(f"{function.__name__}: scores are drawn × 100, from -100 to 100, and not from -1 to 1")
     found = measured()
     wrong = {

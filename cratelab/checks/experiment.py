@@ -18,7 +18,7 @@ def conduct(function: Callable[[int], Mapping[str, float]], seeds: tuple[int, ..
         NotWritten: the function is a stub.
     """
     name = function.__name__
-    runs = [call(function, seed) for seed in seeds]
+    runs = [call(function, seed, expected="a dict of numbers") for seed in seeds]
     again = call(function, seeds[0])
     for run in (*runs, again):
         if not isinstance(run, Mapping):

@@ -1,10 +1,13 @@
 """What all checks share: asking a reader's function, comparing its answers, and saying what is wrong in one line."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import linecache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from inspect import signature
+from inspect import signature, unwrap
 from itertools import combinations
+from traceback import walk_tb
 from types import SimpleNamespace
 
 import numpy as np
@@ -127,10 +130,6 @@ def also(
                 answer = ask(function, case, right)
             except CheckFailed as verdict:
                 raise CheckFailed(f"{verdict}. Other cases are right, but: {but}") from None
-            except Exception as error:
-                raise CheckFailed(
-                    f"{function.__name__} is right elsewhere, but raises {type(error).__name__} for {what}: {but}"
-                ) from error
             excess = _excess(answer, right, rtol, atol)
             if excess.numel() and not (excess <= 1).all():
                 _, said, target = _worst(answer, right, excess)
@@ -168,17 +167,18 @@ def predict(
         CheckFailed: the answer is no such dict.
         NotWritten: the function is a stub.
     """
-    answer, keys = call(function, *case), list(keys)
+    keys, what = list(keys), "a dict with the keys"
+    if words:
+        *others, last = (f'"{word}"' for word in words)
+        what = f"{', '.join(others)} or {last} for each of"
+    what = f"{what} {', '.join(keys)}"
+    answer = call(function, *case, expected=what)
     complete = isinstance(answer, Mapping) and set(answer) == set(keys)
     if complete and numbers:
         return {key: number(answer[key], f"{function.__name__}: {key}") for key in keys}
     if complete and (not words or all(isinstance(value, str) and value in words for value in answer.values())):
         return dict(answer)
-    what = "a dict with the keys"
-    if words:
-        *others, last = (f'"{word}"' for word in words)
-        what = f"{', '.join(others)} or {last} for each of"
-    raise CheckFailed(f"{function.__name__} should return {what} {', '.join(keys)}{_instead(answer, keys, words)}")
+    raise CheckFailed(f"{function.__name__} should return {what}{_instead(answer, keys, words)}")
 
 
 def _instead(answer: object, keys: list[str], words: tuple[str, ...]) -> str:
@@ -193,22 +193,27 @@ def _instead(answer: object, keys: list[str], words: tuple[str, ...]) -> str:
     return f"; {wrong} is {_shown(answer[wrong])}"
 
 
-def number(value: object, where: str) -> float | int:
+def number(value: object, where: str, true: float | None = None) -> float | int:
     """A real number of any library, as Python's; NaN and infinity are numbers here, and no answer is right with them.
 
+    Args:
+        value: the reader's.
+        where: whose it is, for the message.
+        true: what True counts as, where True and False may stand for numbers; False counts as 0.
+
     Raises:
-        CheckFailed: it is None, a string, a list, True or False, or more than one number.
+        CheckFailed: it is None, a string, a list, more than one number, or True or False where `true` is None.
     """
     try:
-        if (
-            isinstance(value, (str, bytes, bool, np.bool_))
-            or np.ndim(value)
-            or getattr(value, "dtype", 0) == torch.bool
-        ):
+        truth = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+        if isinstance(value, (str, bytes)) or np.ndim(value) or (truth and true is None):
             raise TypeError
         plain = value.item() if hasattr(value, "item") else value
-        return plain if isinstance(plain, int) else float(plain)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        if truth:
+            return true * plain
+        real = float(plain)
+        return plain if isinstance(plain, int) else real
+    except Exception:  # whatever a library says of what is no number, or is too large for one
         raise CheckFailed(f"{where}: a number is needed; got {_shown(value)}") from None
 
 
@@ -220,14 +225,14 @@ def ask(function: Callable, case: tuple, target: Tensor) -> Tensor:
         NotWritten: the function is a stub.
     """
     name, shape = function.__name__, target.shape
-    answer = call(function, *case)
+    expected = f"a tensor {tuple(shape)}" if len(shape) else "a number"
+    answer = call(function, *case, expected=expected)
     if answer is None:
         raise CheckFailed(f"{name} returns None: does it end in `return`?")
     try:
         answer = as_tensor(answer)
     except Exception:  # whatever a library says of what is no array of real numbers
-        what = f"a tensor {tuple(shape)} was expected" if len(shape) else "a number was expected"
-        raise CheckFailed(f"{name} returns {_shown(answer)}; {what}") from None
+        raise CheckFailed(f"{name} returns {_shown(answer)}; {expected} was expected") from None
     if answer.shape != shape:
         transposed = answer.ndim == 2 and answer.mT.shape == shape
         raise CheckFailed(
@@ -240,19 +245,17 @@ def ask(function: Callable, case: tuple, target: Tensor) -> Tensor:
     return answer.clone()  # the reader's function may use one buffer for all its answers
 
 
-def call(function: Callable, *arguments: object) -> object:
-    """The function's answer to copies of the arguments; a stub's error becomes one line.
+def call(function: Callable, *arguments: object, expected: str = "an answer") -> object:
+    """The function's answer to copies of the arguments; errors become one line, which says what was `expected`.
 
     Raises:
-        CheckFailed: the function changes an argument in place, or a setting of torch.
+        CheckFailed: the function raises an error, or changes an argument in place, or a setting of torch.
         NotWritten: the function is a stub.
     """
     given = copied(arguments)
     before, modes, dtype, hooks = state(given), torch.is_grad_enabled(), torch.get_default_dtype(), _shared_hooks()
-    try:
+    with answering(function, f"for {describe(function, arguments)}" if arguments else "", expected):
         answer = function(*given)
-    except NotImplementedError as error:
-        raise NotWritten(str(error)) from None
     if (modes, dtype, hooks) != (torch.is_grad_enabled(), torch.get_default_dtype(), _shared_hooks()):
         torch.set_grad_enabled(modes)
         torch.set_default_dtype(dtype)
@@ -272,6 +275,42 @@ def call(function: Callable, *arguments: object) -> object:
                 )
             raise CheckFailed(f"{function.__name__} changes its arguments in place: compute with copies")
     return answer
+
+
+@contextmanager
+def answering(function: Callable, where: str, expected: str = "an answer") -> Iterator[None]:
+    """An error of a reader's function, called within, becomes one line.
+
+    Args:
+        function: the reader's.
+        where: at which input: "for z of shape (3, 4)", or nothing.
+        expected: what it should have returned there.
+
+    Raises:
+        CheckFailed: names the input, what was expected, the error, and in which of the reader's lines it came up.
+        NotWritten: the function is a stub.
+    """
+    try:
+        yield
+    except Verdict:
+        raise
+    except NotImplementedError as error:
+        raise NotWritten(str(error)) from None
+    except Exception as error:
+        own = globals_of(function)
+        steps = [step for step in walk_tb(error.__traceback__) if own is not None and step[0].f_globals is own]
+        line = linecache.getline(steps[-1][0].f_code.co_filename, steps[-1][1]).strip() if steps else ""
+        raise CheckFailed(
+            f"{function.__name__} raises {type(error).__name__}{where and f' {where}'}, where {expected} was expected: "
+            f"{' '.join(str(error).split())[:300]}{line and f', in `{line}`'}"
+        ) from error
+
+
+def globals_of(function: Callable) -> dict | None:
+    """Where the reader's functions live, through wrappers."""
+    while isinstance(function, partial) or hasattr(function, "__wrapped__"):
+        function = function.func if isinstance(function, partial) else unwrap(function)
+    return getattr(function, "__globals__", None)
 
 
 def _shared_hooks() -> list[set]:
@@ -295,7 +334,7 @@ def copied(argument: object) -> object:
     if isinstance(argument, (set, bytearray, np.ndarray)):
         return argument.copy()
     if isinstance(argument, SimpleNamespace):
-        return SimpleNamespace(**{name: copied(value) for name, value in vars(argument).items()})
+        return type(argument)(**{name: copied(value) for name, value in vars(argument).items()})
     if isinstance(argument, nn.Module):
         return copy.deepcopy(argument)
     return argument.clone() if isinstance(argument, Tensor) else argument
@@ -363,14 +402,22 @@ def as_tensor(value: object) -> Tensor:
 
 
 def describe(function: Callable, case: tuple) -> str:
-    """The arguments in a few words, by their names: shapes of tensors, and numbers."""
-    names = list(signature(function).parameters)
+    """The arguments in a few words, by their names: shapes of tensors, numbers, and how long lists are."""
+    try:
+        names = list(signature(function).parameters)
+    except ValueError:  # some of torch's own have none
+        names = []
     names = names if len(names) >= len(case) else ["an argument"] * len(case)
-    words = [
-        f"{name} of shape {tuple(argument.shape)}" if isinstance(argument, Tensor) else f"{name} = {argument:g}"
-        for name, argument in zip(names, case, strict=False)
-        if isinstance(argument, (Tensor, int, float))
-    ]
+    words = []
+    for name, argument in zip(names, case, strict=False):
+        if isinstance(argument, Tensor):
+            words.append(f"{name} of shape {tuple(argument.shape)}")
+        elif isinstance(argument, (int, float)):
+            words.append(f"{name} = {argument:zg}")
+        elif isinstance(argument, str):
+            words.append(f"{name} = {argument!r:.60}")
+        elif isinstance(argument, (list, tuple)):
+            words.append(f"{name} of length {len(argument)}")
     return ", ".join(words) or "its arguments"
 
 
@@ -386,9 +433,9 @@ def _worst(answer: Tensor, target: Tensor, excess: Tensor) -> tuple[int, str, st
     entry = int(excess.argmax())
     said, right = (float(numbers.flatten()[entry]) for numbers in (answer, target))
     for digits in range(6, 18):
-        if f"{said:.{digits}g}" != f"{right:.{digits}g}":
+        if f"{said:z.{digits}g}" != f"{right:z.{digits}g}":
             break
-    return entry, f"{said:.{digits}g}", f"{right:.{digits}g}"
+    return entry, f"{said:z.{digits}g}", f"{right:z.{digits}g}"
 
 
 def _shown(value: object) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, as_tensor, call, number
+from cratelab.checks.grading import CheckFailed, answering, as_tensor, call, number
 
 POSITIVE = "a positive number", lambda x: 0 < x < float("inf")
 NOT_NEGATIVE = "a number, 0 or more", lambda x: 0 <= x < float("inf")
@@ -49,13 +49,14 @@ def hunt(
     shown = []
     for i, case in enumerate(_cases(inputs, 2 * len(bugs)), 1):
         where = f"{inputs.__name__}, input {i}"
-        case = _read(case, needs, where)
-        if complaint := refuse(*case):
-            raise CheckFailed(f"{where}: {complaint}")
-        right = as_tensor(variant(*case))
-        if not right.isfinite().all():
-            raise CheckFailed(f"{where}: the right answer is not finite for it")
-        shown.append({text for text, bug in bugs.items() if _differ(as_tensor(variant(*case, **bug)), right, seen)})
+        with answering(inputs, f"when input {i} is tried", f"one that fits {', '.join(needs)}"):
+            case = _read(case, needs, where)
+            if complaint := refuse(*case):
+                raise CheckFailed(f"{where}: {complaint}")
+            right = as_tensor(variant(*case))
+            if not right.isfinite().all():
+                raise CheckFailed(f"{where}: the right answer is not finite for it")
+            shown.append({text for text, bug in bugs.items() if _differ(as_tensor(variant(*case, **bug)), right, seen)})
     exposed: dict[str, int] = {}
     while new := [(i, left) for i, seen in enumerate(shown, 1) if len(left := seen - exposed.keys()) == 1]:
         exposed[new[0][1].pop()] = new[0][0]
@@ -104,7 +105,7 @@ def judge(
 
 
 def _cases(inputs: Callable, at_most: int) -> list:
-    cases = call(inputs)
+    cases = call(inputs, expected="a list of inputs")
     if not isinstance(cases, list | tuple) or not cases or not all(isinstance(case, tuple) for case in cases):
         raise CheckFailed(
             f"{inputs.__name__} should return a list of inputs, each a tuple of arguments: [(…, …), (…, …)]"

@@ -58,7 +58,7 @@ def exponents(function: Callable[[], dict[str, float]], reasons: bool = False) -
     for key, (attention, at, scale, reason) in maps.items():
         measured = log(attention(2 * scale * at, U).norm() / attention(scale * at, U).norm()) / log(2)
         if not abs(answer[key] - measured) <= 0.05:  # NaN is not right
-            wrong[key] = f": you say {answer[key]:g}, measured: {measured:.2f}; {reason}"
+            wrong[key] = f": you say {answer[key]:zg}, measured: {measured:z.2f}; {reason}"
     judge(function, wrong, reasons, {key: reason for key, (*_, reason) in maps.items()})
     no_library((), why="predict on paper; the check measures")(function)
     print(f"{function.__name__}: right, all {len(maps)}, as measured on {len(z)} tokens that become twice as long.")

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from cratelab.checks.grading import CheckFailed, call, number
+from cratelab.checks.grading import CheckFailed, answering, call, number
 from cratelab.corpora import tinyworld
 from cratelab.corpora.tinyworld.world import World
 from cratelab.experiments.reference_models import load_reference
@@ -42,10 +42,10 @@ def activation(function: Callable[[list[str], str], float], sentence: Callable[[
     found = _correlation(_activations(FRESH)[:, LAYER, NEURON], fresh)
     if not found >= BAR:  # NaN is not right
         raise CheckFailed(
-            f"{function.__name__}: {_correlation(neuron, simulated):.2f} on the text shown, but {found:.2f} on fresh "
+            f"{function.__name__}: {_correlation(neuron, simulated):z.2f} on the text shown, but {found:z.2f} on fresh "
             "text: some of it held of the examples alone. Say something simpler, or what more of them have in common"
         )
-    print(f"{function.__name__}: right. “{said}” foretells fresh text with {found:.2f}; {BAR} was asked for.")
+    print(f"{function.__name__}: right. “{said}” foretells fresh text with {found:z.2f}; {BAR} was asked for.")
     _print(fresh, LAYER, NEURON)
 
 
@@ -55,7 +55,8 @@ def scores(function: Callable[[list[str], str], float], layer: int, neuron: int)
 
 
 def _sentence(sentence: Callable[[], str]) -> str:
-    said, (least, most) = call(sentence), LENGTH
+    least, most = LENGTH
+    said = call(sentence, expected=f"a sentence of {least} to {most} words")
     words = said.split() if isinstance(said, str) else []
     if not least <= len(words) <= most or len(set(words)) < least:
         what = f"{len(words)} words, {len(set(words))} of them different" if words else f"{said!r:.60}"
@@ -69,15 +70,18 @@ def _sentence(sentence: Callable[[], str]) -> str:
 def _simulated(function: Callable[[list[str], str], float], world: World) -> Tensor:
     """(n,) what the function says at every token, from the words of its document up to there."""
     words, said = [world.vocabulary[token] for token in world.tokens], []
+    expected = "a number from 0 to 10"
     start = 0
     for i, word in enumerate(words):
         if world.document[i] != world.document[start]:
             start = i
-        before, where = words[start:i], f"{function.__name__}, at {word!r} after {i - start} words"
-        value = call(function, before, word) if i == 0 else function(before, word)
-        said.append(10 * value if isinstance(value, bool) else number(value, where))  # `and 10` gives False for 0
+        before, place = words[start:i], f"at {word!r} after {i - start} words"
+        where = f"{function.__name__}, {place}"
+        with answering(function, place, expected):
+            value = call(function, before, word, expected=expected) if i == 0 else function(before, word)
+        said.append(number(value, where, true=10))  # `and 10` gives False for 0
         if not 0 <= said[-1] <= 10:  # NaN is none
-            raise CheckFailed(f"{where}: a number from 0 to 10 is needed; got {said[-1]:g}")
+            raise CheckFailed(f"{where}: {expected} is needed; got {said[-1]:g}")
     return torch.tensor(said, dtype=torch.float64, device="cpu")
 
 
@@ -105,17 +109,17 @@ def _refuse(name: str, s: Tensor, a: Tensor) -> None:
     if found >= BAR:
         return
     if s.max() == s.min():
-        raise CheckFailed(f"{name} says {s[0]:g} everywhere, and a constant has no score: when is the neuron silent?")
+        raise CheckFailed(f"{name} says {s[0]:zg} everywhere, and a constant has no score: when is the neuron silent?")
     if found <= -0.1:
         raise CheckFailed(
-            f"{name} is turned round: its score on the text shown is {found:.2f}. 0 is for where the neuron is silent"
+            f"{name} is turned round: its score on the text shown is {found:z.2f}. 0 is for where the neuron is silent"
         )
     words, size = torch.from_numpy(world.tokens).long(), len(world.vocabulary)
     if torch.allclose(_word_means(s, words, size)[words], s):
         best = _correlation(a, _word_means(a, words, size)[words])
         raise CheckFailed(
-            f"{name} gives a word the same number wherever it stands: {found:.2f} on the text shown, where no list of "
-            f"words, however long, gets more than {best:.2f}. "
+            f"{name} gives a word the same number wherever it stands: {found:z.2f} on the text shown, where no list of "
+            f"words, however long, gets more than {best:z.2f}. "
             + ("What has to stand before it?" if found > 0.8 * best else "On which word are the neuron's large values?")
         )
     strong, yes = a > 0.3 * a.max(), s >= 5
@@ -127,7 +131,7 @@ def _refuse(name: str, s: Tensor, a: Tensor) -> None:
     shown = world.tokens[max(start, worst - 12) : worst + 1]
     before = " ".join(world.vocabulary[token] for token in shown).replace("\n", "\\n")
     raise CheckFailed(
-        f"{name}: {found:.2f} on the text shown; {BAR} is asked for. {100 * kept:.0f} % of the neuron's activity is "
+        f"{name}: {found:z.2f} on the text shown; {BAR} is asked for. {100 * kept:.0f} % of the neuron's activity is "
         f"where it says 5 or more, and of these places {100 * hit:.0f} % have the neuron above three tenths of its "
         f"maximum. It is {'too narrow' if narrow else 'too wide'}, as at the last of these words: {before}"
     )

@@ -157,7 +157,8 @@ def changes_of_the_score(function: Callable[[], dict[str, str]], reasons: bool =
         measured = "undefined" if np.isnan(step) else "same" if abs(step) < 1e-9 else "up" if step > 0 else "down"
         if answer[key] != measured:
             wrong[key] = (
-                f": you say {answer[key]!r}, measured: {measured!r} ({before:.3f} before, {after:.3f} after); {reason}"
+                f": you say {answer[key]!r}, measured: {measured!r} ({before:z.3f} before, {after:z.3f} after); "
+                f"{reason}"
             )
     judge(function, wrong, reasons, {key: reason for key, (*_, reason) in changed.items()})
     print(f"{function.__name__}: right, all {len(changed)}, as measured on 20 neurons and 400 tokens.")

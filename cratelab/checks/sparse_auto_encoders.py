@@ -221,7 +221,7 @@ def explained_variance(function: Callable[[Iterator[tuple[Tensor, Tensor]]], flo
 
     @wraps(function)
     def on_stream(x: Tensor, x_hat: Tensor, lengths: list[int]) -> float:
-        return call(function, stream(x, x_hat, lengths))
+        return function(stream(x, x_hat, lengths))
 
     def stream(x: Tensor, x_hat: Tensor, lengths: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         handed_out = []
@@ -251,7 +251,9 @@ def explained_variance(function: Callable[[Iterator[tuple[Tensor, Tensor]]], flo
             held.append(made.alive() + tracemalloc.get_traced_memory()[0])
 
         with _Made() as made:
-            call(function, measured(made))  # what is loaded at the first use is not held for the batches
+            call(
+                function, measured(made), expected="a number"
+            )  # what is loaded at the first use is not held for the batches
         running = tracemalloc.is_tracing()
         if not running:
             tracemalloc.start()
@@ -434,10 +436,10 @@ def measurement(function: Callable[[Sae, Tensor, Tensor], float]) -> None:
     name = function.__name__
 
     def measured(sae: Sae, seen: Tensor, fresh: Tensor) -> float:
-        value = number(call(function, sae, seen, fresh), name)
+        value = number(call(function, sae, seen, fresh, expected="a number"), name, true=1)
         if not np.isfinite(value):
             raise CheckFailed(f"{name} is {value} for a run; a finite number is needed")
-        if number(call(function, sae, seen, fresh), name) != value:
+        if number(call(function, sae, seen, fresh), name, true=1) != value:
             raise CheckFailed(f"{name} gives another number when it is asked again: draw nothing at random")
         return value
 
@@ -447,7 +449,7 @@ def measurement(function: Callable[[Sae, Tensor, Tensor], float]) -> None:
         for values, sae in (heart, few.sae), (whole, honest.sae), (half, honest.halfway):
             values.append(measured(sae, few.seen, few.fresh))
     shown = "; ".join(
-        f"{what} {values[0]:.3g} and {values[1]:.3g}"
+        f"{what} {values[0]:z.3g} and {values[1]:z.3g}"
         for what, values in {"by heart": heart, "honest": whole, "honest, half-way": half}.items()
     )
     if np.allclose(heart, whole, rtol=1e-6, atol=1e-9):
@@ -466,7 +468,7 @@ def measurement(function: Callable[[Sae, Tensor, Tensor], float]) -> None:
         )
     print(f"{name}: tells them apart, in two runs of each kind that you have not seen ({shown}). Your seven runs:")
     for letter, run in broken_runs().items():
-        print(f"{letter}: {measured(run.sae, run.seen, run.fresh):.3g}")
+        print(f"{letter}: {measured(run.sae, run.seen, run.fresh):z.3g}")
 
 
 def _apart(by_heart: list[float], honest: list[float]) -> bool:

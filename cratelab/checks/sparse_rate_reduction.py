@@ -78,7 +78,7 @@ def change_of_reduction(function: Callable[[], dict[str, str]], reasons: bool = 
         difference = _rate(moved, d, eps) - _subspace_rate(moved, bases, eps) - before
         measured = "same" if abs(difference) < 1e-3 else "up" if difference > 0 else "down"
         if answer[key] != measured:
-            wrong[key] = f": you say {answer[key]!r}, measured: {measured!r} ({difference:+.2f} nats); {reason}"
+            wrong[key] = f": you say {answer[key]!r}, measured: {measured!r} ({difference:+z.2f} nats); {reason}"
     judge(function, wrong, reasons, {key: reason for key, (*_, reason) in changed.items()})
     no_library((), why="predict on paper; the check measures")(function)
     never_calls((), MEASURED, "predict on paper; the check measures")(function)

@@ -425,7 +425,9 @@ def drawn(function: Callable[[tuple[float, ...]], dict[str, list[float]]], reaso
     for feature, reason in _FEATURES.items():
         pairs = zip(_seen(feature, said, highest), _seen(feature, measured, highest), strict=True)
         off = next((pair for pair in pairs if not pair[0][2] <= pair[0][1] <= pair[0][3]), None)
-        wrong[feature] = off and f": {off[0][0]} is {off[0][1]:.3g} as you draw it, {off[1][1]:.3g} measured; {reason}"
+        wrong[feature] = (
+            off and f": {off[0][0]} is {off[0][1]:z.3g} as you draw it, {off[1][1]:z.3g} measured; {reason}"
+        )
         why[feature] = reason
     judge(function, wrong, reasons, why)
 
@@ -485,7 +487,7 @@ def _seen(feature: str, curves: dict[str, np.ndarray], highest: dict[str, float]
     if feature == "mirror":
         return [ratio(key, -0.1, 0.1, -1.5, -0.7) for key in lifts] + [ratio(key, -0.1, 0.1, 0.7, 1.5) for key in costs]
     if feature == "strong":
-        return [ratio(key, 64.0, 8.0, 0.8, 1.5) for key in lifts] + [ratio(key, 64.0, 8.0, 0.8, 6) for key in costs]
+        return [ratio(key, 64.0, 8.0, 0.8, 1.8) for key in lifts] + [ratio(key, 64.0, 8.0, 0.8, 6) for key in costs]
     if feature == "ceiling":
         return [(f"the largest {key}", curves[key].max(), 0, 1.05 * highest[key.split(", ")[1]]) for key in lifts]
     with np.errstate(all="ignore"):

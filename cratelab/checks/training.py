@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cratelab as cl
 from cratelab.checks import watching
-from cratelab.checks.grading import CheckFailed, also, as_tensor, call, grade, predict, random, unmended
+from cratelab.checks.grading import CheckFailed, also, as_tensor, grade, predict, random, unmended
 from cratelab.checks.hunting import NOT_NEGATIVE, POSITIVE, hunt, judge
 
 
@@ -386,7 +386,7 @@ def _without_nan(function: Callable) -> Callable:
 
     @wraps(function)
     def asked(log_p: Tensor, log_q: Tensor, document: Tensor) -> Tensor:
-        answer = call(function, log_p, log_q, document)
+        answer = function(log_p, log_q, document)
         if isinstance(answer, Tensor) and answer.isnan().any():
             raise CheckFailed(f"{function.__name__} returns NaN: log_q is NaN where the model was not asked")
         return answer

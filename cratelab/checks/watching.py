@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
-from inspect import unwrap
 from io import StringIO
 from types import FrameType
 
@@ -24,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cratelab.checks.grading import CheckFailed, as_tensor, ask, copied, random
+from cratelab.checks.grading import CheckFailed, answering, as_tensor, ask, copied, describe, globals_of, random
 
 HONOUR = "Right; this check does not see how."
 AUTOMATIC = "torch.autograd.grad", "torch.autograd.backward", "torch.autograd.functional.*"
@@ -62,7 +60,7 @@ class Seen:
 def watch(function: Callable, *case: object) -> Seen:
     """Call a function three times and note what it does; its answers are thrown away."""
     seen = Seen()
-    own = _globals(function)
+    own = globals_of(function)
 
     def trace(frame: FrameType, event: str, _: object) -> Callable | None:
         if event == "call":
@@ -78,7 +76,11 @@ def watch(function: Callable, *case: object) -> Seen:
         return line
 
     torchs, before = _Names(), sys.gettrace()
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):  # what a reader prints is printed by the check's calls
+    with (
+        warnings.catch_warnings(),
+        redirect_stdout(StringIO()),  # what a reader prints is printed by the check's calls
+        answering(function, f"for {describe(function, case)}"),
+    ):
         warnings.simplefilter("ignore")
         given = copied(case)
         with _numpy_memory(seen):
@@ -219,13 +221,16 @@ def differentiable(oracle: Callable, case: tuple, by: Mapping[int, str], why: st
         given = list(copied(case))
         for i in by:
             given[i] = given[i].detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), answering(function, f"for {describe(function, case)}, with gradients"):
             answer = function(*given)
         for i, name in by.items():
             lost = not isinstance(answer, Tensor) or not answer.requires_grad
-            towards = (
-                None if lost else torch.autograd.grad(answer.sum(), given[i], retain_graph=True, allow_unused=True)[0]
-            )
+            with answering(function, "when gradients come back", f"one to {name}"):
+                towards = (
+                    None
+                    if lost
+                    else torch.autograd.grad(answer.sum(), given[i], retain_graph=True, allow_unused=True)[0]
+                )
             if towards is None:
                 raise CheckFailed(f"{function.__name__} is right, but no gradient comes back to {name}: {why}")
             step = 1e-6 * random(*given[i].shape, seed=i)
@@ -300,10 +305,3 @@ def _side(x: object) -> int:
     """The side of a square matrix, or 0."""
     shape = getattr(x, "shape", ())
     return shape[-1] if len(shape) >= 2 and shape[-1] == shape[-2] else 0
-
-
-def _globals(function: Callable) -> dict | None:
-    """Where the reader's functions live, through wrappers."""
-    while isinstance(function, partial) or hasattr(function, "__wrapped__"):
-        function = function.func if isinstance(function, partial) else unwrap(function)
-    return getattr(function, "__globals__", None)

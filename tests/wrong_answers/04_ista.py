@@ -177,7 +177,7 @@ WRONG = {
         "right elsewhere, but .*x may have any shape": lambda x, theta, mu, cap: (
             ((x - theta) / (1 + mu)).clamp(0, cap) if mu else F.relu(x - theta)
         ),
-        "right elsewhere, but raises .*x may have any shape": lambda x, theta, mu, cap: torch.stack(
+        "raises .*Other cases are right, but: x may have any shape": lambda x, theta, mu, cap: torch.stack(
             [((row - theta) / (1 + mu)).clamp(0, cap) for row in x]
         ),
         "multiplied by 1 \\+ μ": lambda x, theta, mu, cap: ((x - theta) * (1 + mu)).clamp(0, cap),

@@ -77,6 +77,9 @@ INPUTS = {
     "input 1: the block is not as in the chapter": lambda: [(block(ista_residual=True), TOKENS)],
     "exposing, input 1: z: numbers are not finite": lambda: [(block(), TOKENS / 0)],
     "exposing, input 1: the block is not .*": lambda: [(block(lambda b: b.ista.D.fill_(torch.nan)), TOKENS)],
+    "exposing raises AttributeError when input 1 is tried, where one that fits block, z was expected": lambda: [
+        (block(lambda b: delattr(b.attention, "output")), TOKENS)
+    ],
 }
 
 
@@ -286,6 +289,9 @@ WRONG = {
         ": MSSA's output bias is lost$": forward(bias=False),
         "carried on, .*; and both halves use .* of its own$": forward(normed, second="attention_norm"),
         "carried on, .*; and both halves .*; and MSSA's output bias": forward(normed, "attention_norm", bias=False),
+        r"raises TypeError for z of .*, where a tensor \(1, 5, 8\) was expected: the block itself cannot be called": (
+            lambda block, z: block(z)
+        ),
         "texts are mixed: each of a batch": lambda b, z: forward()(b, z).mean(0, keepdim=True).expand(z.shape),
         "texts are mixed": lambda b, z: (
             b.ista.decode(b.neurons(b.ista.encode(b.ista_norm(z + b.attention(b.attention_norm(z))))))

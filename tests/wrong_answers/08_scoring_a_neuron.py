@@ -373,6 +373,9 @@ WRONG = {
         r"1\.00 on the text shown, but 0\.40 on fresh text: some of it held": by_heart,
         "activation, at '<begin>' after 0 words: a number from 0 to 10 is needed; got nan": says(lambda *_: math.nan),
         "at '.' after 5 words: a number from 0 to 10 is needed; got 20": says(lambda b, word: 2 * (word == ".")),
+        "raises IndexError for before of length 0, word = '<begin>', where a number from 0 to 10 was expected": (
+            lambda before, word: 9 * (before[-1] == word)
+        ),
         "a number is needed; got None": lambda before, word: None,
         "a number is needed; got a str": lambda before, word: "strong",
         "sentence should return a sentence of 4 to 60 words .* returns 2 words": in_place_of(

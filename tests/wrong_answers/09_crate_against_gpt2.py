@@ -163,6 +163,9 @@ WRONG = {
     "9.E": {
         "curves: 5 of 7 right. Go through": at_first(draws(another=[9] * 6, within=[5, 10, 15, 20, 25, 30])),
         r"(?s)^curves: 5 of 7 right\.\n.*chance: .*context: ": draws(another=[9] * 6, within=[5, 10, 15, 20, 25, 30]),
+        r"(?s)^curves: 2 of 7 right\.\ndirection: .*bend: .*ceiling: .*order: .*control: ": draws(
+            **dict.fromkeys(("trained", "random-only", "untrained", "another", "within"), [0] * 6)
+        ),
         r"6 of 7 right\.\ndirection: .* rise and never fall": draws(trained=[30, 40, 48, 55, 62, 52]),
         r"6 of 7 right\.\nbend: words come by falling strength": draws(trained=[30, 34, 38, 45, 55, 75]),
         r"6 of 7 right\.\nceiling: the trained curve ends well below 100": draws(
