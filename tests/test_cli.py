@@ -78,10 +78,11 @@ def test_trains_on_tinyworld_and_leaves_model_curve_and_command(tmp_path, capsys
     assert command["seed"] == 3 and command["corpus"] == "tinyworld"
 
 
-def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch):
+def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["train", "--model", "gpt2", "--checkpoint-every", "1", *SHORT]
     main([*options, "--run-dir", str(whole)])
+    assert "steps are done" not in capsys.readouterr().out
 
     class Killed(BaseException):
         pass
@@ -96,6 +97,10 @@ def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch):
             main([*options, "--run-dir", str(cut)])
     assert len(read_metrics(cut)) == 2
     main(["train", "--resume", str(cut)])
+    assert "steps are done" not in capsys.readouterr().out
+    main(["train", "--resume", str(cut)])
+    said = f"its 4 steps are done, and {cut / 'model'} holds the model; to train longer, begin another run"
+    assert said in capsys.readouterr().out
     assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
@@ -947,7 +952,8 @@ def test_export_writes_what_transformers_loads_and_a_card_that_says_where_it_com
     from transformers import AutoTokenizer
 
     main(["export", str(run), "--to", str(tmp_path / "out")])
-    assert "trust_remote_code=True) is the model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "/out', trust_remote_code=True) is the model" in said and "/out') its tokenizer" in said
     ours = cl.load(run / "model")
     again = cl.load(tmp_path / "out")
     assert all(torch.equal(again.state_dict()[name], weight) for name, weight in ours.state_dict().items())
@@ -976,12 +982,33 @@ def test_export_of_a_packaged_model_whose_training_is_unknown(tmp_path):
     assert isinstance(cl.load(tmp_path / "out"), cl.Gpt2)
 
 
+def test_export_says_where_the_folder_is_and_how_its_tokenizer_is_read(run, tmp_path, monkeypatch, capsys):
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.chdir(tmp_path)
+    main(["export", str(run), "--to", "missing/../out"])
+    said = "AutoModelForCausalLM.from_pretrained('out', trust_remote_code=True) is the model, "
+    assert capsys.readouterr().out == f"{said}PreTrainedTokenizerFast.from_pretrained('out') its tokenizer\n"
+    kept = cl.corpora.tokenizers.load(run / "tokenizer.json")
+    assert PreTrainedTokenizerFast.from_pretrained("out")("the cat").input_ids == kept.encode_ordinary("the cat")
+    card = Path("out/README.md").read_text()
+    assert 'PreTrainedTokenizerFast.from_pretrained("out")\n' in card
+    fails(["export", "out", "--to", "again"], "out is a folder for transformers already, with its tokenizer: copy it")
+    theirs = ["--to", "again", "--tokenizer", "out/tokenizer.json"]
+    fails(["export", "out", *theirs], "it is one of the library tokenizers: give the tokenizer.json of a run")
+    main(["export", "out", "--to", "again", "--tokenizer", str(run / "tokenizer.json")])
+    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+
+
 def test_export_refuses_before_it_loads_anything(run, copy, tmp_path, monkeypatch):
     monkeypatch.setattr("cratelab.cli.export.load_model", None)
     to = ["--to", str(tmp_path / "out")]
     fails(["export", str(run), "--to", str(run)], "is not an empty folder: choose another")
     fails(["export", str(run), "--to", str(run / "run.json")], "is not an empty folder: choose another")
+    (copy / "model/tokenizer_config.json").touch()
+    fails(["export", str(copy), *to], "is a folder for transformers already, with its tokenizer: copy it as it is")
     fails(["export", str(tmp_path / "nothing"), *to], "does not exist: give the folder of a run or of a model")
+    (copy / "model/tokenizer_config.json").unlink()
     (copy / "tokenizer.json").unlink()
     fails(["export", str(copy), *to], f"no tokenizer {copy / 'tokenizer.json'}: give --tokenizer")
     monkeypatch.setitem(sys.modules, "transformers", None)
