@@ -1,6 +1,7 @@
 """A CRATE or a GPT-2 in Hugging Face `transformers`: the same function, however it is called."""
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -666,10 +667,46 @@ def test_where_an_export_may_go(tmp_path, monkeypatch):
         (tmp_path / "disk").mkdir()
 
 
-def test_weights_in_several_files_and_other_models_are_refused_by_name(exported, tmp_path):
-    load(exported).save_pretrained(tmp_path / "parts", max_shard_size="500KB")
-    with pytest.raises(ValueError, match=r"in several files, and one is read: .* max_shard_size"):
-        cl.load(tmp_path / "parts")
+def test_weights_in_several_files_are_read_as_if_they_were_in_one(ours, exported, tmp_path):
+    load(exported).save_pretrained(tmp_path, max_shard_size="500KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
+    again = cl.load(tmp_path).state_dict()
+    assert again.keys() == ours.state_dict().keys()
+    assert all(torch.equal(again[name], weight) for name, weight in ours.state_dict().items())
+    gpt2 = cl.Gpt2(cl.Gpt2Config.preset("toy"))
+    cl.to_huggingface(gpt2, tmp_path / "gpt2")
+    GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2").save_pretrained(tmp_path / "parts", max_shard_size="50KB")
+    tokens = TOKENS % gpt2.config.vocab_size
+    torch.testing.assert_close(cl.load(tmp_path / "parts")(tokens), gpt2.eval()(tokens))
+
+
+def test_an_index_that_does_not_fit_its_files_is_named(exported, tmp_path):
+    load(exported).save_pretrained(tmp_path, max_shard_size="500KB")
+    index = tmp_path / "model.safetensors.index.json"
+    place = json.loads(index.read_text())["weight_map"]
+    name, *others = place
+    elsewhere = next(part for part in place.values() if part != place[name])
+    beside = str(shutil.copy(tmp_path / place[name], tmp_path.parent))
+    for changed, message in (
+        ({other: place[other] for other in others}, f"differ in {name}: copy"),
+        (place | {name: elsewhere}, f"differ in {name}: copy"),
+        (place | {"more": elsewhere}, "differ in more: copy"),
+        (place | {name: f"../{place[name]}"}, "in which file beside it that is"),
+        (place | {name: beside}, "in which file beside it that is"),
+        (place | {name: 3}, "in which file beside it that is"),
+        (None, "in which file beside it that is"),
+    ):
+        index.write_text(json.dumps({"weight_map": changed}))
+        with pytest.raises(ValueError, match=message) as found:
+            cl.load(tmp_path)
+        assert str(index) in str(found.value)
+    index.write_text(json.dumps({"weight_map": place}))
+    (tmp_path / elsewhere).unlink()
+    with pytest.raises(OSError, match=elsewhere):
+        cl.load(tmp_path)
+
+
+def test_other_models_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="names the model 'llama'; known are"):
         cl.load(tmp_path)
