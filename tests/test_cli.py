@@ -885,6 +885,19 @@ def test_layerwise_gives_the_rates_of_an_official_checkpoint(essays, tmp_path, c
     assert (tmp_path / "interpret.json").is_file()
 
 
+def test_of_tinyworld_no_more_is_made_than_is_read_and_of_a_run_its_own(run, tmp_path):
+    vocabulary = cl.load(run / "model").config.vocab_size
+    args = dict(n_layer=1, n_head=1, n_embd=4, vocab_size=vocabulary, block_size=128)
+    torch.save({"model": official_weights(args), "model_args": args}, tmp_path / "ckpt.pt")
+    _, corpus = load_run(Layerwise(tmp_path / "ckpt.pt", corpus="tinyworld", n_tokens=10_000))
+    assert 10_000 < len(corpus.validation) < 25_000 and len(corpus.training) < 30 * 10_000
+    _, corpus = load_run(Layerwise(tmp_path / "ckpt.pt", corpus="tinyworld", n_tokens=1))
+    assert len(corpus.validation)
+    for named in None, "tinyworld":
+        _, corpus = load_run(Layerwise(run, corpus=named, n_tokens=30_000))
+        assert corpus.validation.facts() == json.loads((run / "run.json").read_text())["validation"]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_ends_with_an_example_that_can_be_typed(name, run, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
