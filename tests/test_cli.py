@@ -1,3 +1,5 @@
+import ast
+import inspect
 import io
 import json
 import os
@@ -484,7 +486,8 @@ def never(*arguments, **options):
         ("train --run-dir OTHER", "is not empty and holds no run"),
         ("train --resume RUN --steps 7 --corpus pydocs", "--resume takes all options from the run: leave out --"),
         ("train --resume FILE", "holds no run"),
-        ("train --resume OTHER", "it holds 1 runs: give one of them, such as"),
+        ("train --resume missing", "missing holds no run: there is no run.json in it; it does not exist"),
+        ("train --resume OTHER", "it holds runs: give one of them, such as"),
         ("compare --seeds 0", "--seeds must be at least 1"),
         ("compare --seeds -1", "--seeds must be at least 1"),
         ("compare --presets toy toy", "presets must be one or more, each once; got ['toy', 'toy']"),
@@ -640,7 +643,7 @@ def test_what_is_no_trained_model_is_named(command, copy, tmp_path):
     fails([command, str(copy)], "has not ended", "go on with the call of `train` that began it")
     (copy / "run.json").write_text(json.dumps({"sae": {}, "recipe": {}}))
     fails([command, str(copy)], "of another kind, of auto-encoders: give the model")
-    fails([command, str(tmp_path)], f"it holds 1 runs: give one of them, such as {copy}")
+    fails([command, str(tmp_path)], f"it holds runs: give one of them, such as {copy}")
     fails([command, str(tmp_path / "nothing")], "does not exist")
     fails([command, str(copy / "run.json")], "is a file: give the folder of a run or of a model")
     for held, said in ("manifest.json", "the tokens of a corpus"), ("cfg.json", "an auto-encoder"), ("x", "no model"):
@@ -883,6 +886,17 @@ def test_layerwise_gives_the_rates_of_an_official_checkpoint(essays, tmp_path, c
     main(["export", str(checkpoint), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "bytes.json")])
     assert cl.load(tmp_path / "out").token_embedding.weight.equal(model.token_embedding.weight)
     assert (tmp_path / "interpret.json").is_file()
+
+
+def test_help_breaks_no_sentence():
+    """tyro breaks the line of an option's help where the source does."""
+    classes = [
+        each
+        for each in ast.parse(Path(inspect.getsourcefile(Layerwise)).read_text("utf8")).body
+        if isinstance(each, ast.ClassDef)
+    ]
+    said = [each.value.value for own in classes for each in own.body[1:] if isinstance(each, ast.Expr)]
+    assert len(said) > 40 and not [text for text in said if re.search(r"[^.]\n", text)]
 
 
 def test_of_tinyworld_no_more_is_made_than_is_read_and_of_a_run_its_own(run, tmp_path):
