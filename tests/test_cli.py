@@ -838,7 +838,8 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(command, more, run, tmp_path
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--run-dir", str(tmp_path / "run")] if command == "train" else ["steer", str(run)])
     assert stopped.value.code == 130
-    assert capsys.readouterr().err.startswith(f"cratelab: stopped{'; ' if more else ''}{more}")
+    made, said = capsys.readouterr().err.splitlines()
+    assert made == "making the text of TinyWorld" and said.startswith(f"cratelab: stopped{'; ' if more else ''}{more}")
 
 
 @pytest.mark.parametrize("package", ["tiktoken", "tokenizers", "datasets"])
