@@ -20,6 +20,17 @@ from cratelab.recipe import Recipe
 SHARE_OF_PEAK = 0.4  # of the measured rate of matrix products; benchmarks/README.md has what was reached where
 
 
+_UNITS = {"years": 365.25 * 86400, "months": 365.25 * 86400 / 12, "days": 86400, "hours": 3600, "minutes": 60}
+
+
+def duration(seconds: float) -> str:
+    """A time to expect, in words: rounded, in the largest unit of which there are two or more."""
+    for unit, size in _UNITS.items():
+        if seconds >= 2 * size:
+            return f"about {seconds / size:,.0f} {unit}"
+    return f"about {seconds:.0f} seconds" if seconds >= 2 else "a second or two"
+
+
 @dataclass
 class Budget:
     """The cost of a run.
@@ -55,8 +66,6 @@ class Budget:
         return self.tokens * self.flops_per_token / (SHARE_OF_PEAK * self.matmul_rate)
 
     def __str__(self) -> str:
-        days = self.seconds / 86400
-        duration = f"{days:,.1f} days" if days > 2 else f"{self.seconds / 60:,.1f} minutes"
         memory, state, each = (n / 2**30 for n in (self.memory_bytes, self.state_bytes, self.activation_bytes))
         return "\n".join(
             [
@@ -65,7 +74,7 @@ class Budget:
                 f"{self.windows} × {each:.3f} of activations",
                 f"arithmetic    {self.flops_per_token / 1e6:.1f} MFLOP a token, forward and backward",
                 f"tokens        {self.tokens:,}",
-                f"time          {duration} on one {self.device}, at {SHARE_OF_PEAK:.0%} of the measured "
+                f"time          {duration(self.seconds)} on one {self.device}, at {SHARE_OF_PEAK:.0%} of the measured "
                 f"{self.matmul_rate / 1e12:.2f} TFLOP/s of its matrix products",
             ]
         )

@@ -9,7 +9,7 @@ from torch import nn
 from cratelab.crate_block import CrateBlock
 from cratelab.language_model import LanguageModel, LanguageModelConfig
 from cratelab.storage import read_json, read_tensors
-from cratelab.weights import drop_tied_head, renamed
+from cratelab.weights import drop_tied_head, read_weights, renamed
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Crate(LanguageModel):
         """The model in a folder that `cratelab.to_huggingface` wrote, or `transformers` after it, in evaluation mode.
 
         Args:
-            path: folder with config.json and model.safetensors.
+            path: folder with config.json and model.safetensors, or the latter in several files and their index.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -113,7 +113,7 @@ class Crate(LanguageModel):
             config = CrateConfig(**{own.name: foreign[own.name] for own in fields(CrateConfig) if own.name in foreign})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / 'config.json'} does not fit Crate: {error}") from error
-        weights = renamed(read_tensors(file), lambda key: key.removeprefix("model."), file)
+        weights = renamed(read_weights(file), lambda key: key.removeprefix("model."), file)
         drop_tied_head(weights, file)
         return cls.with_weights(config, weights, file)
 

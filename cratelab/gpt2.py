@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cratelab.language_model import LanguageModel, LanguageModelConfig
 from cratelab.mssa import attend
-from cratelab.storage import read_json, read_tensors
-from cratelab.weights import drop_tied_head, renamed
+from cratelab.storage import read_json
+from cratelab.weights import drop_tied_head, index_of, read_weights, renamed
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh")}
 
@@ -125,7 +125,8 @@ class Gpt2(LanguageModel):
         """The model in a folder of Hugging Face `gpt2` weights, in evaluation mode.
 
         Args:
-            path: folder with config.json and model.safetensors or pytorch_model.bin. Nothing is unpickled.
+            path: folder with config.json and model.safetensors or pytorch_model.bin, whole or in several files
+                with their index. Nothing is unpickled.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -135,10 +136,10 @@ class Gpt2(LanguageModel):
         folder = Path(path)
         config = _config_from_huggingface(folder / "config.json")
         files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
-        file = next((file for file in files if file.exists()), None)
+        file = next((file for file in files if file.exists() or index_of(file).exists()), None)
         if file is None:
             raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-        weights = renamed(read_tensors(file), _own_name, file)
+        weights = renamed(read_weights(file), _own_name, file)
         for name in weights:
             if name.endswith(_STORED_AS_IN_OUT) and weights[name].ndim == 2:
                 weights[name] = weights[name].mT

@@ -68,19 +68,13 @@ def load(folder: str | Path) -> LanguageModel:
 
     Raises:
         FileNotFoundError: `folder` holds no config.json or model.safetensors.
-        ValueError: config.json describes no known model, or the weights are in several files or do not fit it, each
-            misfit by name.
+        ValueError: config.json describes no known model, or the weights do not fit it, each misfit by name.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         hint = f": give {folder / 'model'}" if (folder / "model" / "config.json").is_file() else ""
         raise FileNotFoundError(f"{folder} holds no model, since there is no config.json in it{hint}")
     config = read_json(folder / "config.json")
-    if (folder / "model.safetensors.index.json").is_file():
-        raise ValueError(
-            f"{folder} holds its weights in several files, and one is read: load it by transformers, and save it again "
-            'by save_pretrained(folder, max_shard_size="1TB")'
-        )
     if config.get("model_type") == "gpt2":
         return Gpt2.from_huggingface(folder)
     if config.get("model_type") == "crate":

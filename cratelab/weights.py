@@ -6,6 +6,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cratelab.storage import read_json, read_tensors
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of `file` or, where `transformers` has divided them, of the files beside it that its index names.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: a file is damaged, or the index names another folder's, or other tensors than the files hold.
+    """
+    index = index_of(file)
+    if file.exists() or not index.is_file():
+        return read_tensors(file)
+    place = read_json(index).get("weight_map")
+    if not isinstance(place, dict) or not all(isinstance(part, str) and _beside(part) for part in place.values()):
+        raise ValueError(
+            f"{index}: weight_map must say of each tensor in which file beside it that is; got {str(place)[:100]}"
+        )
+    parts = {part: read_tensors(file.with_name(part)) for part in sorted({*place.values()})}
+    held = {(name, part): tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    if wrong := held.keys() ^ place.items():
+        listed = ", ".join(sorted({str(name) for name, _ in wrong}))
+        raise ValueError(
+            f"{index} names other tensors than its files hold, which differ in {listed}: copy all of them again"
+        )
+    return {name: tensor for (name, _), tensor in held.items()}
+
+
+def index_of(file: Path) -> Path:
+    """The file that says which files hold the tensors of `file`, where it was divided."""
+    return file.with_name(f"{file.name}.index.json")
+
+
+def _beside(name: str) -> bool:
+    return name not in ("", ".", "..") and not {*name} & {"/", "\\", "\0"}
+
 
 def renamed(weights: Mapping, rename: Callable[[str], str | None], source: str | Path) -> dict[str, Tensor]:
     """Weights from elsewhere under our names; those of which `rename` makes None are left out.

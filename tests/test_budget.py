@@ -5,7 +5,7 @@ import torch
 
 import cratelab as cl
 from cratelab import budget
-from cratelab.budget import estimate, measure_matmul_rate
+from cratelab.budget import duration, estimate, measure_matmul_rate
 from cratelab.recipe import Recipe
 
 
@@ -73,7 +73,30 @@ def test_layers_are_counted_without_being_built():
 def test_reads_as_a_table_with_units():
     text = str(estimate(cl.Crate, cl.CrateConfig.preset("B"), Recipe()))
     assert "parameters    81,934,848" in text and "GiB a process" in text
-    assert "tokens        314,572,800,000" in text and "days on one" in text and "1.00 TFLOP/s" in text
+    assert (
+        "tokens        314,572,800,000" in text
+        and "time          about 29 years on one" in text
+        and "1.00 TFLOP/s" in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.4, "a second or two"),
+        (2, "about 2 seconds"),
+        (119, "about 119 seconds"),
+        (120, "about 2 minutes"),
+        (100 * 60, "about 100 minutes"),
+        (36 * 3600, "about 36 hours"),
+        (30 * 86400, "about 30 days"),
+        (365 * 86400, "about 12 months"),
+        (217_182.4 * 86400, "about 595 years"),
+        (2e6 * 365.25 * 86400, "about 2,000,000 years"),
+    ],
+)
+def test_durations_are_told_in_a_unit_that_one_can_picture(seconds, said):
+    assert duration(seconds) == said
 
 
 def test_measures_a_rate():

@@ -1,3 +1,5 @@
+import ast
+import inspect
 import io
 import json
 import os
@@ -78,10 +80,11 @@ def test_trains_on_tinyworld_and_leaves_model_curve_and_command(tmp_path, capsys
     assert command["seed"] == 3 and command["corpus"] == "tinyworld"
 
 
-def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch):
+def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["train", "--model", "gpt2", "--checkpoint-every", "1", *SHORT]
     main([*options, "--run-dir", str(whole)])
+    assert "steps are done" not in capsys.readouterr().out
 
     class Killed(BaseException):
         pass
@@ -96,6 +99,10 @@ def test_resume_goes_on_with_the_options_of_the_run(tmp_path, monkeypatch):
             main([*options, "--run-dir", str(cut)])
     assert len(read_metrics(cut)) == 2
     main(["train", "--resume", str(cut)])
+    assert "steps are done" not in capsys.readouterr().out
+    main(["train", "--resume", str(cut)])
+    said = f"its 4 steps are done, and {cut / 'model'} holds the model; to train longer, begin another run"
+    assert said in capsys.readouterr().out
     assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
@@ -482,7 +489,8 @@ def never(*arguments, **options):
         ("train --run-dir OTHER", "is not empty and holds no run"),
         ("train --resume RUN --steps 7 --corpus pydocs", "--resume takes all options from the run: leave out --"),
         ("train --resume FILE", "holds no run"),
-        ("train --resume OTHER", "it holds 1 runs: give one of them, such as"),
+        ("train --resume missing", "missing holds no run: there is no run.json in it; it does not exist"),
+        ("train --resume OTHER", "it holds runs: give one of them, such as"),
         ("compare --seeds 0", "--seeds must be at least 1"),
         ("compare --seeds -1", "--seeds must be at least 1"),
         ("compare --presets toy toy", "presets must be one or more, each once; got ['toy', 'toy']"),
@@ -639,7 +647,7 @@ def test_what_is_no_trained_model_is_named(command, copy, tmp_path):
     fails([command, str(copy)], "has not ended", "go on with the call of `train` that began it")
     (copy / "run.json").write_text(json.dumps({"sae": {}, "recipe": {}}))
     fails([command, str(copy)], "of another kind, of auto-encoders: give the model")
-    fails([command, str(tmp_path)], f"it holds 1 runs: give one of them, such as {copy}")
+    fails([command, str(tmp_path)], f"it holds runs: give one of them, such as {copy}")
     fails([command, str(tmp_path / "nothing")], "does not exist")
     fails([command, str(copy / "run.json")], "is a file: give the folder of a run or of a model")
     for held, said in ("manifest.json", "the tokens of a corpus"), ("cfg.json", "an auto-encoder"), ("x", "no model"):
@@ -834,7 +842,8 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(command, more, run, tmp_path
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--run-dir", str(tmp_path / "run")] if command == "train" else ["steer", str(run)])
     assert stopped.value.code == 130
-    assert capsys.readouterr().err.startswith(f"cratelab: stopped{'; ' if more else ''}{more}")
+    made, said = capsys.readouterr().err.splitlines()
+    assert made == "making the text of TinyWorld" and said.startswith(f"cratelab: stopped{'; ' if more else ''}{more}")
 
 
 @pytest.mark.parametrize("package", ["tiktoken", "tokenizers", "datasets"])
@@ -882,6 +891,30 @@ def test_layerwise_gives_the_rates_of_an_official_checkpoint(essays, tmp_path, c
     main(["export", str(checkpoint), "--to", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "bytes.json")])
     assert cl.load(tmp_path / "out").token_embedding.weight.equal(model.token_embedding.weight)
     assert (tmp_path / "interpret.json").is_file()
+
+
+def test_help_breaks_no_sentence():
+    """tyro breaks the line of an option's help where the source does."""
+    classes = [
+        each
+        for each in ast.parse(Path(inspect.getsourcefile(Layerwise)).read_text("utf8")).body
+        if isinstance(each, ast.ClassDef)
+    ]
+    said = [each.value.value for own in classes for each in own.body[1:] if isinstance(each, ast.Expr)]
+    assert len(said) > 40 and not [text for text in said if re.search(r"[^.]\n", text)]
+
+
+def test_of_tinyworld_no_more_is_made_than_is_read_and_of_a_run_its_own(run, tmp_path):
+    vocabulary = cl.load(run / "model").config.vocab_size
+    args = dict(n_layer=1, n_head=1, n_embd=4, vocab_size=vocabulary, block_size=128)
+    torch.save({"model": official_weights(args), "model_args": args}, tmp_path / "ckpt.pt")
+    _, corpus = load_run(Layerwise(tmp_path / "ckpt.pt", corpus="tinyworld", n_tokens=10_000))
+    assert 10_000 < len(corpus.validation) < 25_000 and len(corpus.training) < 30 * 10_000
+    _, corpus = load_run(Layerwise(tmp_path / "ckpt.pt", corpus="tinyworld", n_tokens=1))
+    assert len(corpus.validation)
+    for named in None, "tinyworld":
+        _, corpus = load_run(Layerwise(run, corpus=named, n_tokens=30_000))
+        assert corpus.validation.facts() == json.loads((run / "run.json").read_text())["validation"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -951,7 +984,8 @@ def test_export_writes_what_transformers_loads_and_a_card_that_says_where_it_com
     from transformers import AutoTokenizer
 
     main(["export", str(run), "--to", str(tmp_path / "out")])
-    assert "trust_remote_code=True) is the model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "/out', trust_remote_code=True) is the model" in said and "/out') its tokenizer" in said
     ours = cl.load(run / "model")
     again = cl.load(tmp_path / "out")
     assert all(torch.equal(again.state_dict()[name], weight) for name, weight in ours.state_dict().items())
@@ -980,12 +1014,33 @@ def test_export_of_a_packaged_model_whose_training_is_unknown(tmp_path):
     assert isinstance(cl.load(tmp_path / "out"), cl.Gpt2)
 
 
+def test_export_says_where_the_folder_is_and_how_its_tokenizer_is_read(run, tmp_path, monkeypatch, capsys):
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.chdir(tmp_path)
+    main(["export", str(run), "--to", "missing/../out"])
+    said = "AutoModelForCausalLM.from_pretrained('out', trust_remote_code=True) is the model, "
+    assert capsys.readouterr().out == f"{said}PreTrainedTokenizerFast.from_pretrained('out') its tokenizer\n"
+    kept = cl.corpora.tokenizers.load(run / "tokenizer.json")
+    assert PreTrainedTokenizerFast.from_pretrained("out")("the cat").input_ids == kept.encode_ordinary("the cat")
+    card = Path("out/README.md").read_text()
+    assert 'PreTrainedTokenizerFast.from_pretrained("out")\n' in card
+    fails(["export", "out", "--to", "again"], "out is a folder for transformers already, with its tokenizer: copy it")
+    theirs = ["--to", "again", "--tokenizer", "out/tokenizer.json"]
+    fails(["export", "out", *theirs], "it is one of the library tokenizers: give the tokenizer.json of a run")
+    main(["export", "out", "--to", "again", "--tokenizer", str(run / "tokenizer.json")])
+    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+
+
 def test_export_refuses_before_it_loads_anything(run, copy, tmp_path, monkeypatch):
     monkeypatch.setattr("cratelab.cli.export.load_model", None)
     to = ["--to", str(tmp_path / "out")]
     fails(["export", str(run), "--to", str(run)], "is not an empty folder: choose another")
     fails(["export", str(run), "--to", str(run / "run.json")], "is not an empty folder: choose another")
+    (copy / "model/tokenizer_config.json").touch()
+    fails(["export", str(copy), *to], "is a folder for transformers already, with its tokenizer: copy it as it is")
     fails(["export", str(tmp_path / "nothing"), *to], "does not exist: give the folder of a run or of a model")
+    (copy / "model/tokenizer_config.json").unlink()
     (copy / "tokenizer.json").unlink()
     fails(["export", str(copy), *to], f"no tokenizer {copy / 'tokenizer.json'}: give --tokenizer")
     monkeypatch.setitem(sys.modules, "transformers", None)

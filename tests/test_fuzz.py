@@ -8,6 +8,7 @@ import io
 import json
 import math
 import random
+import shutil
 import signal
 import struct
 from contextlib import contextmanager
@@ -37,6 +38,18 @@ def hugging_face(folder):
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
 
 
+def in_parts(folder):
+    transformers = pytest.importorskip("transformers")
+    cl.to_huggingface(
+        cl.Crate(cl.CrateConfig(n_layers=1, n_heads=2, width=8, vocab_size=50, context=6)), folder / "one"
+    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "one", trust_remote_code=True)
+    shutil.rmtree(folder / "one")
+    loaded.save_pretrained(folder, max_shard_size="1KB")
+    for source in folder.glob("*.py"):
+        source.unlink()
+
+
 def unfinished_run(folder):
     def stop(row):
         if row["step"] == 3:
@@ -63,6 +76,7 @@ def ask_again(folder):
 LOADERS = FORMATS | {
     "official checkpoint": (official, lambda folder: cl.Crate.from_official(folder / "checkpoint.pt")),
     "Hugging Face folder": (hugging_face, cl.Gpt2.from_huggingface),
+    "weights in several files": (in_parts, cl.load),
     "run": (unfinished_run, go_on),
     "answers": (answers, ask_again),
 }

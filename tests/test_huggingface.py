@@ -1,6 +1,7 @@
 """A CRATE or a GPT-2 in Hugging Face `transformers`: the same function, however it is called."""
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from transformers import (
 
 import cratelab as cl
 from cratelab.experiments.reference_models import load_reference, load_reference_tokenizer
+from cratelab.storage import locked
 
 TOKENS = torch.tensor([[544, 436, 1060, 290, 7, 3, 1200, 17, 2, 4000], [32, 610, 5, 5, 5, 81, 999, 300, 12, 8]])
 PROMPTS = "The function returns", "A list of", "import"
@@ -103,6 +105,37 @@ def test_the_receiver_needs_no_cratelab(ours, exported, tmp_path):
     prompt = load_reference_tokenizer().encode_ordinary("The function returns")
     expected = ours.generate(torch.tensor([prompt]), 8, temperature=0)[0].tolist()
     assert without_cratelab(exported, tmp_path) == ["128 128 CrateForCausalLM", " ".join(map(str, expected))]
+
+
+TOKENIZER = """
+import sys
+import transformers
+
+how = {how}
+print(how.from_pretrained(sys.argv[1]{more})("The function returns").input_ids)
+assert not any(name.startswith("transformers_modules") for name in sys.modules), "code of the folder was run"
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "more", "asks"),
+    [
+        ("transformers.PreTrainedTokenizerFast", "", False),
+        ("transformers.AutoTokenizer", ", trust_remote_code=False", False),
+        ("transformers.AutoTokenizer", "", True),  # it reads the model's configuration, and goes on without its code
+    ],
+)
+def test_the_tokenizer_needs_no_code_of_the_folder(how, more, asks, exported, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", TOKENIZER.format(how=how, more=more), str(exported)],
+        stdin=subprocess.DEVNULL,  # nobody answers
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )
+    assert not run.returncode, run.stderr
+    assert run.stdout.endswith(f"{load_reference_tokenizer().encode_ordinary('The function returns')}\n")
+    assert ("[y/N]" in run.stdout) == asks
 
 
 def test_what_the_receiver_saves_is_complete_too(exported, tmp_path):
@@ -546,6 +579,46 @@ def test_a_full_disk_leaves_nothing_behind(ours, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+KILLED = """
+import os, sys
+import cratelab as cl, cratelab.huggingface.export as export
+
+export.write_text = lambda *_: os._exit(9)  # when the weights are written, and not all
+cl.to_huggingface(cl.Crate(cl.CrateConfig.preset("toy")), sys.argv[1])
+"""
+
+
+def test_the_next_export_removes_what_a_killed_one_has_left_and_nothing_else(tmp_path):
+    folder, kept = tmp_path / "mine [1]", tmp_path / "mine 1.77-0123abcd.part"
+    assert subprocess.run([sys.executable, "-c", KILLED, str(folder)]).returncode == 9
+    (left,) = tmp_path.glob("mine*.part")
+    assert (left / "model.safetensors").is_file() and not folder.exists()
+    kept.write_text("of another")
+    cl.to_huggingface(small(), folder)
+    assert set(tmp_path.iterdir()) == {folder, kept}
+
+
+def test_of_two_exports_to_one_place_one_is_told_of_the_other(tmp_path, monkeypatch):
+    folder = tmp_path / "new"
+    with (
+        locked(tmp_path / ".new.cratelab-export"),
+        pytest.raises(BlockingIOError, match=f"another process is exporting to {folder}: wait until it has ended"),
+    ):
+        cl.to_huggingface(small(), folder)
+    assert not folder.exists()
+    ended = []
+
+    def end_first(*_):
+        if not ended:  # another export, which ends between the first look at the folder and the lock
+            ended.append(True)
+            cl.to_huggingface(small(), folder)
+
+    monkeypatch.setattr("cratelab.huggingface.export.check_numbers", end_first)
+    with pytest.raises(ValueError, match="new is not an empty folder: choose another"):
+        cl.to_huggingface(small(), folder)
+    assert list(tmp_path.iterdir()) == [folder] and load(folder).config.width == small().config.width
+
+
 def test_an_empty_folder_is_filled(tmp_path):
     cl.to_huggingface(small(), tmp_path / "deep/er")
     (tmp_path / "empty").mkdir()
@@ -594,10 +667,46 @@ def test_where_an_export_may_go(tmp_path, monkeypatch):
         (tmp_path / "disk").mkdir()
 
 
-def test_weights_in_several_files_and_other_models_are_refused_by_name(exported, tmp_path):
-    load(exported).save_pretrained(tmp_path / "parts", max_shard_size="500KB")
-    with pytest.raises(ValueError, match=r"in several files, and one is read: .* max_shard_size"):
-        cl.load(tmp_path / "parts")
+def test_weights_in_several_files_are_read_as_if_they_were_in_one(ours, exported, tmp_path):
+    load(exported).save_pretrained(tmp_path, max_shard_size="500KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
+    again = cl.load(tmp_path).state_dict()
+    assert again.keys() == ours.state_dict().keys()
+    assert all(torch.equal(again[name], weight) for name, weight in ours.state_dict().items())
+    gpt2 = cl.Gpt2(cl.Gpt2Config.preset("toy"))
+    cl.to_huggingface(gpt2, tmp_path / "gpt2")
+    GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2").save_pretrained(tmp_path / "parts", max_shard_size="50KB")
+    tokens = TOKENS % gpt2.config.vocab_size
+    torch.testing.assert_close(cl.load(tmp_path / "parts")(tokens), gpt2.eval()(tokens))
+
+
+def test_an_index_that_does_not_fit_its_files_is_named(exported, tmp_path):
+    load(exported).save_pretrained(tmp_path, max_shard_size="500KB")
+    index = tmp_path / "model.safetensors.index.json"
+    place = json.loads(index.read_text())["weight_map"]
+    name, *others = place
+    elsewhere = next(part for part in place.values() if part != place[name])
+    beside = str(shutil.copy(tmp_path / place[name], tmp_path.parent))
+    for changed, message in (
+        ({other: place[other] for other in others}, f"differ in {name}: copy"),
+        (place | {name: elsewhere}, f"differ in {name}: copy"),
+        (place | {"more": elsewhere}, "differ in more: copy"),
+        (place | {name: f"../{place[name]}"}, "in which file beside it that is"),
+        (place | {name: beside}, "in which file beside it that is"),
+        (place | {name: 3}, "in which file beside it that is"),
+        (None, "in which file beside it that is"),
+    ):
+        index.write_text(json.dumps({"weight_map": changed}))
+        with pytest.raises(ValueError, match=message) as found:
+            cl.load(tmp_path)
+        assert str(index) in str(found.value)
+    index.write_text(json.dumps({"weight_map": place}))
+    (tmp_path / elsewhere).unlink()
+    with pytest.raises(OSError, match=elsewhere):
+        cl.load(tmp_path)
+
+
+def test_other_models_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="names the model 'llama'; known are"):
         cl.load(tmp_path)

@@ -97,10 +97,10 @@ def model_folder(folder: Path) -> Path:
 
 def instead(folder: Path) -> str:
     """What a folder holds that was taken for a run or a model."""
-    if folder.is_file():
-        return "; it is a file"
+    if not folder.is_dir():
+        return "; it is a file" if folder.exists() else "; it does not exist"
     if runs := sorted(file.parent for file in folder.glob("*/run.json")):
-        return f"; it holds {len(runs)} runs: give one of them, such as {runs[0]}"
+        return f"; it holds runs: give one of them, such as {runs[0]}"
     if any((folder / name).is_file() for name in ("manifest.json", "train/manifest.json")):
         return "; it holds the tokens of a corpus"
     if any((folder / name).is_file() for name in ("cfg.json", "layer-0/cfg.json")):

@@ -20,7 +20,12 @@ def check(options: Export) -> None:
     check_alone("export")
     check_new(options.to)
     check_folder("--to", options.to)
-    model_folder(options.model)
+    place = model_folder(options.model)
+    if options.tokenizer is None and (place / "tokenizer_config.json").is_file():
+        raise ValueError(
+            f"{place} is a folder for transformers already, with its tokenizer: copy it as it is, or give --tokenizer "
+            "to write it anew"
+        )
     require("transformers", "transformers").utils.logging.disable_progress_bar()
 
 
@@ -37,10 +42,15 @@ def run(options: Export) -> None:
             f"--tokenizer makes ({ours['name']}, {ours['n_vocab']}): leave it out to take the run's own"
         )
     losses = [row["validation_loss"] for row in read_metrics(run_dir) if run and "validation_loss" in row]
-    card = model_card(model, options.to.resolve().name, run, losses[-1] if losses else None)
-    to_huggingface(model, options.to, tokenizer, card)
-    trust = ", trust_remote_code=True" if any(options.to.glob("*.py")) else ""
-    say(f"AutoModelForCausalLM.from_pretrained({str(options.to)!r}{trust}) is the model; AutoTokenizer likewise")
+    folder = options.to.resolve()
+    card = model_card(model, folder.name, run, losses[-1] if losses else None)
+    to_huggingface(model, folder, tokenizer, card)
+    shown = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+    trust = ", trust_remote_code=True" if any(folder.glob("*.py")) else ""
+    say(
+        f"AutoModelForCausalLM.from_pretrained({shown!r}{trust}) is the model, "
+        f"PreTrainedTokenizerFast.from_pretrained({shown!r}) its tokenizer"
+    )
 
 
 def _tokenizer(name: str) -> tokenizers.Tokenizer:

@@ -57,11 +57,11 @@ class RecipeOptions:
 @dataclass
 class CorpusOptions:
     corpus: str = "tinyworld"
-    """tinyworld, pydocs, packages, wikitext, tinystories, pile, or a path to text (./pile if it has such a name);
-    several are joined by +, which an existing path may hold, too."""
+    """tinyworld, pydocs, packages, wikitext, tinystories, pile, or a path to text (./pile if so named).
+    Several are joined by +, which an existing path may hold, too."""
     tokenizer: str | None = None
-    """gpt2, bytes, bpe-N for one trained on the corpus, or a file such as a run's tokenizer.json; the corpus's usual
-    one unless given."""
+    """gpt2, bytes, bpe-N for one trained on the corpus, or a file such as a run's tokenizer.json.
+    The corpus's usual one unless given."""
     characters: int = 200_000_000
     """Training text to use at most."""
     context: int | None = None
@@ -139,15 +139,15 @@ class Interpret(TrainedModel):
     explainer: tuple[Literal["token", "suffix", "concept", "language-model"], ...] = ("token", "suffix", "concept")
     """Who explains; each with a row of its own."""
     endpoint: str | None = None
-    """For language-model: a server that speaks OpenAI's API, such as http://localhost:8000/v1, the folder of a
-    Hugging Face model, or a GGUF file."""
+    """For language-model, who is asked: a Hugging Face model's folder, a GGUF file, or a server.
+    A server speaks OpenAI's API, such as http://localhost:8000/v1."""
     language_model: str | None = None
     """The server's name for the model that explains and simulates."""
     completions: bool = False
     """Ask the server at /completions, where an excerpt is one question if the server repeats prompts; else by chat."""
     neurons: int | None = None
-    """How many of each layer, at least 2 since the control takes another's explanation; drawn by --seed, for all
-    explainers. Unless given all, or 10 for language-model."""
+    """How many of each layer, at least 2 since the control takes another's explanation.
+    Drawn by --seed, for all explainers. Unless given all, or 10 for language-model."""
     cache: Path | None = None
     """The language model's answers; beside the scores unless given."""
     dry_run: bool = False
@@ -229,8 +229,10 @@ class Reproduce(OnDevice):
     """
 
     what: Annotated[Literal["rates", "toys", "chapter-9", "sparser", "reference"], tyro.conf.Positional]
-    """rates: at which learning rate each model learns most, on TinyWorld. toys: the package's own, at these rates.
-    chapter-9: what the neurons of CRATE and of GPT-2 mean there. sparser: what those of sparser networks mean.
+    """rates: at which learning rate each model learns most, on TinyWorld.
+    toys: the package's own, at these rates.
+    chapter-9: what the neurons of CRATE and of GPT-2 mean there.
+    sparser: what those of sparser networks mean.
     reference: one to three layers of width 128 on Python's documentation."""
     out: Path | None = None
     """Where runs and results go; runs/reference or runs/tinyworld unless given."""

@@ -11,7 +11,7 @@ from cratelab.cli.checks import (
     instead,
     model_folder,
 )
-from cratelab.cli.options import Train, TrainedModel, check_ranges
+from cratelab.cli.options import Interpret, Layerwise, Steer, Train, check_ranges
 from cratelab.cli.shared import new_recipe, prepare_corpus, use_one_thread
 from cratelab.corpora.prepare import PreparedCorpus
 from cratelab.corpora.token_store import tokenizer_facts
@@ -24,7 +24,7 @@ from cratelab.storage import read_json
 
 
 def load_run(
-    options: TrainedModel, check_model: Callable[[LanguageModel], None] = lambda model: None
+    options: Interpret | Steer | Layerwise, check_model: Callable[[LanguageModel], None] = lambda model: None
 ) -> tuple[LanguageModel, PreparedCorpus]:
     """The model, and the corpus that is asked for, or the run's own.
 
@@ -48,6 +48,9 @@ def load_run(
     command = read_command(options.model) if begun else Train()
     theirs = {} if folder.is_file() else _kept_tokenizer(folder.parent)
     if options.corpus:
+        if options.corpus == "tinyworld" and not (begun and command.corpus == "tinyworld"):
+            # 5 characters a token, 20 documents for one to validate on, and half as much again
+            command.characters = max(500_000, 150 * options.n_tokens)
         command.corpus = options.corpus
         kept = folder.parent / "tokenizer.json"
         inherited = options.corpus != "tinyworld" and theirs and kept.is_file()

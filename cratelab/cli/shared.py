@@ -24,6 +24,7 @@ def prepare_corpus(options: CorpusOptions, recipe: Recipe, context: int) -> Prep
     """The corpus of a run; of TinyWorld, which is made each time, no more than the run will read."""
     characters = options.characters
     if options.corpus == "tinyworld":
+        print("making the text of TinyWorld", file=sys.stderr)
         characters = min(characters, max(500_000, 5 * recipe.steps * recipe.batch * context))
     return prepare(options.corpus, options.tokenizer, characters, context)
 

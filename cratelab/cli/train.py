@@ -48,6 +48,11 @@ def run(options: Train) -> None:
     corpus = prepare_corpus(command, recipe, model.config.context)
     use_one_thread(model.config.width)
     say(f"{command.model} {command.preset}, {model.count_parameters():,} parameters, into {run_dir}")
+    if (run_dir / "model/config.json").is_file():
+        say(
+            f"its {recipe.steps} steps are done, and {run_dir / 'model'} holds the model; to train longer, begin "
+            "another run, with more --steps and another --run-dir"
+        )
     kept = remembered(command)
     metrics = train(model, corpus.training, corpus.validation, recipe, run_dir, report, kept, corpus.tokenizer)
     if not is_main_process():

@@ -270,6 +270,9 @@ def load(path: str | Path) -> Tokenizer:
     """
     try:
         facts = read_json(path)
+        if missing := [key for key in ("kind", "name", "tokens", "end_of_text") if key not in facts]:
+            theirs = "it is one of the library tokenizers" if "model" in facts else f"it lacks {', '.join(missing)}"
+            raise ValueError(f"{theirs}: give the tokenizer.json of a run")
         kind, names, end = facts["kind"], facts["tokens"], facts["end_of_text"]
         strings = [facts["name"], end, *names, *([facts["pattern"]] if kind == "bytes" else [])]
         if not isinstance(names, list) or not all(isinstance(string, str) for string in strings):

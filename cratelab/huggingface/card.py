@@ -16,9 +16,9 @@ pipeline_tag: text-generation
 {kind} of {layers} layers, width {width}, with {parameters:,} parameters and a context of {context} tokens.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+tokenizer = PreTrainedTokenizerFast.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 ```
 

@@ -1,6 +1,9 @@
 """A model written as a folder that `transformers` loads where there is no cratelab, tokenizer and code included."""
 
+import glob
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +17,7 @@ from cratelab.gpt2 import Gpt2
 from cratelab.huggingface.card import model_card
 from cratelab.huggingface.tokenizer import to_transformers
 from cratelab.language_model import LanguageModel
-from cratelab.storage import replacing, write_text
+from cratelab.storage import locked, remove_leftovers, replacing, write_text
 from cratelab.weights import check_numbers
 
 if TYPE_CHECKING:
@@ -37,11 +40,12 @@ def to_huggingface(
     tokenizer: "tokenizers.Tokenizer | tiktoken.Encoding | WordEncoding | None" = None,
     card: str | None = None,
 ) -> None:
-    """Write a model, whole or not at all, as a folder for `AutoModelForCausalLM` and `AutoTokenizer`.
+    """Write a model, whole or not at all, as a folder for `AutoModelForCausalLM` and `PreTrainedTokenizerFast`.
 
     CRATE comes with its code: the receiver needs torch, einops and transformers (5.8), says `trust_remote_code=True`,
     and finds the neurons of layer i at `model.blocks.i.neurons`. GPT-2 becomes `transformers`' own, without code: its
-    biases are 0 where this one has none, so both compute the same function. `cratelab.load` reads either back.
+    biases are 0 where this one has none, so both compute the same function. `cratelab.load` reads either back. The
+    tokenizer is data; `AutoTokenizer` reads it too, but first asks whether to run the model's code, in vain.
 
     A vocabulary is often padded beyond the tokenizer's; generation_config.json suppresses what no text becomes.
 
@@ -59,6 +63,7 @@ def to_huggingface(
         ValueError: `folder` is not empty, or the current one; the tokenizer has tokens that the model does not know, or
             the library `tokenizers` cannot do as it does; weights are not finite; or this GPT-2 has a `span` or
             `top_k`, which `transformers`' has not.
+        BlockingIOError: another process is exporting to the same place.
         OSError: it cannot be written.
     """
     require("transformers", "transformers")
@@ -69,8 +74,7 @@ def to_huggingface(
     theirs = _as_theirs(model, {role: getattr(fast, role, None) for role in _ROLES})
     if fast is not None:
         _suppress_what_no_text_becomes(theirs, set(fast.get_vocab().values()))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(folder) as part:
+    with _only_writer(folder), replacing(folder) as part:
         theirs.save_pretrained(part)
         if fast is not None:
             fast.save_pretrained(part)
@@ -79,6 +83,20 @@ def to_huggingface(
         write_text(part / "README.md", card or model_card(model, folder.name, {}))
         if folder.is_dir():
             folder.rmdir()  # it is empty; not every system replaces a folder by another
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Nobody else exports to `folder` meanwhile; what a killed export has left beside it is removed."""
+    lock = folder.with_name(f".{folder.name}.cratelab-export")
+    with locked(lock, f"another process is exporting to {folder}: wait until it has ended, or choose another folder"):
+        try:
+            remove_leftovers(folder.parent, glob.escape(folder.name))
+            check_new(folder)  # another has perhaps ended since
+            yield
+        finally:
+            with suppress(OSError):  # Windows does not remove what is open
+                lock.unlink()
 
 
 def check_new(folder: Path) -> None:
