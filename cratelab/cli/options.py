@@ -237,8 +237,8 @@ class Reproduce(OnDevice):
     out: Path | None = None
     """Where runs and results go; runs/reference or runs/tinyworld unless given."""
     seeds: int | None = None
-    """How many seeds, unless 3 for rates and reference, 5 for toys, 10 for chapter-9 and sparser; counted from 0, for
-    sparser from 3."""
+    """How many seeds, counted from 0, for sparser from 3.
+    Unless given 3 for rates and reference, 5 for toys, 10 for chapter-9 and sparser."""
     text: tuple[str, ...] = ()
     """For reference: local text to read besides, files or folders."""
     steps: int | None = None
