@@ -15,10 +15,10 @@ from test_training import corpus
 
 import cratelab as cl
 from cratelab import shared_pass
-from cratelab.sae import SaeScores, SaeTraining, evaluate_sae, splice, train_saes
+from cratelab.sae import SaeScores, SaeTraining, evaluate_sae, fidelity, splice, splicing, train_saes
 from cratelab.sae.learner import Learner
 from cratelab.shared_pass import RunningSums
-from cratelab.steering import Frontier, control_tokens, frontier, full_effect, token_counts
+from cratelab.steering import Frontier, control_tokens, cost, effects, frontier, full_effect, token_counts
 from cratelab.storage import read_tensors, write_json, write_tensors
 
 SCRIPT = """
@@ -258,3 +258,48 @@ def test_whatever_decides_about_a_frontier_makes_another_pass(change, tmp_path, 
     others |= dict(targets=targets.flip(0), controls=~targets.flip(0), batch=1)
     frontier(model, **given | {change: others[change]}, folder=tmp_path)
     assert len(list(tmp_path.glob("*/process-0.safetensors"))) == 2
+
+
+def test_scores_of_auto_encoders_spliced_into_a_spliced_model_are_passes_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
+    model, sae, text = a_model(), {1: random_sae()}, corpus(100)
+    scores = []
+    for inner in random_sae(), random_sae():
+        with splice(model, {1: inner}), splice(model, sae):
+            scores.append([evaluate_sae(model, text, sae, folder=folder)[1].ce_clean for folder in (None, tmp_path)])
+    assert scores[0][0] == scores[0][1] != scores[1][0] == scores[1][1]
+
+
+def test_an_auto_encoder_without_weights_to_tell_is_refused_a_folder(tmp_path):
+    class Scaled:
+        def __init__(self, scale: float):
+            self.scale, self.config = scale, random_sae().config
+
+        def encode(self, x):
+            return self.scale * x
+
+        def decode(self, code):
+            return code
+
+    model, text = a_model(), corpus(100)
+    losses = [evaluate_sae(model, text, {1: Scaled(scale)})[1].ce_spliced for scale in (0.5, 1.5)]
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match="Scaled has no state_dict: make it"):
+        evaluate_sae(model, text, {1: Scaled(0.5)}, folder=tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_layers_counted_by_numpy_share_a_pass_with_those_counted_by_python(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
+    model, contexts, ones, sae = a_model(), torch.randint(0, 19, (5, 6)), torch.ones(1), random_sae()
+    for layer in 1, np.int64(1):
+        full_effect(model, contexts, layer, torch.tensor([3]), ones, folder=tmp_path)
+        evaluate_sae(model, corpus(100), {layer: sae}, folder=tmp_path)
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_without_a_folder_nothing_is_hashed(monkeypatch):
+    for module in fidelity, effects, cost, splicing, shared_pass:
+        for name in {"digest_of_tensors", "sae_facts", "model_facts"} & set(vars(module)):
+            monkeypatch.setattr(module, name, lambda *given: pytest.fail("hashed"))
+    score(), steering()

@@ -98,14 +98,16 @@ def evaluate_sae(
     check_text(model, corpus, n_tokens)
     device = model.token_embedding.weight.device
     watched = {layer: _Watched(layer, on_device(sae, device)) for layer, sae in saes.items()}
-    facts = [[layer, sae_facts(sae)] for layer, sae in saes.items()]
     total = tokens_to_read(corpus, n_tokens)
-    with open_pass(
-        RunningSums, total, folder, lambda: ["sae", model_facts(model), corpus.facts(), total, batch, first, facts]
-    ) as reading:
+
+    def made_from() -> list:
+        facts = [[layer, sae_facts(sae)] for layer, sae in saes.items()]
+        return ["sae", model_facts(model), corpus.facts(), total, batch, first, facts]
+
+    with open_pass(RunningSums, total, folder, made_from) as reading:
         for text in _texts(model, corpus, n_tokens, batch, reading.wanted):
             counted = text.present & (first | (torch.arange(text.present.shape[1], device=device) > 0))
-            sums = {"clean": _nats(model, text), "count": text.present[:, 1:].sum(), "n": counted.sum()}
+            sums = {"clean": _nats(model, text), "count": int(text.present[:, 1:].sum()), "n": int(counted.sum())}
             for layer, sae in watched.items():
                 with splice(model, {layer: sae}):
                     spliced = _nats(model, text)
