@@ -15,6 +15,8 @@ from test_training import corpus
 
 import cratelab as cl
 from cratelab import shared_pass
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.interpret.records import collect_records
 from cratelab.sae import SaeScores, SaeTraining, evaluate_sae, fidelity, splice, splicing, train_saes
 from cratelab.sae.learner import Learner
 from cratelab.shared_pass import RunningSums
@@ -303,3 +305,31 @@ def test_without_a_folder_nothing_is_hashed(monkeypatch):
         for name in {"digest_of_tensors", "sae_facts", "model_facts"} & set(vars(module)):
             monkeypatch.setattr(module, name, lambda *given: pytest.fail("hashed"))
     score(), steering()
+
+
+def test_what_is_computed_under_autocast_is_a_pass_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
+    model, sae = a_model(), {1: random_sae()}
+    kind, losses = model.token_embedding.weight.device.type, []
+    for wanted in False, True:
+        with torch.autocast(kind, torch.bfloat16, enabled=wanted):
+            losses.append([evaluate_sae(model, corpus(100), sae, folder=each)[1].ce_clean for each in (None, tmp_path)])
+    assert losses[0][0] == losses[0][1] != losses[1][0] == losses[1][1]
+
+
+def test_texts_that_only_the_ends_of_documents_tell_apart_are_passes_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
+    model, sae, found = a_model(), {1: random_sae()}, []
+    for cut in 50, 37:
+        documents = np.repeat([0, 1], [cut, 100 - cut])
+        text = TokenizedCorpus.from_arrays(np.arange(100) * 7 % 19, documents, ["a", "a"], 19)
+        losses = [evaluate_sae(model, text, sae, folder=each)[1].ce_clean for each in (None, tmp_path)]
+        means = [collect_records(model, text, 6, 1, folder=each).mean for each in (None, tmp_path)]
+        assert losses[0] == losses[1] and means[0].equal(means[1])
+        found.append((losses[0], means[0]))
+    assert found[0][0] != found[1][0] and not found[0][1].equal(found[1][1])
+
+
+def test_a_program_without_a_terminal_can_read(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    full_effect(a_model(), torch.randint(0, 19, (2, 4)), 1, torch.tensor([3]), torch.ones(1))

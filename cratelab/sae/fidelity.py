@@ -15,7 +15,7 @@ from cratelab.language_model import LanguageModel
 from cratelab.reading import NO_TOKEN, Text, texts, tokens_to_read
 from cratelab.sae.autoencoder import Sae
 from cratelab.sae.splicing import on_device, sae_facts, splice
-from cratelab.shared_pass import RunningSums, model_facts, open_pass
+from cratelab.shared_pass import RunningSums, model_facts, open_pass, text_facts
 
 
 @dataclass
@@ -102,7 +102,7 @@ def evaluate_sae(
 
     def made_from() -> list:
         facts = [[layer, sae_facts(sae)] for layer, sae in saes.items()]
-        return ["sae", model_facts(model), corpus.facts(), total, batch, first, facts]
+        return ["sae", model_facts(model), text_facts(corpus), total, batch, first, facts]
 
     with open_pass(RunningSums, total, folder, made_from) as reading:
         for text in _texts(model, corpus, n_tokens, batch, reading.wanted):
