@@ -93,15 +93,16 @@ class Pass:
 
     def __enter__(self) -> Self:
         self.running = self._resume()
+        # None: on a terminal only, and left there unless it stands below another
         self.bar = tqdm(
             total=self.total,
             initial=self.n_before,
             unit="token",
             unit_scale=True,
-            disable=self.quiet or None,  # None: unless on a terminal
-            leave=None,  # unless below another bar
+            disable=self.quiet or None,
+            leave=None,
         )
-        self.first = self.running.n_tokens
+        self.n_resumed = self.running.n_tokens
         return self
 
     def __exit__(self, *error) -> None:
@@ -113,7 +114,7 @@ class Pass:
 
     def keep(self) -> None:
         """To be called after each batch: shows how far it is and, if it is time, writes down what is known."""
-        here = self.n_before + self.n_processes * (self.running.n_tokens - self.first)  # if the others are as fast
+        here = self.n_before + self.n_processes * (self.running.n_tokens - self.n_resumed)  # if the others are as fast
         self.bar.update(min(here, self.total) - self.bar.n)
 
     def merged(self) -> Running:
@@ -138,8 +139,8 @@ class SharedPass(Pass):
         made_from: what decides about the result, as JSON can say it.
 
     Raises:
-        ValueError: a file is damaged; or, in the end, processes have read fewer tokens together than there are, or
-            more.
+        ValueError: a file is damaged; or, in the end, processes have not read every token together, and each
+            once.
         OSError: the folder cannot be written.
     """
 
@@ -170,10 +171,12 @@ class SharedPass(Pass):
         for file in self._files():
             merged.absorb(self._read(file))
         self.process.wait_for_everyone()
-        if merged.n_tokens != self.total:
+        twice = len(set(merged.batches)) < len(merged.batches)
+        if twice or merged.n_tokens != self.total:
             raise ValueError(
-                f"the processes that share {self.folder} have read {merged.n_tokens} tokens together and not "
-                f"{self.total}: do all see this folder, and no others write there? Remove it and begin anew"
+                f"the processes that share {self.folder} have read {merged.n_tokens} tokens together"
+                f"{', some of them twice,' * twice} and not {self.total}, each once: do all see this folder, and no "
+                "others write there? Remove it and begin anew"
             )
         return merged
 

@@ -333,3 +333,12 @@ def test_texts_that_only_the_ends_of_documents_tell_apart_are_passes_apart(tmp_p
 def test_a_program_without_a_terminal_can_read(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     full_effect(a_model(), torch.randint(0, 19, (2, 4)), 1, torch.tensor([3]), torch.ones(1))
+
+
+def test_a_batch_that_another_job_has_read_too_is_not_taken_for_one_that_is_missing(tmp_path):
+    """As many tokens as there are, but the first batch twice and the second never."""
+    with shared_pass.open_pass(RunningSums, 20, tmp_path, lambda: "text") as reading:
+        reading.running.add(0, 10, {"sum": 1.0})
+        write_tensors(reading.folder / "process-1.safetensors", reading.running.state_dict())
+        with pytest.raises(ValueError, match="have read 20 tokens together, some of them twice, and not 20, each once"):
+            reading.merged()
