@@ -90,7 +90,7 @@ def evaluate_sae(
     Raises:
         ValueError: the corpus has tokens that the model does not know, or none to predict; an auto-encoder does not
             fit its layer; activations or the model's own cross-entropy are not finite; or a file in `folder` is
-            damaged.
+            damaged, or an auto-encoder no `torch.nn.Module`, so that the folder cannot tell it from another.
         OSError: `folder` cannot be written.
     """
     with splice(model, saes):
