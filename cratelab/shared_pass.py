@@ -5,6 +5,7 @@ merged. All that is no sum is as one process finds it, bit for bit; sums are add
 precision.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.devices import processes
 from cratelab.language_model import LanguageModel
 from cratelab.storage import digest_of, digest_of_tensors, read_tensors, remove_leftovers, write_tensors
@@ -87,14 +89,20 @@ class Pass:
 
     def __init__(self, make: Callable[[], Running], total: int):
         self.make, self.total = make, total
-        self.n_processes, self.n_before, self.quiet = 1, 0, None
+        self.n_processes, self.n_before, self.quiet = 1, 0, sys.stderr is None
 
     def __enter__(self) -> Self:
         self.running = self._resume()
+        # None: on a terminal only, and left there unless it stands below another
         self.bar = tqdm(
-            total=self.total, initial=self.n_before, unit="token", unit_scale=True, disable=self.quiet, leave=None
+            total=self.total,
+            initial=self.n_before,
+            unit="token",
+            unit_scale=True,
+            disable=self.quiet or None,
+            leave=None,
         )
-        self.first = self.running.n_tokens
+        self.n_resumed = self.running.n_tokens
         return self
 
     def __exit__(self, *error) -> None:
@@ -106,7 +114,7 @@ class Pass:
 
     def keep(self) -> None:
         """To be called after each batch: shows how far it is and, if it is time, writes down what is known."""
-        here = self.n_before + self.n_processes * (self.running.n_tokens - self.first)  # if the others are as fast
+        here = self.n_before + self.n_processes * (self.running.n_tokens - self.n_resumed)  # if the others are as fast
         self.bar.update(min(here, self.total) - self.bar.n)
 
     def merged(self) -> Running:
@@ -131,15 +139,16 @@ class SharedPass(Pass):
         made_from: what decides about the result, as JSON can say it.
 
     Raises:
-        ValueError: a file is damaged; or, in the end, processes have read fewer tokens together than there are, or
-            more.
+        ValueError: a file is damaged; or, in the end, processes have not read every token together, and each
+            once.
         OSError: the folder cannot be written.
     """
 
     def __init__(self, make: Callable[[], Running], total: int, folder: str | Path, made_from: object):
         super().__init__(make, total)
         self.process = processes()
-        self.n_processes, self.quiet = self.process.num_processes, None if self.process.is_main_process else True
+        self.n_processes = self.process.num_processes
+        self.quiet |= not self.process.is_main_process
         self.folder = Path(folder) / digest_of(made_from)[:16]
         self.file = self.folder / f"process-{self.process.process_index}.safetensors"
         self.last, self.done = time.monotonic(), set[int]()
@@ -162,10 +171,12 @@ class SharedPass(Pass):
         for file in self._files():
             merged.absorb(self._read(file))
         self.process.wait_for_everyone()
-        if merged.n_tokens != self.total:
+        twice = len(set(merged.batches)) < len(merged.batches)
+        if twice or merged.n_tokens != self.total:
             raise ValueError(
-                f"the processes that share {self.folder} have read {merged.n_tokens} tokens together and not "
-                f"{self.total}: do all see this folder, and no others write there? Remove it and begin anew"
+                f"the processes that share {self.folder} have read {merged.n_tokens} tokens together"
+                f"{', some of them twice,' * twice} and not {self.total}, each once: do all see this folder, and no "
+                "others write there? Remove it and begin anew"
             )
         return merged
 
@@ -211,7 +222,14 @@ def open_pass(
 def model_facts(model: LanguageModel) -> list:
     """What tells a model, with the auto-encoders that are spliced into it, from another; hooks are not told."""
     spliced = [block.neurons.facts() if hasattr(block.neurons, "facts") else None for block in model.blocks]
-    return [type(model).__name__, repr(model.config), digest_of_tensors(model.state_dict()), spliced]
+    kind = model.token_embedding.weight.device.type
+    computed_in = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    return [type(model).__name__, repr(model.config), digest_of_tensors(model.state_dict()), spliced, computed_in]
+
+
+def text_facts(corpus: TokenizedCorpus) -> list:
+    """What tells a text, and where its documents end, from another."""
+    return [corpus.facts(), digest_of_tensors({"lengths": torch.from_numpy(corpus.lengths())})]
 
 
 def forget(folder: str | Path) -> None:

@@ -6,6 +6,7 @@ Nothing is ever unpickled. JSON holds no NaN: what is no finite number is writte
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import secrets
@@ -218,8 +219,8 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def digest_of(content: object) -> str:
-    """SHA-256 of what JSON can say: dicts whatever their order, lists, strings, numbers."""
-    return hashlib.sha256(json.dumps(finite(content), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of what JSON can say: dicts whatever their order, lists, strings, numbers, NumPy's whole ones too."""
+    return hashlib.sha256(json.dumps(finite(content), sort_keys=True, default=operator.index).encode()).hexdigest()
 
 
 def digest_of_file(path: str | Path) -> str:

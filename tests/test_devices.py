@@ -90,6 +90,8 @@ class Making(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         asked = (kwargs or {}).pop("device", None) if function in (torch.tensor, torch.as_tensor) else None
+        if function is torch.as_tensor and isinstance(args[0], Elsewhere) and asked is None:
+            return args[0].to((kwargs or {}).get("dtype"))  # where it is
         made = function(*args, **kwargs or {})
         return made if asked is None else made.to(asked)
 

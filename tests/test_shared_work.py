@@ -15,10 +15,12 @@ from test_training import corpus
 
 import cratelab as cl
 from cratelab import shared_pass
-from cratelab.sae import SaeScores, SaeTraining, evaluate_sae, splice, train_saes
+from cratelab.corpora.token_store import TokenizedCorpus
+from cratelab.interpret.records import collect_records
+from cratelab.sae import SaeScores, SaeTraining, evaluate_sae, fidelity, splice, splicing, train_saes
 from cratelab.sae.learner import Learner
 from cratelab.shared_pass import RunningSums
-from cratelab.steering import Frontier, control_tokens, frontier, full_effect, token_counts
+from cratelab.steering import Frontier, control_tokens, cost, effects, frontier, full_effect, token_counts
 from cratelab.storage import read_tensors, write_json, write_tensors
 
 SCRIPT = """
@@ -258,3 +260,85 @@ def test_whatever_decides_about_a_frontier_makes_another_pass(change, tmp_path, 
     others |= dict(targets=targets.flip(0), controls=~targets.flip(0), batch=1)
     frontier(model, **given | {change: others[change]}, folder=tmp_path)
     assert len(list(tmp_path.glob("*/process-0.safetensors"))) == 2
+
+
+def test_scores_of_auto_encoders_spliced_into_a_spliced_model_are_passes_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
+    model, sae, text = a_model(), {1: random_sae()}, corpus(100)
+    scores = []
+    for inner in random_sae(), random_sae():
+        with splice(model, {1: inner}), splice(model, sae):
+            scores.append([evaluate_sae(model, text, sae, folder=folder)[1].ce_clean for folder in (None, tmp_path)])
+    assert scores[0][0] == scores[0][1] != scores[1][0] == scores[1][1]
+
+
+def test_an_auto_encoder_without_weights_to_tell_is_refused_a_folder(tmp_path):
+    class Scaled:
+        def __init__(self, scale: float):
+            self.scale, self.config = scale, random_sae().config
+
+        def encode(self, x):
+            return self.scale * x
+
+        def decode(self, code):
+            return code
+
+    model, text = a_model(), corpus(100)
+    losses = [evaluate_sae(model, text, {1: Scaled(scale)})[1].ce_spliced for scale in (0.5, 1.5)]
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match="Scaled has no state_dict: make it"):
+        evaluate_sae(model, text, {1: Scaled(0.5)}, folder=tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_layers_counted_by_numpy_share_a_pass_with_those_counted_by_python(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
+    model, contexts, ones, sae = a_model(), torch.randint(0, 19, (5, 6)), torch.ones(1), random_sae()
+    for layer in 1, np.int64(1):
+        full_effect(model, contexts, layer, torch.tensor([3]), ones, folder=tmp_path)
+        evaluate_sae(model, corpus(100), {layer: sae}, folder=tmp_path)
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_without_a_folder_nothing_is_hashed(monkeypatch):
+    for module in fidelity, effects, cost, splicing, shared_pass:
+        for name in {"digest_of_tensors", "sae_facts", "model_facts"} & set(vars(module)):
+            monkeypatch.setattr(module, name, lambda *given: pytest.fail("hashed"))
+    score(), steering()
+
+
+def test_what_is_computed_under_autocast_is_a_pass_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
+    model, sae = a_model(), {1: random_sae()}
+    kind, losses = model.token_embedding.weight.device.type, []
+    for wanted in False, True:
+        with torch.autocast(kind, torch.bfloat16, enabled=wanted):
+            losses.append([evaluate_sae(model, corpus(100), sae, folder=each)[1].ce_clean for each in (None, tmp_path)])
+    assert losses[0][0] == losses[0][1] != losses[1][0] == losses[1][1]
+
+
+def test_texts_that_only_the_ends_of_documents_tell_apart_are_passes_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_pass, "KEEP_EVERY", 0)
+    model, sae, found = a_model(), {1: random_sae()}, []
+    for cut in 50, 37:
+        documents = np.repeat([0, 1], [cut, 100 - cut])
+        text = TokenizedCorpus.from_arrays(np.arange(100) * 7 % 19, documents, ["a", "a"], 19)
+        losses = [evaluate_sae(model, text, sae, folder=each)[1].ce_clean for each in (None, tmp_path)]
+        means = [collect_records(model, text, 6, 1, folder=each).mean for each in (None, tmp_path)]
+        assert losses[0] == losses[1] and means[0].equal(means[1])
+        found.append((losses[0], means[0]))
+    assert found[0][0] != found[1][0] and not found[0][1].equal(found[1][1])
+
+
+def test_a_program_without_a_terminal_can_read(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    full_effect(a_model(), torch.randint(0, 19, (2, 4)), 1, torch.tensor([3]), torch.ones(1))
+
+
+def test_a_batch_that_another_job_has_read_too_is_not_taken_for_one_that_is_missing(tmp_path):
+    """As many tokens as there are, but the first batch twice and the second never."""
+    with shared_pass.open_pass(RunningSums, 20, tmp_path, lambda: "text") as reading:
+        reading.running.add(0, 10, {"sum": 1.0})
+        write_tensors(reading.folder / "process-1.safetensors", reading.running.state_dict())
+        with pytest.raises(ValueError, match="have read 20 tokens together, some of them twice, and not 20, each once"):
+            reading.merged()

@@ -153,6 +153,10 @@ class TokenizedCorpus:
     def n_documents(self) -> int:
         return int(self._document_ends[-1])
 
+    def lengths(self) -> np.ndarray:
+        """(n_documents,) int64, tokens of each document."""
+        return np.concatenate([table[:, 0] for table in self._documents]).astype(np.int64)
+
     def document(self, index: int) -> np.ndarray:
         """Tokens of a document, its end of text included."""
         start, stop = self.document_span(index)

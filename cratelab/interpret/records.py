@@ -25,7 +25,7 @@ from cratelab.interpret.running_records import RunningRecords
 from cratelab.interpret.running_top_k import RunningTopK
 from cratelab.language_model import LanguageModel
 from cratelab.reading import NO_TOKEN, tokens_to_read, watch_neurons
-from cratelab.shared_pass import model_facts, open_pass
+from cratelab.shared_pass import model_facts, open_pass, text_facts
 from cratelab.storage import (
     digest_of_file,
     read_json,
@@ -208,7 +208,7 @@ def collect_records(
     make = partial(RunningRecords, random_places, window, n_top, n_active, model.token_embedding.weight.device)
     sizes = window, n_top, n_random, n_active, seed, as_published, batch, AHEAD
     with open_pass(
-        make, total, folder, lambda: ["records", model_facts(model), corpus.facts(), total, *sizes]
+        make, total, folder, lambda: ["records", model_facts(model), text_facts(corpus), total, *sizes]
     ) as reading:
         read = watch_neurons(model, corpus, batch, window, not as_published, total, AHEAD, reading.wanted)
         for text, neurons in read:

@@ -15,7 +15,7 @@ from cratelab.language_model import LanguageModel
 from cratelab.reading import NO_TOKEN, Text, texts, tokens_to_read
 from cratelab.sae.autoencoder import Sae
 from cratelab.sae.splicing import on_device, sae_facts, splice
-from cratelab.shared_pass import RunningSums, model_facts, open_pass
+from cratelab.shared_pass import RunningSums, model_facts, open_pass, text_facts
 
 
 @dataclass
@@ -90,7 +90,7 @@ def evaluate_sae(
     Raises:
         ValueError: the corpus has tokens that the model does not know, or none to predict; an auto-encoder does not
             fit its layer; activations or the model's own cross-entropy are not finite; or a file in `folder` is
-            damaged.
+            damaged, or an auto-encoder no `torch.nn.Module`, so that the folder cannot tell it from another.
         OSError: `folder` cannot be written.
     """
     with splice(model, saes):
@@ -98,14 +98,16 @@ def evaluate_sae(
     check_text(model, corpus, n_tokens)
     device = model.token_embedding.weight.device
     watched = {layer: _Watched(layer, on_device(sae, device)) for layer, sae in saes.items()}
-    facts = [[layer, sae_facts(sae)] for layer, sae in saes.items()]
     total = tokens_to_read(corpus, n_tokens)
-    with open_pass(
-        RunningSums, total, folder, lambda: ["sae", model_facts(model), corpus.facts(), total, batch, first, facts]
-    ) as reading:
+
+    def made_from() -> list:
+        facts = [[layer, sae_facts(sae)] for layer, sae in saes.items()]
+        return ["sae", model_facts(model), text_facts(corpus), total, batch, first, facts]
+
+    with open_pass(RunningSums, total, folder, made_from) as reading:
         for text in _texts(model, corpus, n_tokens, batch, reading.wanted):
             counted = text.present & (first | (torch.arange(text.present.shape[1], device=device) > 0))
-            sums = {"clean": _nats(model, text), "count": text.present[:, 1:].sum(), "n": counted.sum()}
+            sums = {"clean": _nats(model, text), "count": int(text.present[:, 1:].sum()), "n": int(counted.sum())}
             for layer, sae in watched.items():
                 with splice(model, {layer: sae}):
                     spliced = _nats(model, text)

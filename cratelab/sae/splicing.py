@@ -83,9 +83,17 @@ def on_device(sae: Sae, device: torch.device) -> Sae:
 
 
 def sae_facts(sae: Sae) -> list:
-    """What tells an auto-encoder from another."""
-    weights = digest_of_tensors(sae.state_dict()) if isinstance(sae, nn.Module) else ""
-    return [type(sae).__name__, repr(sae.config), weights]
+    """What tells an auto-encoder from another.
+
+    Raises:
+        ValueError: it is no `torch.nn.Module`, so that its weights cannot be asked for.
+    """
+    if not isinstance(sae, nn.Module):
+        raise ValueError(
+            f"a folder of passes tells auto-encoders apart by their weights, and {type(sae).__name__} has no "
+            "state_dict: make it a torch.nn.Module, or read without a folder"
+        )
+    return [type(sae).__name__, repr(sae.config), digest_of_tensors(sae.state_dict())]
 
 
 class _Spliced(nn.Identity):
@@ -95,7 +103,7 @@ class _Spliced(nn.Identity):
         super().__init__()
         self.site, self.error_term = site, error_term
         self.encode, self.decode = sae.encode, sae.decode  # not `sae` itself: its weights are none of the model's
-        self.facts = lambda: [sae_facts(sae), error_term]
+        self.facts = lambda: [sae_facts(sae), error_term, site.facts() if isinstance(site, _Spliced) else None]
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.site(x)

@@ -137,7 +137,7 @@ def _train(
             if resample and not progress.stopped:
                 dead = gathered({layer: each.n_dead(recipe.patience) for layer, each in learners.items()})
                 for layer, x in zip(own, old, strict=True):
-                    drawn = sum(dead[before] for before in layers[: layers.index(layer)])
+                    drawn = sum(dead[earlier] for earlier in layers[: layers.index(layer)])
                     draw = np.random.PCG64([recipe.seed, 1, progress.block]).advance(drawn)  # one draw for all layers
                     learners[layer].resample(x, recipe.patience, np.random.Generator(draw))
             if evaluate and run:

@@ -141,7 +141,7 @@ def test_tokens_that_are_missing_or_read_twice_are_noticed(alone, tmp_path, monk
     gather(tmp_path)
     (file,) = tmp_path.glob("*/process-0.safetensors")
     shutil.copy(file, file.with_name("process-1.safetensors"))
-    with pytest.raises(ValueError, match="have read 1800 tokens together and not 900"):
+    with pytest.raises(ValueError, match="have read 1800 tokens together, some of them twice, and not 900"):
         gather(tmp_path)
 
 

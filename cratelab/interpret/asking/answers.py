@@ -198,17 +198,16 @@ def ask(
 
     Raises:
         OSError: the cache cannot be written.
-        ValueError: the first 20 answers are all problems, or the cache is damaged.
+        ValueError: the first 20 answers are all problems, of one process if several share; or the cache is damaged.
     """
     n = useless = 0
-    rank, n_processes, main = 0, 1, True
+    rank, n_processes = 0, 1
     if share:
-        process = processes()
-        rank, n_processes, main = process.process_index, process.num_processes, process.is_main_process
+        rank, n_processes = processes().process_index, processes().num_processes
     with (
         AnswerCache(cache) as known,
         ThreadPoolExecutor(endpoint.concurrency) as pool,
-        tqdm(total=total, unit="request", disable=None if sys.stderr and main else True) as bar,
+        tqdm(total=total, unit="request", disable=None if sys.stderr and rank == 0 else True) as bar,
     ):
 
         def send(key: str, request: Request) -> Answer:
@@ -220,7 +219,7 @@ def ask(
         rest = iter(requests)
         while group := list(islice(rest, GROUP)):
             keys = [request.key(endpoint.name) for request in group]
-            own = dict(list(dict(zip(keys, group, strict=True)).items())[rank::n_processes])
+            own = dict(islice(dict(zip(keys, group, strict=True)).items(), rank, None, n_processes))
             answers = {key: answer for key in own if (answer := known.get(key)) is not None}
             futures = {pool.submit(send, key, request): key for key, request in own.items() if key not in answers}
             n_before = bar.n
