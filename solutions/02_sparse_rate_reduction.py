@@ -189,7 +189,7 @@ own, crowd = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 line = torch.outer(torch.randn(20), own) + 0.1 * torch.randn(20, 2)
 others = torch.outer(torch.randn(180), crowd) + 0.1 * torch.randn(180, 2)
 both, group = torch.cat([line, others]), (torch.arange(200) >= 20).long()
-push = label_gradient(both, group, 0.2)[:20]
+push = torch.as_tensor(label_gradient(both, group, 0.2))[:20]
 for name, direction in [("along the group's line", own), ("across it", crowd)]:
     outwards = ((push @ direction) * (line @ direction)).sum()
     print(f"{name}: pushed", "outwards" if outwards > 0 else "inwards")
@@ -243,7 +243,7 @@ check.subspace_gradient(subspace_gradient)
 
 # %%
 z, U = torch.randn(50, 6), torch.linalg.qr(torch.randn(2, 6, 2)).Q
-step = subspace_gradient(z, U, 0.5)
+step = torch.as_tensor(subspace_gradient(z, U, 0.5))
 print(
     "rank of the tokens:", int(torch.linalg.matrix_rank(z)), " rank of the step:", int(torch.linalg.matrix_rank(step))
 )

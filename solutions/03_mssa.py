@@ -231,15 +231,15 @@ check.causal_layer(causal_layer)
 # A leak shows without any formula: change the last token, and see which outputs notice.
 
 # %%
-layer, text = cl.Mssa(width=12, n_heads=3), torch.randn(1, 6, 12)
+layer, text = cl.Mssa(width=12, n_heads=3).requires_grad_(False), torch.randn(1, 6, 12)
 changed = text.clone()
 changed[0, -1] += 1
 mine = [
-    causal_layer(x, layer.projection.weight, layer.output.weight, layer.output.bias, 3).detach()
+    torch.as_tensor(causal_layer(x, layer.projection.weight, layer.output.weight, layer.output.bias, 3))
     for x in (text, changed)
 ]
 print("positions that notice a change of the last token:", (mine[0] != mine[1]).any(-1)[0].nonzero().flatten().tolist())
-print("equal to cl.Mssa:", torch.allclose(mine[0], layer(text).detach()))
+print("equal to cl.Mssa:", torch.allclose(mine[0], layer(text)))
 
 # %% [markdown] tags=["hint"]
 # `rearrange(…, "b n (k p) -> b k n p", k=n_heads)` says which rows belong to which head: in `(k p)` the head is the slow index. `(p k)` would deal the rows out like cards.
@@ -290,7 +290,7 @@ axs[0].plot(lengths.keys(), lengths.values(), color=plots.CRATE, marker="o")
 axs[0].axhline(32**0.5, color="grey", ls="-.", label="after LayerNorm")
 axs[0].set(xlabel="order m of the series", ylabel="longest tokens, error 1 %", ylim=(0, 6))
 for factor, color in [(0.95, plots.CRATE), (1.05, plots.PALETTE[1])]:
-    moved = factor * z * largest_stretch(z, U, 0.5, 1, 1.0)
+    moved = factor * z * float(largest_stretch(z, U, 0.5, 1, 1.0))
     rates = [float(cl.subspace_rate(moved, U, 0.5))]
     for _ in range(8):
         moved = moved - 2 * cl.neumann_gradient(moved, U, 0.5, order=1)

@@ -196,7 +196,7 @@ check.best_entry(best_entry)
 # %%
 x = 1.5 * torch.randn(100_000)
 for name, prices in [("θ = 0.5", (0.5, 0, 9)), ("θ = 0.5, μ = 4", (0.5, 4, 9)), ("μ = 4 alone", (0, 4, 9))]:
-    a = best_entry(x, *prices)
+    a = torch.as_tensor(best_entry(x, *prices))
     print(f"{name:15}: {(a == 0).double().mean():.0%} of the neurons are off, the others fire {a[a > 0].mean():.2f}")
 
 # %% [markdown] tags=["hint"]

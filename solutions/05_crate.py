@@ -282,7 +282,7 @@ with torch.no_grad():
     costs = []
     for neuron in codes[0].mean((0, 1)).argsort(descending=True)[:40].tolist():
         fires = codes[0][..., neuron] > 0
-        cost = losses(with_neuron(model, text, 1, neuron, 0.0)) - usual
+        cost = losses(torch.as_tensor(with_neuron(model, text, 1, neuron, 0.0))) - usual
         costs.append((float(cost[fires].mean()), float((cost * ~fires).abs().max())))
 most, elsewhere = max(costs)
 print(f"of 40 neurons, {sum(cost > 0 for cost, _ in costs)} are worth having where they fire")
@@ -337,23 +337,22 @@ check.push(push)
 # How often is the word that an atom pushes most the one that $E D_i$ promises? We take all 256 atoms of the trained model's last layer, at the words after which they fire.
 
 # %%
-model = load_reference("crate", "toy")
+model = load_reference("crate", "toy").requires_grad_(False)
 world = tinyworld.generate(3_000, context=128)
 text = torch.from_numpy(world.tokens[:512].astype("int64")).view(4, 128)
-with torch.no_grad():
-    seen = {}
-    site = model.blocks[1].neurons
-    hook = site.register_forward_hook(lambda module, inputs, out: seen.update(codes=out.flatten(0, 1)))
-    model(text)
-    hook.remove()
-    E, D, codes = model.token_embedding.weight, model.blocks[1].ista.D, seen["codes"]
-    x = codes @ D.T
-    agree, n = 0, 0
-    for i in range(D.shape[1]):
-        fires = codes[:, i] > 0
-        best = push(x[fires], D[:, i], model.norm.weight, E, model.norm.eps).argmax(1)
-        agree, n = agree + int((best == (E @ D[:, i]).argmax()).sum()), n + len(best)
-    own = push(x, x[0], model.norm.weight, E, model.norm.eps)[0].abs().max()
+seen = {}
+site = model.blocks[1].neurons
+hook = site.register_forward_hook(lambda module, inputs, out: seen.update(codes=out.flatten(0, 1)))
+model(text)
+hook.remove()
+E, D, codes = model.token_embedding.weight, model.blocks[1].ista.D, seen["codes"]
+x = codes @ D.T
+agree, n = 0, 0
+for i in range(D.shape[1]):
+    fires = codes[:, i] > 0
+    best = torch.as_tensor(push(x[fires], D[:, i], model.norm.weight, E, model.norm.eps)).argmax(1)
+    agree, n = agree + int((best == (E @ D[:, i]).argmax()).sum()), n + len(best)
+own = torch.as_tensor(push(x, x[0], model.norm.weight, E, model.norm.eps))[0].abs().max()
 print(f"the same word in {agree / n:.0%} of cases")
 print(f"a push along the token itself changes no logit by more than {float(own):.0e}")
 

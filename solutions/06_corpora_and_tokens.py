@@ -179,7 +179,8 @@ fig, ax = plt.subplots(figsize=(6, 3.1))
 for author, like in enumerate(likes):
     ones = (torch.rand(1000) < like)[:, None]
     log_given = torch.where(ones, likes, 1 - likes).log()
-    price = (log_given[:, author] - next_log_prob(torch.full((5,), 1 / 5).log(), log_given)).cumsum(0)
+    predicted = torch.as_tensor(next_log_prob(torch.full((5,), 1 / 5).log(), log_given))
+    price = (log_given[:, author] - predicted).cumsum(0)
     ax.semilogx(range(1, 1001), price, color=plots.PALETTE[2:][author], label=f"{like:.1f}")
     paid = ", ".join(f"{price[n - 1]:5.2f} after {n}" for n in (10, 100, 1000))
     print(f"the author who likes 1 to {like:.1f}: {paid} tokens")
@@ -249,7 +250,7 @@ belongs = torch.arange(len(pieces)).repeat_interleave(torch.tensor([len(piece) f
 n_letters, spelling = len(stream), list(letters)
 for merge in range(1, 401):
     before, old = len(stream), stream
-    stream, belongs = bpe_step(stream, belongs, len(spelling))
+    stream, belongs = map(torch.as_tensor, bpe_step(stream, belongs, len(spelling)))
     at = int((stream == len(spelling)).nonzero()[0])  # all before the first new symbol stands where it stood
     spelling.append(spelling[old[at]] + spelling[old[at + 1]])
     if merge in (1, 10, 50, 100, 200, 400):

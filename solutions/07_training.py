@@ -118,7 +118,7 @@ world = tinyworld.generate(6_000, seed=1, context=128)
 p, owner = torch.from_numpy(world.log_prob).double(), torch.from_numpy(world.document)
 for kind in ("crate", "gpt2"):
     q = torch.from_numpy(document_log_probs(load_reference(kind, "toy"), world.corpus())).double()
-    floor, gap = floor_and_gap(p, q, owner).tolist()
+    floor, gap = map(float, floor_and_gap(p, q, owner))
     mixed = floor + gap + float(p.mean())
     print(f"{kind:5} floor {floor:.3f}, gap {gap:.3f}, with the floor of all tokens {mixed:.3f}")
 
@@ -214,9 +214,9 @@ check.mended_adamw(mended_adamw, exposing)
 # %%
 steps, rate = 1400, 0.005
 sizes = torch.tensor([0.01, 1.0, 100.0]).repeat_interleave(400)
-noise = torch.randn(steps, len(sizes)) * sizes
+start, noise = torch.full_like(sizes, 10.0), torch.randn(steps, len(sizes)) * sizes
 for name, optimiser in [("plausible", plausible_adamw), ("mended", mended_adamw)]:
-    left = optimiser(torch.full_like(sizes, 10.0), noise, [rate] * steps, (0.9, 0.95), 0.1, 1e-8) / 10
+    left = torch.as_tensor(optimiser(start, noise, [rate] * steps, (0.9, 0.95), 0.1, 1e-8)) / 10
     shown = ", ".join(f"{abs(float(part.mean())):.2f}" for part in left.split(400))
     print(f"{name:9} left of weights with gradients of size 0.01, 1 and 100: {shown}")
 

@@ -159,6 +159,56 @@ def test_an_error_of_the_reader_is_a_sentence(slug, exercise):
                 run(slug, exercise, raising(right, at, []))
 
 
+def of_kind(answer, kind):
+    """The same answer with `kind` of every tensor, array and number in it."""
+    if isinstance(answer, dict):
+        return {key: of_kind(value, kind) for key, value in answer.items()}
+    if isinstance(answer, tuple | list):
+        return type(answer)(of_kind(value, kind) for value in answer)
+    return answer if isinstance(answer, str) else kind(torch.as_tensor(answer).detach())
+
+
+def without_torch(right, kind):
+    """`right` as one writes it who turns each tensor into an array of NumPy, and returns `kind`."""
+
+    @wraps(right)
+    def answer(*arguments):
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                np.asarray(argument)  # an error where gradients are kept
+        return of_kind(right(*arguments), kind)
+
+    return answer
+
+
+def numbers(tensor):
+    """Python's numbers, in lists; an array where there are so many that lists take seconds."""
+    return tensor.tolist() if tensor.numel() < 10_000 else tensor.numpy()
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.numpy, numbers], ids=["arrays", "numbers"])
+@pytest.mark.parametrize("slug", [slug for slug in SOURCES if slug < "08"])
+def test_demonstrations_take_what_their_checks_take(slug, kind):
+    """Each chapter's cells in their order, as its reader has them; all answers are of one kind."""
+    names = {}
+    exec(SOURCES[slug][0][1].source, names)
+    for exercise in SOURCES[slug][1]:
+        if is_an_experiment(exercise):
+            continue
+        asked = exercise.functions[-1]
+        for cell in exercise.cells:
+            if cell.cell_type != "code" or exercises.is_a("solution", cell):
+                continue
+            try:
+                exec(cell.source, names)
+            except CheckFailed:
+                assert exercise.number in {"4.D", "5.C"}, "only these ask for gradients, which arrays do not keep"
+                names[asked] = names[asked].__wrapped__
+                exec(cell.source, names)
+            if exercises.REGION.search(cell.source) and asked in names:
+                names[asked] = without_torch(names[asked], kind)
+
+
 @each_exercise
 def test_at_least_four_wrong_answers_were_tried(slug, exercise):
     assert len(WRONG[slug].get(exercise.number, {})) >= 4, f"tests/wrong_answers/{slug}.py needs more for this exercise"
