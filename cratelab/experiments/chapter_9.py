@@ -89,8 +89,8 @@ def compare_on_tinyworld(
 
     Returns:
         One dict a run, with the setting, seed, parameters (without positions), gap (nats a token above the floor of the
-        validation text), library (the code that trained and measured), and as `measure` gives them trained and, where
-        nothing but the depth is changed, untrained.
+        validation text), library (the code that trained and measured), and as `measure` gives them trained and, for
+        the ladder and what is to be confirmed, untrained.
 
     Raises:
         ValueError: no seeds, or `folder` holds runs of other arguments.
@@ -113,6 +113,7 @@ def compare_on_tinyworld(
 
 def _findings(setting: Setting, seed: int, model: LanguageModel, text: tinyworld.World, run_dir: Path) -> dict:
     training = read_json(run_dir / "run.json")["provenance"]
+    controlled = ladder(setting.steps) + to_confirm(setting.steps)
     return (
         asdict(setting)
         | {
@@ -122,7 +123,7 @@ def _findings(setting: Setting, seed: int, model: LanguageModel, text: tinyworld
             "library": code_of([training, {"library": library_code()}]),
             "trained": measure(model, text, seed),
         }
-        | ({"untrained": measure(untrained(model, seed), text, seed)} if setting in ladder(setting.steps) else {})
+        | ({"untrained": measure(untrained(model, seed), text, seed)} if setting in controlled else {})
     )
 
 

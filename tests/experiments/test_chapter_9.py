@@ -49,7 +49,8 @@ def test_a_run_on_tinyworld_is_trained_and_measured_once(small, brief, tmp_path)
     assert len(runs) == 2 * len(settings) == 2 * (2 + 2 + 1 + 1) and len(steps) == 4 * len(runs)
     limited = next(run for run in runs if run["top_k"] == 4)
     assert max(limited["trained"]["density"]) <= 4 / 256 and "untrained" not in limited
-    assert "untrained" in runs[0]
+    larger = next(run for run in runs if run["lam"] == 1.0)
+    assert "untrained" in runs[0] and "untrained" in larger
     kept = cl.load(tmp_path / f"crate-2L-4-{rates.TUNED['crate', 2]:g}-lam1-1" / "model")
     assert kept.config.lam == 1.0 and kept.config.n_layers == 2
     (findings,) = tmp_path.glob("gpt2-1L-4-*-0/findings.json")
