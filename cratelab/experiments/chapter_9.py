@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cratelab.arguments import check_whole
@@ -18,13 +19,15 @@ from cratelab.corpora.token_store import TokenizedCorpus
 from cratelab.experiments.comparison import check_ladder
 from cratelab.experiments.rates import DEPTHS, PEAKS, TUNED
 from cratelab.experiments.tinyworld_runs import Setting, fresh_text, gap, new_world
+from cratelab.gpt2 import Gpt2
 from cratelab.interpret.concepts import Concepts, tinyworld_concepts, uses_within_domains
 from cratelab.interpret.current_token import share_explained
 from cratelab.interpret.evaluation import collect_for_protocols, evaluate
 from cratelab.interpret.explainers import ConceptExplainer, SuffixExplainer, TokenExplainer
 from cratelab.interpret.ground_truth import match_concepts, separate_senses
+from cratelab.interpret.records import collect_records
 from cratelab.language_model import LanguageModel
-from cratelab.models import MODELS, untrained
+from cratelab.models import MODELS, load, untrained
 from cratelab.provenance import code_of, library_code, provenance
 from cratelab.storage import cached_json, digest_of_file, read_json, write_json
 
@@ -173,6 +176,50 @@ def _truth(model: LanguageModel, text: TokenizedCorpus, concepts: Concepts) -> d
     return {name: values.nanmean(1).tolist() for name, values in of_neurons.items()}
 
 
+def turned_afterwards(model: LanguageModel, text: TokenizedCorpus, density: float) -> LanguageModel:
+    """The same weights with fewer active neurons: the control for what it does to be trained so.
+
+    Args:
+        model: CRATE, which gets the λ, up to a hundred times its own, that leaves as many active; or GPT-2, which gets
+            a limit.
+        text: on 5,000 tokens of which they are counted.
+        density: share of neurons to be active, mean over layers.
+    """
+
+    def turned(**knob) -> LanguageModel:
+        found = type(model)(replace(model.config, **knob)).to(model.token_embedding.weight)
+        found.load_state_dict(model.state_dict())
+        return found.eval()
+
+    if isinstance(model, Gpt2):
+        return turned(top_k=round(density * model.config.n_neurons))
+    low, high = model.config.lam, 100 * model.config.lam
+    for _ in range(12):
+        middle = (low * high) ** 0.5
+        records = collect_records(turned(lam=middle), text, n_top=0, n_random=0, n_tokens=5000)
+        low, high = (middle, high) if float(records.density.mean()) > density else (low, middle)
+    return turned(lam=high)
+
+
+def _afterwards(folder: str | Path, sparse: dict, on_run: Callable[[str], None] | None) -> dict:
+    """The network as it is, made as sparse as the finding's after training under the same seed, and measured."""
+    seed, density = sparse["seed"], float(np.mean(sparse["trained"]["density"]))
+    as_it_is = Setting(*(sparse[key] for key in ("model", "n_layers", "steps", "peak_rate")))
+    run_dir = Path(folder) / f"{as_it_is.name}-{seed}"
+    if on_run:
+        on_run(f"{as_it_is.name}-{seed}, turned afterwards")
+
+    def find() -> dict:
+        text = fresh_text(seed)
+        model = turned_afterwards(load(run_dir / "model"), text.corpus(), density)
+        knob = {key: getattr(model.config, key) for key in ("lam", "top_k") if hasattr(model.config, key)}
+        found = {"model": sparse["model"], **knob, "seed": seed, "gap": gap(model, text), "library": library_code()}
+        return found | {"trained": measure(model, text, seed)}
+
+    made_from = [density, seed, digest_of_file(run_dir / "model" / "model.safetensors")]
+    return cached_json(run_dir / "afterwards.json", made_from, find)
+
+
 def reproduce_sparser(
     folder: str | Path,
     seeds: int = 10,
@@ -186,7 +233,8 @@ def reproduce_sparser(
     top-and-random, mean over layers: the sparser network less the network as it is, under the same seed, for CRATE and
     for GPT-2, two tests. Secondary are, for each, the token table's score, the share of neurons named by any concept
     and by grammar, the mean F1 with grammar and the mean log lift, ten tests. The rates next to the one that is used
-    are tried under seeds 0 to 2, by the loss.
+    are tried under seeds 0 to 2, by the loss. Said after the runs: as a control the networks as they are, made as
+    sparse after their training (`turned_afterwards`).
 
     Args:
         folder: for the runs and the table.
@@ -204,8 +252,10 @@ def reproduce_sparser(
     check_whole("seeds", seeds)
     new = range(SEEN, SEEN + seeds)
     findings = compare_on_tinyworld(folder, to_confirm(steps), new, on_run, on_step)
+    afterwards = [_afterwards(folder, run, on_run) for run in findings if run["lam"] == 1.0 or run["top_k"]]
     findings += compare_on_tinyworld(folder, other_rates(steps), range(SEEN), on_run, on_step)
-    return _write_table(Path(folder) / "sparser_networks.json", findings, seeds=list(new), steps=steps)
+    lists = {"findings": findings, "afterwards": afterwards}
+    return _write_table(Path(folder) / "sparser_networks.json", lists, seeds=list(new), steps=steps)
 
 
 def reproduce_chapter_9(
@@ -235,12 +285,14 @@ def reproduce_chapter_9(
     for settings in runner_up(steps), spans(steps):
         findings += compare_on_tinyworld(folder, settings, range(-(-seeds // 2)), on_run, on_step)
     findings += compare_on_tinyworld(folder, sparser(steps), range(max(1, seeds // 3)), on_run, on_step)
-    return _write_table(Path(folder) / "crate_against_gpt2.json", findings, seeds=list(range(seeds)), steps=steps)
+    lists = {"findings": findings}
+    return _write_table(Path(folder) / "crate_against_gpt2.json", lists, seeds=list(range(seeds)), steps=steps)
 
 
-def _write_table(table: Path, findings: list[dict], **facts) -> Path:
-    about = provenance(**facts, library=code_of(findings))
-    for each in findings:
+def _write_table(table: Path, lists: dict[str, list[dict]], **facts) -> Path:
+    every = [each for findings in lists.values() for each in findings]
+    about = provenance(**facts, library=code_of(every))
+    for each in every:
         each.pop("library", None)  # said once, of all
-    write_json(table, {"provenance": about, "findings": findings})
+    write_json(table, {"provenance": about, **lists})
     return table

@@ -127,13 +127,16 @@ def test_one_command_makes_a_table_of_the_chapter(what, table, plan, tmp_path, m
 
     def compared(folder, settings, seeds, on_run, on_step):
         asked.append((list(settings), list(seeds)))
-        return [{"made": len(asked), "library": {"mssa": "0" * len(asked)}}]
+        sparse = {"lam": 1.0 if len(asked) == 1 else 0.1, "top_k": None}
+        return [{"made": len(asked), "library": {"mssa": "0" * len(asked)}} | sparse]
 
     monkeypatch.setattr(chapter_9, "compare_on_tinyworld", compared)
+    monkeypatch.setattr(chapter_9, "_afterwards", lambda folder, run, on_run: {"of": run["made"], "library": {}})
     main(["reproduce", what, "--out", str(tmp_path), "--seeds", "3", "--steps", "4"])
     held = json.loads((tmp_path / f"{table}.json").read_text())
     assert held["provenance"]["seeds"] == plan[0][1]
-    assert held["findings"] == [{"made": n + 1} for n in range(len(plan))]
+    assert [run["made"] for run in held["findings"]] == list(range(1, len(plan) + 1))
+    assert held.get("afterwards") == ([{"of": 1}] if what == "sparser" else None)
     assert held["provenance"]["library"] == {"mssa": "several"} and asked == plan
     assert f"{table}.json is what cratelab/reference holds" in capsys.readouterr().out
 
@@ -147,3 +150,19 @@ def test_sparser_networks_are_tested_on_other_seeds_and_tried_at_the_rates_on_bo
     for each in other_rates(4):
         tried[each.model, each.lam, each.top_k].append(each.peak_rate)
     assert tried == {("crate", 1.0, None): [6e-3, 2e-2], ("gpt2", 0.1, 16): [1e-3, 6e-3]}
+
+
+def test_the_control_has_the_weights_of_the_network_as_it_is_and_is_as_sparse(small, brief, tmp_path):
+    for setting, knob in (Setting("crate", 1, 30, 1e-2), "lam"), (Setting("gpt2", 1, 30, 3e-3), "top_k"):
+        (as_it_is,) = compare_on_tinyworld(tmp_path, [setting], (4,))
+        density = as_it_is["trained"]["density"][0] / 2
+        sparse = as_it_is | {"trained": {"density": [density]}}
+        found = chapter_9._afterwards(tmp_path, sparse, None)
+        assert found["seed"] == 4 and found["trained"]["density"][0] == pytest.approx(density, abs=0.01)
+        assert found[knob] == round(256 * density) if knob == "top_k" else 0.1 < found[knob] < 10
+        assert found["gap"] != as_it_is["gap"]
+        model = cl.load(tmp_path / f"{setting.name}-4" / "model")
+        turned = chapter_9.turned_afterwards(model, tinyworld.generate(3000, seed=13, context=65).corpus(), density)
+        for name, tensor in model.state_dict().items():
+            assert turned.state_dict()[name].equal(tensor), name
+        assert chapter_9._afterwards(tmp_path, sparse, None) == found  # read, not made again
