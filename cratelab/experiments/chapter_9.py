@@ -253,7 +253,8 @@ def reproduce_sparser(
     new = range(SEEN, SEEN + seeds)
     findings = compare_on_tinyworld(folder, to_confirm(steps), new, on_run, on_step)
     afterwards = [_afterwards(folder, run, on_run) for run in findings if run["lam"] == 1.0 or run["top_k"]]
-    findings += compare_on_tinyworld(folder, other_rates(steps), range(SEEN), on_run, on_step)
+    for run in compare_on_tinyworld(folder, other_rates(steps), range(SEEN), on_run, on_step):
+        findings.append({key: value for key, value in run.items() if key != "trained"})  # their loss is all that counts
     lists = {"findings": findings, "afterwards": afterwards}
     return _write_table(Path(folder) / "sparser_networks.json", lists, seeds=list(new), steps=steps)
 
