@@ -383,13 +383,14 @@ def test_one_number_that_is_not_finite_is_found(dtype):
 def test_processes_leave_their_group_before_the_interpreter_ends(start):
     """Gloo's threads must not outlive it (torch 2.13): one in some thirty processes then aborts at its end."""
     script = f"""
-        import atexit, torch
-        atexit.register(lambda: print("left", not torch.distributed.is_initialized()))  # called last
+        import atexit, sys, torch
+        tell = sys.stdout.write  # whole lines, which two processes do not tear apart
+        atexit.register(lambda: tell(f"left {{not torch.distributed.is_initialized()}}\\n"))  # called last
         from test_training import corpus, new_model, recipe
         from cratelab import devices, training
         model, text = new_model(), corpus()
         {start}
-        print("joined", torch.distributed.get_world_size())
+        tell(f"joined {{torch.distributed.get_world_size()}}\\n")
     """
     done = launch(2, textwrap.dedent(script))
     assert sorted(done.stdout.split("\n")) == ["", "joined 2", "joined 2", "left True", "left True"], done.stderr
