@@ -1,8 +1,10 @@
 import json
 import os
+import re
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +155,15 @@ def test_a_library_that_is_not_installed_has_no_version(monkeypatch):
     monkeypatch.setattr(module, "version", version)
     facts = module.provenance()
     assert facts["cratelab"] is None and facts["torch"] == "2.0"
+
+
+ROOT = Path(cl.__file__).parents[1]
+TABLES = sorted([*ROOT.glob("cratelab/reference/*.json"), *ROOT.glob("book/reference/*.json")])
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.name)
+def test_a_published_table_names_no_place_of_the_machine_that_made_it(file):
+    text = file.read_text(encoding="utf8")
+    assert not re.search(r"""(?<![\w.*)])/(?:home|root|tmp|usr|var|work|mnt|Users)/|[A-Z]:\\\\""", text)
+    command = json.loads(text).get("provenance", {}).get("command", "cratelab")
+    assert not re.search(r"""(?:^|[\s="'])/|^__main__""", command), command
