@@ -34,6 +34,15 @@ SCRIPT = """
 CLOSE = dict(rtol=1e-12, atol=1e-13)  # sums in another order, in double precision
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the processes that are started have: more threads add up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def a_model() -> cl.LanguageModel:
     torch.manual_seed(0)
     return talkative(cl.Crate, n_layers=3)
